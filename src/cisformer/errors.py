@@ -1,0 +1,53 @@
+"""Exceptions of cisformer.
+
+Everything that a user can mend is a :class:`CisformerError`: its message says what went wrong, where, what was
+found and what was wanted; its hint says what to do next. The command line prints both and no traceback.
+"""
+
+
+class CisformerError(Exception):
+    """Base of all errors that a user can mend.
+
+    Parameters
+    ----------
+    message
+        What, where, found, wanted: one line.
+    hint
+        The next step.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class InputError(CisformerError):
+    """A user's file or AnnData is not what the command needs."""
+
+
+class ConfigError(CisformerError):
+    """A configuration file or value is not acceptable."""
+
+
+class ReferenceMismatchError(CisformerError):
+    """Two parts were made with different gene and cCRE references."""
+
+
+class StoreError(CisformerError):
+    """A preprocessed data set is missing, damaged or of another version."""
+
+
+class CheckpointError(CisformerError):
+    """A checkpoint is missing, damaged, or of another direction, config or version."""
+
+
+class OutputExistsError(CisformerError):
+    """Writing would overwrite earlier results."""
+
+
+class TrainingError(CisformerError):
+    """Training cannot start or cannot go on."""
