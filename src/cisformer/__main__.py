@@ -1,0 +1,47 @@
+"""`python -m cisformer` and the `cisformer` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+
+def main() -> None:
+    """Run the command line; a `CisformerError` becomes one line on stderr and exit code 1."""
+    from cisformer.cli import cisformer
+    from cisformer.errors import CisformerError
+
+    debug = "--debug" in sys.argv
+    _speak(debug)
+    try:
+        cisformer(prog_name="cisformer")
+    except CisformerError as error:
+        if debug:
+            raise
+        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+
+
+def _speak(debug: bool) -> None:
+    """Send log messages to stderr; keep the warnings of libraries out of a user's sight unless debugging."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plain())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("cisformer").setLevel(logging.DEBUG if debug else logging.INFO)
+    if not debug:
+        warnings.simplefilter("ignore")
+
+
+class _Plain(logging.Formatter):
+    """Messages as they are; warnings and worse with their level in front."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""What the commands share: option types, and how they speak."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+class LenientInt(click.ParamType):
+    """An integer that may be written as 1e10."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return `value` as an integer; fail with the option's name otherwise."""
+        try:
+            number = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number, such as 10000 or 1e4", param, ctx)
+        if not number.is_integer():
+            self.fail(f"{value!r} is not a whole number", param, ctx)
+        return int(number)
+
+
+LENIENT_INT = LenientInt()
