@@ -1,0 +1,277 @@
+"""Batches of cells as a model sees them: ragged input, targets, and which parts of them are drawn.
+
+Nothing is padded here. A batch holds the cells' inputs one behind the other (`index`, `value`) with `indptr` saying
+where each cell starts, as in a CSR matrix. Every random draw comes from (seed, epoch, step), so that batches do not
+depend on the number of workers or on what was drawn before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from cisformer.config import Config, Direction
+from cisformer.data.store import CellStore
+
+Modality = Literal["rna", "atac"]
+RNA_SCALE = 1e4
+"""Counts per cell after normalisation, before log1p."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which reference features a model knows.
+
+    Attributes
+    ----------
+    direction
+        Which modality is read and which is predicted.
+    input_index, target_index
+        Ascending reference rows of the features seen in training; int64.
+    n_input_reference, n_target_reference
+        Sizes of the whole reference.
+    """
+
+    direction: Direction
+    input_index: np.ndarray
+    target_index: np.ndarray
+    n_input_reference: int
+    n_target_reference: int
+
+    @property
+    def input_modality(self) -> Modality:
+        """The modality that the model reads."""
+        return "atac" if self.direction == "atac2rna" else "rna"
+
+    @property
+    def target_modality(self) -> Modality:
+        """The modality that the model predicts."""
+        return "rna" if self.direction == "atac2rna" else "atac"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some cells on their way into a model.
+
+    Axes: B cells, N input tokens of all cells, M non-zero targets of all cells, S drawn targets.
+
+    Attributes
+    ----------
+    indptr, index, value
+        The cells' whole inputs (int64 [B+1], int64 [N], float32 [N]): feature numbers as in
+        `Layout.input_index`; value is log1p-normalised expression, or 1 for an open cCRE.
+    token, token_indptr
+        Which of the N tokens attention sees (int64), where not all; else `None`.
+    target_indptr, target_index, target_value
+        Non-zero targets, likewise; `None` when predicting.
+    columns
+        The targets drawn for this batch, ascending (int64 [S]); `None` for all.
+    """
+
+    indptr: Tensor
+    index: Tensor
+    value: Tensor
+    token: Tensor | None = None
+    token_indptr: Tensor | None = None
+    target_indptr: Tensor | None = None
+    target_index: Tensor | None = None
+    target_value: Tensor | None = None
+    columns: Tensor | None = None
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells, B."""
+        return len(self.indptr) - 1
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
+        )
+
+
+def normalise_rna(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """Return log1p(counts / total × 1e4) per cell, float32; a cell without counts stays zero."""
+    counts = counts.astype(np.float32, copy=True)
+    total = np.asarray(counts.sum(axis=1)).ravel()
+    per_cell = np.divide(RNA_SCALE, total, out=np.zeros_like(total), where=total > 0)
+    counts.data = np.log1p(counts.data * np.repeat(per_cell, np.diff(counts.indptr)))
+    return counts
+
+
+def normalise(matrix: sp.csr_matrix, modality: Modality) -> sp.csr_matrix:
+    """Return what models read and predict: log1p-normalised expression, or 1 where a cCRE is open."""
+    if modality == "rna":
+        return normalise_rna(matrix)
+    matrix = matrix.astype(np.float32, copy=True)
+    matrix.data[:] = 1
+    return matrix
+
+
+def select_columns(matrix: sp.csr_matrix, columns: np.ndarray) -> sp.csr_matrix:
+    """Return `matrix[:, columns]` for ascending `columns`, in time proportional to its non-zeros."""
+    local = np.full(matrix.shape[1], -1, dtype=np.int64)
+    local[columns] = np.arange(len(columns))
+    moved = local[matrix.indices]
+    keep = moved >= 0
+    indptr = np.concatenate([[0], np.cumsum(keep)])[matrix.indptr]
+    return sp.csr_matrix((matrix.data[keep], moved[keep], indptr), shape=(matrix.shape[0], len(columns)))
+
+
+def read_modality(store: CellStore, rows: np.ndarray, modality: Modality) -> sp.csr_matrix:
+    """Return normalised cells [len(rows), whole reference] of one modality of a store."""
+    return normalise(store.rna(rows) if modality == "rna" else store.atac(rows), modality)
+
+
+def encode_input(cells: sp.csr_matrix, layout: Layout, max_len: int | None, rng: np.random.Generator | None) -> Batch:
+    """Return a batch without targets from normalised cells [B, whole reference].
+
+    Parameters
+    ----------
+    max_len
+        Most tokens a cell shows to attention; `None` for all.
+    rng
+        Draws the tokens of longer cells. Without it the choice is fixed and depends on the cell alone: the highest
+        expressed genes, or evenly spaced open cCREs.
+    """
+    known = select_columns(cells, layout.input_index)
+    batch = Batch(*(torch.from_numpy(a) for a in _ragged(known)))
+    lengths = np.diff(known.indptr)
+    if max_len is None or lengths.max(initial=0) <= max_len:
+        return batch
+    chosen = [
+        start + _choose(known.data[start:stop], max_len, layout.input_modality, rng)
+        for start, stop in zip(known.indptr[:-1], known.indptr[1:], strict=True)
+    ]
+    indptr = np.concatenate([[0], np.cumsum([len(c) for c in chosen])])
+    return replace(
+        batch, token=torch.from_numpy(np.concatenate(chosen)), token_indptr=torch.from_numpy(indptr.astype(np.int64))
+    )
+
+
+def _ragged(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data.astype(np.float32)
+
+
+def _choose(value: np.ndarray, max_len: int, modality: Modality, rng: np.random.Generator | None) -> np.ndarray:
+    """Return ascending positions of at most `max_len` tokens of one cell."""
+    if len(value) <= max_len:
+        return np.arange(len(value))
+    if rng is not None:
+        return np.sort(rng.choice(len(value), max_len, replace=False))
+    if modality == "rna":
+        return np.sort(np.argsort(-value, kind="stable")[:max_len])
+    return np.arange(max_len) * len(value) // max_len
+
+
+def add_targets(batch: Batch, cells: sp.csr_matrix, layout: Layout, columns: np.ndarray | None = None) -> Batch:
+    """Return `batch` with the normalised targets of its cells [B, whole reference]."""
+    indptr, index, value = _ragged(select_columns(cells, layout.target_index))
+    return replace(
+        batch,
+        target_indptr=torch.from_numpy(indptr),
+        target_index=torch.from_numpy(index),
+        target_value=torch.from_numpy(value),
+        columns=None if columns is None else torch.from_numpy(columns),
+    )
+
+
+def dense_targets(batch: Batch, n_targets: int) -> Tensor:
+    """Return the targets of a batch as float32 [B, n_targets], or [B, S] where columns were drawn."""
+    assert batch.target_indptr is not None and batch.target_index is not None and batch.target_value is not None
+    cell = ragged_rows(batch.target_indptr, len(batch.target_index))
+    dense = batch.target_value.new_zeros(batch.n_cells, n_targets)
+    dense[cell, batch.target_index] = batch.target_value
+    return dense if batch.columns is None else dense[:, batch.columns]
+
+
+def ragged_rows(indptr: Tensor, length: int) -> Tensor:
+    """Return the row of every entry of a ragged array: `[0, 2, 3]` → `[0, 0, 1]`."""
+    return torch.repeat_interleave(
+        torch.arange(len(indptr) - 1, device=indptr.device), indptr.diff(), output_size=length
+    )
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """The batches of one data set: which cells come together, and what is drawn for them.
+
+    Attributes
+    ----------
+    store, layout, config
+        The cells, the features that count, and the limits to draw within.
+    rows
+        The cells to use.
+    world, rank
+        How many processes share a batch, and which one this is. A global batch holds `batch_size × world` cells.
+    """
+
+    store: CellStore
+    layout: Layout
+    config: Config
+    rows: np.ndarray
+    world: int = 1
+    rank: int = 0
+
+    @property
+    def n_steps(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.rows) // (self.config.training.batch_size * self.world))
+
+    def step_rows(self, epoch: int, step: int) -> tuple[np.ndarray, int]:
+        """Return this process's cells of a step, and the number of cells of all processes together.
+
+        Where a process would have none, it is given the step's first cell, which the trainer weighs zero.
+        """
+        order = np.random.default_rng([self.config.training.SEED, epoch]).permutation(self.rows)
+        size = self.config.training.batch_size * self.world
+        together = order[step * size : (step + 1) * size]
+        return np.array_split(together, self.world)[self.rank], len(together)
+
+    def draw(self, epoch: int, step: int) -> Batch:
+        """Return this process's batch of a step of an epoch, tokens and targets drawn anew."""
+        rows, _ = self.step_rows(epoch, step)
+        rows = rows if len(rows) else self.rows[:1]
+        seed = self.config.training.SEED
+        limits = self.config.datapreprocess
+        columns = self._columns(np.random.default_rng([seed, epoch, step, 1]))
+        cells = read_modality(self.store, rows, self.layout.input_modality)
+        max_len = None if limits.enc_max_len == "whole" else limits.enc_max_len
+        batch = encode_input(cells, self.layout, max_len, np.random.default_rng([seed, epoch, step, 2, self.rank]))
+        return add_targets(batch, read_modality(self.store, rows, self.layout.target_modality), self.layout, columns)
+
+    def _columns(self, rng: np.random.Generator) -> np.ndarray | None:
+        """Draw the targets of a step uniformly: a uniform draw needs no weights to keep the loss unbiased."""
+        limits = self.config.datapreprocess
+        n_targets = len(self.layout.target_index)
+        if limits.dec_max_len == "whole" or limits.dec_max_len * limits.multiple >= n_targets:
+            return None
+        return np.sort(rng.choice(n_targets, limits.dec_max_len * limits.multiple, replace=False))
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch, prepared ahead by `num_workers` threads."""
+        makers = [lambda step=step: self.draw(epoch, step) for step in range(first_step, self.n_steps)]
+        yield from prefetch(makers, self.config.training.num_workers)
+
+
+def prefetch(makers: Sequence[Callable[[], Batch]], num_workers: int) -> Iterator[Batch]:
+    """Yield what each of `makers` returns, in order, with `num_workers` threads working ahead (0: none)."""
+    if num_workers == 0:
+        yield from (make() for make in makers)
+        return
+    with ThreadPoolExecutor(num_workers) as pool:
+        waiting: list[Future[Batch]] = []
+        for make in makers:
+            waiting.append(pool.submit(make))
+            if len(waiting) > 2 * num_workers:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()

@@ -1,0 +1,237 @@
+"""Checkpoints: a folder with weights, configuration, features, reference and metrics. Loading runs no code.
+
+    model.safetensors   weights, and the reference rows of known features
+    config.yaml         the resolved configuration
+    checkpoint.json     format, version, direction, reference, sizes, metrics, sha256 of the weights
+    reference/          the reference, where it is not a built-in one
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cisformer.config import Config, Direction, dump_config, load_config
+from cisformer.data.batches import Layout
+from cisformer.data.reference import Reference, load_reference, save_reference
+from cisformer.errors import CheckpointError, ReferenceMismatchError
+from cisformer.model.cis import CisModel, Windows
+from cisformer.runtime import atomic_folder, provenance, sha256_file
+
+FORMAT = "cisformer-checkpoint"
+FORMAT_VERSION = 1
+BUILT_IN = ("human", "mouse")
+WEIGHTS, CONFIG, MANIFEST, REFERENCE = "model.safetensors", "config.yaml", "checkpoint.json", "reference"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model with all that it takes to use it.
+
+    Attributes
+    ----------
+    model
+        The module, in eval mode.
+    config, direction, reference
+        What it was trained with.
+    metrics
+        Validation losses: of this epoch (`val_loss`), of the linear start and of the mean profile.
+    folder
+        Where it was loaded from or saved to; `None` for one that was never on disk.
+    """
+
+    model: CisModel
+    config: Config
+    reference: Reference
+    metrics: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """The features that the model knows."""
+        return self.model.layout
+
+    @property
+    def direction(self) -> Direction:
+        """Which modality it reads and which it predicts."""
+        return self.model.layout.direction
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, *, force: bool = True) -> Path:
+    """Write a checkpoint folder, atomically."""
+    from safetensors.torch import save_file
+
+    layout = checkpoint.layout
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+    tensors["layout.input_index"] = torch.from_numpy(layout.input_index)
+    tensors["layout.target_index"] = torch.from_numpy(layout.target_index)
+    with atomic_folder(folder, force=force) as temporary:
+        save_file(tensors, temporary / WEIGHTS)
+        (temporary / CONFIG).write_text(dump_config(checkpoint.config), encoding="utf-8")
+        if checkpoint.reference.name not in BUILT_IN:
+            save_reference(checkpoint.reference, temporary / REFERENCE)
+        manifest = _manifest(checkpoint, sha256_file(temporary / WEIGHTS))
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return Path(folder)
+
+
+def _manifest(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
+    reference = checkpoint.reference
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "direction": checkpoint.direction,
+        "reference": {
+            "name": reference.name,
+            "genome": reference.genome,
+            "fingerprint": reference.fingerprint,
+            "n_genes": reference.n_genes,
+            "n_ccres": reference.n_ccres,
+        },
+        "linear_rank": checkpoint.model.loadings.shape[1],
+        "sha256": sha256,
+        "metrics": checkpoint.metrics,
+        "provenance": provenance(seed=checkpoint.config.training.SEED),
+    }
+
+
+def load_checkpoint(
+    path: str | Path,
+    direction: Direction | None = None,
+    *,
+    config: Config | None = None,
+    reference: Reference | None = None,
+) -> Checkpoint:
+    """Read a checkpoint; the model comes in eval mode, on the CPU.
+
+    Parameters
+    ----------
+    path
+        The folder, a file in it, or a training run's folder (its `best` is taken).
+    direction, config, reference
+        What the checkpoint has to agree with, where given.
+
+    Raises
+    ------
+    CheckpointError
+        Missing, damaged, of another format, direction or model configuration.
+    ReferenceMismatchError
+        Made with another reference.
+    """
+    folder = _folder_of(Path(path))
+    manifest = _read_manifest(folder)
+    _check_direction(manifest, direction, folder)
+    saved = load_config(folder / CONFIG, manifest["direction"])
+    if config is not None:
+        _check_config(saved, config, folder)
+    own_reference = _load_reference(manifest, folder)
+    if reference is not None:
+        check_reference(own_reference, reference, f"checkpoint {folder}")
+    model = _load_model(folder, manifest, saved, own_reference)
+    return Checkpoint(model, saved, own_reference, manifest["metrics"], folder)
+
+
+def check_reference(found: Reference, wanted: Reference, what: str) -> None:
+    """Raise `ReferenceMismatchError` unless the two references are the same."""
+    if found.fingerprint == wanted.fingerprint:
+        return
+    raise ReferenceMismatchError(
+        f"{what} was made with reference {_describe(found)}, the data with {_describe(wanted)}",
+        hint="preprocess the data with the same --reference as the training data",
+    )
+
+
+def _describe(reference: Reference) -> str:
+    return f"'{reference.name}' ({reference.n_genes} genes, {reference.n_ccres} cCREs)"
+
+
+def _folder_of(path: Path) -> Path:
+    folder = path if path.is_dir() else path.parent
+    if not (folder / MANIFEST).is_file() and (folder / "best" / MANIFEST).is_file():
+        folder = folder / "best"
+    if not path.exists():
+        raise CheckpointError(f"checkpoint {path} does not exist", hint="give -m the folder that training printed")
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path} is not a cisformer checkpoint: {MANIFEST} is not in {folder}",
+            hint="give -m the folder that training printed, such as save/<date>_<name>/best",
+        )
+    return folder
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = manifest["format"], manifest["format_version"]
+        manifest["direction"], manifest["reference"]["fingerprint"], manifest["sha256"], manifest["linear_rank"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}", hint="copy the checkpoint again") from None
+    if found[0] != FORMAT or found[1] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} is of format {found[0]} {found[1]}, this version reads {FORMAT} {FORMAT_VERSION}",
+            hint="update cisformer",
+        )
+    return manifest
+
+
+def _check_direction(manifest: dict[str, Any], direction: Direction | None, folder: Path) -> None:
+    if direction is not None and manifest["direction"] != direction:
+        raise CheckpointError(
+            f"checkpoint {folder} predicts {manifest['direction']}, this command needs {direction}",
+            hint=f"use cisformer {manifest['direction']}_predict, or another checkpoint",
+        )
+
+
+def _check_config(saved: Config, wanted: Config, folder: Path) -> None:
+    """Compare the model sections: the shape must agree, the training may differ."""
+    for key, value in saved.model:
+        other = getattr(wanted.model, key)
+        if key != "total_gene" and value != other:
+            raise CheckpointError(
+                f"checkpoint {folder} has model.{key} = {value}, the config says {other}",
+                hint=f"use {folder / CONFIG} as the config, or leave the config out",
+            )
+
+
+def _load_reference(manifest: dict[str, Any], folder: Path) -> Reference:
+    name = manifest["reference"]["name"]
+    reference = load_reference(name if name in BUILT_IN else folder / REFERENCE)
+    if reference.fingerprint != manifest["reference"]["fingerprint"]:
+        raise ReferenceMismatchError(
+            f"checkpoint {folder} was made with another version of reference '{name}'",
+            hint="install the cisformer version that made it (see checkpoint.json)",
+        )
+    return reference
+
+
+def _load_model(folder: Path, manifest: dict[str, Any], config: Config, reference: Reference) -> CisModel:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if sha256_file(folder / WEIGHTS) != manifest["sha256"]:
+            raise CheckpointError(f"{folder / WEIGHTS} does not match its checksum", hint="copy the checkpoint again")
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}", hint="copy the checkpoint again") from None
+    layout = _layout(manifest["direction"], reference, tensors)
+    windows = Windows.of(reference, layout, config.model.cis_window) if layout.direction == "atac2rna" else None
+    model = CisModel(config, layout, manifest["linear_rank"], windows)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} does not fit its own config: {reason}", hint="copy it again") from None
+    return model.eval()
+
+
+def _layout(direction: Direction, reference: Reference, tensors: dict[str, torch.Tensor]) -> Layout:
+    index = [tensors.pop(f"layout.{name}_index").numpy().astype(np.int64) for name in ("input", "target")]
+    sizes = (reference.n_ccres, reference.n_genes)
+    n_input, n_target = sizes if direction == "atac2rna" else sizes[::-1]
+    return Layout(direction, index[0], index[1], n_input, n_target)

@@ -1,0 +1,313 @@
+"""The default architecture: a linear model, a latent transformer and cis attention, added on the link scale.
+
+    eta[i, f] = prior[f] / scale[f] + <z[i], B[f]> + <h[i], E[f]> + cis[i, f]
+
+z are white principal components of the cell's input (fixed), B starts in closed form, h comes from latents that
+attend to the cell's tokens, and cis (ATAC→RNA only) from each gene's attention to the open cCREs near it. h and cis
+start at exactly zero, so the untrained model *is* the linear one.
+
+Shapes: B cells, N tokens, L latents, R embedding width, K components, F targets, E edges, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cisformer.config import Config, Model
+from cisformer.data.batches import Batch, Layout, dense_targets, ragged_rows
+from cisformer.data.genome import signed_distance, window_pairs
+from cisformer.data.reference import Reference
+from cisformer.model.attention import Block, LatentPool, pad_ragged, segment_softmax
+from cisformer.model.linear import LinearStart, Projection, link_loss
+
+DISTANCE_EDGES_BP = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The cCREs near each gene, listed by cCRE, among the features a model knows.
+
+    Attributes
+    ----------
+    indptr
+        Where each cCRE's pairs start; int64 [n_input + 1].
+    gene
+        Target number of each pair; int64 [W].
+    distance
+        Signed distance of the cCRE's middle to the TSS in bp, negative upstream; int64 [W].
+    """
+
+    indptr: np.ndarray
+    gene: np.ndarray
+    distance: np.ndarray
+
+    @classmethod
+    def of(cls, reference: Reference, layout: Layout, window_bp: int) -> Windows:
+        """Find all pairs of known genes and known cCREs within `window_bp` of the gene body."""
+        genes = reference.genes.iloc[layout.target_index].reset_index(drop=True)
+        ccres = reference.ccres.iloc[layout.input_index].reset_index(drop=True)
+        gene, ccre = window_pairs(genes, ccres, window_bp)
+        order = np.lexsort((gene, ccre))
+        gene, ccre = gene[order], ccre[order]
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(ccre, minlength=len(ccres)))])
+        return cls(indptr.astype(np.int64), gene.astype(np.int64), signed_distance(genes, ccres, gene, ccre))
+
+    @property
+    def distance_bin(self) -> np.ndarray:
+        """Signed, log-spaced bin of every pair; int64 [W]."""
+        edges = np.array(DISTANCE_EDGES_BP)
+        return np.digitize(self.distance, np.concatenate([-edges[::-1], edges])).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class CisAttention:
+    """What genes of some cells make of the open cCREs near them, edge by edge.
+
+    Attributes
+    ----------
+    cell, gene, ccre, pair
+        Batch row, target number, input number, and number within `Windows` of each edge; int64 [E].
+    weight, value
+        Attention weight and what it multiplies; float [E, H]. Weights of a (cell, gene, head) sum to less than 1.
+    """
+
+    cell: Tensor
+    gene: Tensor
+    ccre: Tensor
+    pair: Tensor
+    weight: Tensor
+    value: Tensor
+
+    @property
+    def effect(self) -> Tensor:
+        """Change of the gene's eta if this one cCRE closed, its weight going to the rest; float [E].
+
+        Exact without another pass: per head, out' = (out − w·v) / (1 − w), so out' − out = w (out − v) / (1 − w).
+        """
+        key = torch.stack([self.cell, self.gene])
+        _, segment = torch.unique(key, dim=1, return_inverse=True)
+        out = self.weight.new_zeros(int(segment.max()) + 1 if len(segment) else 0, self.weight.shape[1])
+        out = out.index_add(0, segment, self.weight * self.value)
+        return (self.weight * (out[segment] - self.value) / (1 - self.weight)).sum(dim=1)
+
+
+class CellEncoder(nn.Module):
+    """Tokens of a cell and its z → h [B, R]; the last layer starts at zero."""
+
+    def __init__(self, n_input: int, rank: int, has_values: bool, model: Model) -> None:
+        super().__init__()
+        width, dim = model.emb_rank, model.dim
+        self.n_bins = model.max_express
+        self.token = nn.Embedding(n_input, width)
+        self.value = nn.Embedding(model.max_express + 1, width) if has_values else None
+        self.token_norm = nn.LayerNorm(width)
+        self.token_dropout = nn.Dropout(model.dec_emb_dropout)
+        self.pool = LatentPool(width, dim, model.num_latents, model.dec_heads, model.dec_attn_dropout)
+        self.latent = nn.Parameter(torch.randn(model.num_latents, dim) * dim**-0.5)
+        self.sum = nn.Linear(width, dim)
+        self.state = nn.Linear(rank, dim)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim, model.dec_heads, model.dec_dim_head, model.dec_ff_mult, model.dec_attn_dropout, model.dec_ff_dropout
+            )
+            for _ in range(model.dec_depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, width)
+        nn.init.normal_(self.token.weight, std=1.0)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, batch: Batch, z_BK: Tensor) -> Tensor:
+        """Return h, float [B, R]."""
+        index, value, indptr = attended_tokens(batch)
+        token_NR = self.token(index)
+        if self.value is not None:
+            token_NR = token_NR + self.value(self.value_bins(value, indptr))
+        token_NR = self.token_dropout(self.token_norm(token_NR))
+        token_BTR, mask_BT = pad_ragged(token_NR, indptr)
+        mean_BR = token_BTR.sum(dim=1) / indptr.diff().clamp(min=1)[:, None]
+        whole_BC = self.sum(mean_BR) + self.state(z_BK)
+        latent_BLC = self.pool(token_BTR, mask_BT) + self.latent + whole_BC[:, None]
+        for block in self.blocks:
+            latent_BLC = block(latent_BLC)
+        return self.out(self.norm(latent_BLC).mean(dim=1))
+
+    def value_bins(self, value: Tensor, indptr: Tensor) -> Tensor:
+        """Return 1..max_express: equal-width bins of expression relative to the cell's maximum; int64 [N]."""
+        cell = ragged_rows(indptr, len(value))
+        top = value.new_zeros(len(indptr) - 1).scatter_reduce(0, cell, value, "amax")
+        return (value / top[cell].clamp(min=1e-9) * self.n_bins).ceil().long().clamp(1, self.n_bins)
+
+
+def attended_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return index, value and indptr of the tokens that attention sees."""
+    if batch.token is None:
+        return batch.index, batch.value, batch.indptr
+    assert batch.token_indptr is not None
+    return batch.index[batch.token], batch.value[batch.token], batch.token_indptr
+
+
+class CisPath(nn.Module):
+    """Genes attend to the open cCREs in their window: scores from embeddings and distance, and a null slot.
+
+    A score is <q_gene + q_cell, k_cCRE> plus a bias of the signed distance; a value is <o_gene, v_cCRE> plus one free
+    number per (gene, cCRE) pair. `o` and the pairs' numbers start at zero.
+    """
+
+    def __init__(self, n_input: int, n_target: int, windows: Windows, model: Model) -> None:
+        super().__init__()
+        width, heads = model.emb_rank, model.dec_heads
+        self.heads, self.head_dim = heads, max(8, width // heads)
+        inner = heads * self.head_dim
+        self.ccre = nn.Embedding(n_input, width)
+        self.gene = nn.Embedding(n_target, width)
+        self.key, self.value = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
+        self.query, self.out = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
+        self.cell_query = nn.Linear(width, inner, bias=False)
+        self.distance_bias = nn.Embedding(2 * len(DISTANCE_EDGES_BP) + 1, heads)
+        self.null = nn.Parameter(torch.zeros(heads))
+        self.pair_value = nn.Parameter(torch.zeros(len(windows.gene)))
+        self.window_indptr: Tensor
+        self.window_gene: Tensor
+        self.window_bin: Tensor
+        for name, array in (("indptr", windows.indptr), ("gene", windows.gene), ("bin", windows.distance_bin)):
+            self.register_buffer(f"window_{name}", torch.from_numpy(array), persistent=False)
+        for embedding in (self.ccre, self.gene):
+            nn.init.normal_(embedding.weight, std=0.5)
+        nn.init.zeros_(self.distance_bias.weight)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, batch: Batch, h_BR: Tensor, n_columns: int, column: Tensor | None) -> Tensor:
+        """Return cis, float [B, S]; `column` [F] gives the place of each target among the drawn ones, or −1."""
+        edges, segment = self.edges(batch, h_BR, n_columns, column)
+        out = h_BR.new_zeros(batch.n_cells * n_columns)
+        out = out.index_add(0, segment, (edges.weight * edges.value).sum(dim=1))
+        return out.reshape(batch.n_cells, n_columns)
+
+    def edges(
+        self, batch: Batch, h_BR: Tensor, n_columns: int, column: Tensor | None
+    ) -> tuple[CisAttention, Tensor]:
+        """Return the attention of every (cell, gene, open cCRE) edge, and the edge's segment in [B × S]."""
+        token, pair = self.window_edges(batch)
+        gene = self.window_gene[pair]
+        place = gene if column is None else column[gene]
+        if column is not None:
+            keep = place >= 0
+            token, pair, gene, place = token[keep], pair[keep], gene[keep], place[keep]
+        cell_N = ragged_rows(batch.indptr, len(batch.index))
+        ccre_U, slot_N = torch.unique(batch.index, return_inverse=True)
+        embedding_UR = self.ccre(ccre_U)
+        key_UHD, value_UHD = self._heads(self.key(embedding_UR)), self._heads(self.value(embedding_UR))
+        query_GHD, out_GHD = self._heads(self.query(self.gene.weight)), self._heads(self.out(self.gene.weight))
+        state_BHD = self._heads(self.cell_query(h_BR))
+        state_NH = (state_BHD[cell_N] * key_UHD[slot_N]).sum(dim=-1)
+        slot, cell = slot_N[token], cell_N[token]
+        score_EH = (query_GHD[gene] * key_UHD[slot]).sum(dim=-1) + state_NH[token]
+        score_EH = score_EH * self.head_dim**-0.5 + self.distance_bias(self.window_bin[pair])
+        value_EH = (out_GHD[gene] * value_UHD[slot]).sum(dim=-1) + self.pair_value[pair, None]
+        segment = cell * n_columns + place
+        weight_EH = segment_softmax(score_EH.float(), segment, batch.n_cells * n_columns, self.null)
+        return CisAttention(cell, gene, batch.index[token], pair, weight_EH, value_EH), segment
+
+    def window_edges(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return token number and pair number of every (open cCRE, gene near it); int64 [E] each."""
+        start, stop = self.window_indptr[batch.index], self.window_indptr[batch.index + 1]
+        count = stop - start
+        first = torch.cumsum(count, 0) - count
+        total = int(count.sum())
+        token = torch.repeat_interleave(torch.arange(len(count), device=count.device), count, output_size=total)
+        return token, torch.arange(total, device=count.device) - first[token] + start[token]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, self.head_dim))
+
+
+class CisModel(nn.Module):
+    """The default model of both directions.
+
+    `forward(batch)` gives the loss of each cell, `predict(batch)` what the user gets.
+    """
+
+    def __init__(self, config: Config, layout: Layout, rank: int, windows: Windows | None) -> None:
+        super().__init__()
+        model = config.model
+        n_input, n_target = len(layout.input_index), len(layout.target_index)
+        self.layout = layout
+        self.projection = Projection(n_input, rank, layout.input_modality)
+        self.prior: Tensor
+        self.scale: Tensor
+        self.register_buffer("prior", torch.zeros(n_target))
+        self.register_buffer("scale", torch.ones(n_target))
+        self.loadings = nn.Parameter(torch.zeros(n_target, rank))
+        self.encoder = CellEncoder(n_input, rank, layout.input_modality == "rna", model)
+        self.target = nn.Embedding(n_target, model.emb_rank)
+        nn.init.normal_(self.target.weight, std=model.emb_rank**-0.5)
+        self.cis = None if windows is None else CisPath(n_input, n_target, windows, model)
+
+    @classmethod
+    def from_linear(cls, config: Config, layout: Layout, reference: Reference, start: LinearStart) -> CisModel:
+        """Build a model that gives the linear model's predictions."""
+        windows = None
+        if layout.direction == "atac2rna":
+            windows = Windows.of(reference, layout, config.model.cis_window)
+        model = cls(config, layout, start.loadings.shape[1], windows)
+        model.projection.load_state_dict(start.projection.state_dict())
+        with torch.no_grad():
+            model.prior.copy_(torch.from_numpy(start.prior))
+            model.scale.copy_(torch.from_numpy(start.scale))
+            model.loadings.copy_(torch.from_numpy(start.loadings))
+        return model
+
+    def cell_states(self, batch: Batch) -> Tensor:
+        """Return z, white principal components of the input; float [B, K]."""
+        return self.projection(batch)
+
+    def eta(self, batch: Batch) -> Tensor:
+        """Return the link-scale prediction of the drawn targets, or of all; float [B, S]."""
+        z_BK = self.projection(batch)
+        h_BR = self.encoder(batch, z_BK)
+        columns = slice(None) if batch.columns is None else batch.columns
+        weight_SX = torch.cat([self.loadings[columns], self.target.weight[columns]], dim=1)
+        prior_S = (self.prior / self.scale)[columns]
+        eta_BS = torch.addmm(prior_S, torch.cat([z_BK, h_BR], dim=1), weight_SX.T)
+        if self.cis is None:
+            return eta_BS
+        return eta_BS + self.cis(batch, h_BR, len(prior_S), self._places(batch))
+
+    def _places(self, batch: Batch) -> Tensor | None:
+        if batch.columns is None:
+            return None
+        place = torch.full_like(self.prior, -1, dtype=torch.int64)
+        place[batch.columns] = torch.arange(len(batch.columns), device=place.device)
+        return place
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the loss of each cell, float [B]; see `linear.link_loss`."""
+        target_BS = dense_targets(batch, len(self.prior))
+        scale_S = self.scale if batch.columns is None else self.scale[batch.columns]
+        return link_loss(self.eta(batch), target_BS, scale_S, self.layout.direction)
+
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """Return the loss of each cell under the mean profile alone, float [B]."""
+        prior_BF = (self.prior / self.scale).expand(batch.n_cells, -1)
+        return link_loss(prior_BF, dense_targets(batch, len(self.prior)), self.scale, self.layout.direction)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Tensor:
+        """Return probabilities, or log1p-normalised expression ≥ 0, of all known targets; float [B, F]."""
+        eta_BF = self.eta(batch)
+        if self.layout.direction == "rna2atac":
+            return eta_BF.sigmoid_()
+        return (eta_BF * self.scale).clamp_(min=0)
+
+    @torch.no_grad()
+    def cis_attention(self, batch: Batch) -> CisAttention:
+        """Return each edge's attention and value (in units of `scale`); ATAC→RNA only."""
+        assert self.cis is not None
+        h_BR = self.encoder(batch, self.projection(batch))
+        return self.cis.edges(batch, h_BR, len(self.prior), None)[0]

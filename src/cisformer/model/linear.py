@@ -1,0 +1,284 @@
+"""The closed-form start: prior, fixed projection to white principal components, and linear loadings.
+
+On the link scale (logit for accessibility, standard deviations of log1p expression for genes)
+
+    eta[i, f] = prior[f] + <z[i], loadings[f]>
+
+with z white over the training cells. ATAC→RNA: ridge regression, `Zᵀ(Y − mean) / (n + λ)`. RNA→ATAC: one Newton
+step of ridge logistic regression from the prior, `Zᵀ(Y[:, f] − p_f) / (n p_f (1 − p_f) + λ)`. Both are exact without
+solving a system because ZᵀZ = n·1. Since principal components are nested, the loadings of the first r of them are
+the first r columns: rank and penalty are chosen on validation cells at the cost of a few matrix products.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cisformer.data.batches import Batch, Layout, Modality, ragged_rows, read_modality, select_columns
+from cisformer.data.store import CellStore
+
+logger = logging.getLogger(__name__)
+TFIDF_SCALE = 1e4
+PCA_CELLS = 20_000
+SELECTION_CELLS = 1_000
+BLOCK_CELLS = 1_000
+PENALTIES = (3.0, 10.0, 30.0, 60.0, 120.0, 250.0, 500.0, 1_000.0, 3_000.0, 10_000.0)
+
+
+class Projection(nn.Module):
+    """Fixed map from a cell's input to white principal components; no trained parameters.
+
+    RNA enters as log1p-normalised expression, ATAC as log1p(1e4 · tf · idf) with tf = 1 / open cCREs of the cell.
+    """
+
+    def __init__(self, n_input: int, rank: int, modality: Modality) -> None:
+        super().__init__()
+        self.modality = modality
+        self.components: Tensor
+        self.offset: Tensor
+        self.idf: Tensor
+        self.register_buffer("components", torch.zeros(n_input, rank))
+        self.register_buffer("offset", torch.zeros(rank))
+        self.register_buffer("idf", torch.ones(n_input))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return z, float32 [B, rank]."""
+        weight = batch.value
+        if self.modality == "atac":
+            n_open = batch.indptr.diff().to(weight.dtype)
+            cell = ragged_rows(batch.indptr, len(batch.index))
+            weight = torch.log1p(TFIDF_SCALE * self.idf[batch.index] / n_open[cell])
+        pooled = F.embedding_bag(
+            batch.index, self.components, batch.indptr[:-1], mode="sum", per_sample_weights=weight
+        )
+        return pooled - self.offset
+
+
+@dataclass(frozen=True)
+class FeatureCounts:
+    """What one pass over the training cells finds.
+
+    Attributes
+    ----------
+    n_cells
+        Training cells.
+    n_open
+        Per reference feature of the input, the cells in which it is not zero.
+    total, squares, n_seen
+        Per reference feature of the target: sum and sum of squares of its normalised values, cells not zero.
+    """
+
+    n_cells: int
+    n_open: np.ndarray
+    total: np.ndarray
+    squares: np.ndarray
+    n_seen: np.ndarray
+
+
+@dataclass(frozen=True)
+class LinearStart:
+    """The closed-form model.
+
+    Attributes
+    ----------
+    projection
+        Fixed map to z.
+    prior, scale
+        Per target: mean on the link scale, and the unit in which `loadings` act; float32 [F].
+    loadings
+        float32 [F, rank]; zero columns beyond the chosen rank.
+    rank, ridge
+        What validation chose; rank 0 is the mean profile.
+    """
+
+    projection: Projection
+    prior: np.ndarray
+    scale: np.ndarray
+    loadings: np.ndarray
+    rank: int
+    ridge: float
+
+
+def blocks(rows: np.ndarray, size: int = BLOCK_CELLS) -> Iterator[np.ndarray]:
+    """Yield `rows` in runs of at most `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def count_features(store: CellStore, rows: np.ndarray, direction: str) -> FeatureCounts:
+    """Go over the training cells once and count what is seen in them."""
+    modalities: tuple[Modality, Modality] = ("atac", "rna") if direction == "atac2rna" else ("rna", "atac")
+    sizes = {"rna": store.reference.n_genes, "atac": store.reference.n_ccres}
+    n_open = np.zeros(sizes[modalities[0]], np.int64)
+    total, squares = np.zeros((2, sizes[modalities[1]]))
+    n_seen = np.zeros(sizes[modalities[1]], np.int64)
+    for part in blocks(rows):
+        source = read_modality(store, part, modalities[0])
+        target = read_modality(store, part, modalities[1])
+        n_open += np.bincount(source.indices, minlength=len(n_open))
+        n_seen += np.bincount(target.indices, minlength=len(n_seen))
+        total += np.bincount(target.indices, target.data, minlength=len(total))
+        squares += np.bincount(target.indices, target.data.astype(np.float64) ** 2, minlength=len(total))
+    return FeatureCounts(len(rows), n_open, total, squares, n_seen)
+
+
+def fit_projection(cells: sp.csr_matrix, modality: Modality, rank: int, seed: int) -> Projection:
+    """Fit the projection to normalised cells [n, n_input] by truncated SVD, centred and whitened.
+
+    One component more than wanted is computed, since the first of an uncentred SVD is mostly the mean.
+    Source: Halko, Martinsson, Tropp (2011) randomised SVD as in scikit-learn; TF-IDF as in Cusanovich et al. (2015).
+    """
+    from sklearn.decomposition import TruncatedSVD
+
+    rank = max(1, min(rank, min(cells.shape) - 2))
+    projection = Projection(cells.shape[1], rank, modality)
+    if modality == "atac":
+        n_open = np.bincount(cells.indices, minlength=cells.shape[1])
+        projection.idf = torch.from_numpy(np.log1p(cells.shape[0] / np.maximum(n_open, 1)).astype(np.float32))
+        cells = cells.copy()
+        per_cell = np.repeat(np.diff(cells.indptr), np.diff(cells.indptr))
+        cells.data = np.log1p(TFIDF_SCALE * projection.idf.numpy()[cells.indices] / per_cell)
+    svd = TruncatedSVD(min(rank + 1, min(cells.shape) - 1), random_state=seed, n_iter=7)
+    scores = svd.fit_transform(cells)
+    centre = scores.mean(axis=0)
+    variance, rotation = np.linalg.eigh(np.cov(scores.T, bias=True).reshape(len(centre), len(centre)))
+    largest = np.argsort(variance)[::-1][:rank]
+    whiten = rotation[:, largest] / np.sqrt(np.maximum(variance[largest], 1e-12))
+    projection.components = torch.from_numpy((svd.components_.T @ whiten).astype(np.float32))
+    projection.offset = torch.from_numpy((centre @ whiten).astype(np.float32))
+    return projection
+
+
+def states(projection: Projection, store: CellStore, rows: np.ndarray, layout: Layout) -> np.ndarray:
+    """Return z of the cells in `rows`, float32 [len(rows), rank]."""
+    from cisformer.data.batches import encode_input
+
+    parts = []
+    for part in blocks(rows):
+        cells = read_modality(store, part, layout.input_modality)
+        parts.append(projection(encode_input(cells, layout, None, None)).numpy())
+    return np.concatenate(parts)
+
+
+def link_moments(counts: FeatureCounts, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Return prior and scale of the seen targets.
+
+    RNA→ATAC: logit of the frequency, smoothed by one cell of the mean frequency; scale 1. ATAC→RNA: mean, and
+    standard deviation of log1p expression, pulled up towards the median one so that genes seen in a handful of
+    cells do not rule the loss.
+    """
+    seen = layout.target_index
+    mean = counts.total[seen] / counts.n_cells
+    if layout.direction == "rna2atac":
+        smooth = (counts.n_seen[seen] + mean.mean()) / (counts.n_cells + 1)
+        return np.log(smooth / (1 - smooth)).astype(np.float32), np.ones(len(seen), np.float32)
+    variance = np.maximum(counts.squares[seen] / counts.n_cells - mean**2, 0)
+    return mean.astype(np.float32), np.sqrt(variance + np.median(variance) + 1e-8).astype(np.float32)
+
+
+def cross_products(
+    z: np.ndarray, store: CellStore, rows: np.ndarray, layout: Layout, centre: np.ndarray
+) -> np.ndarray:
+    """Return Zᵀ(Y − centre) as float64 [rank, F], in row blocks."""
+    product = -np.outer(z.sum(axis=0, dtype=np.float64), centre)
+    start = 0
+    for part in blocks(rows):
+        target = select_columns(read_modality(store, part, layout.target_modality), layout.target_index)
+        product += (target.T @ z[start : start + len(part)].astype(np.float64)).T
+        start += len(part)
+    return product
+
+
+def solve(product: np.ndarray, prior: np.ndarray, scale: np.ndarray, n: int, ridge: float, direction: str) -> np.ndarray:
+    """Return loadings float32 [F, rank] from `product` = Zᵀ(Y − centre); see the module's formulae."""
+    if direction == "atac2rna":
+        return (product / scale / (n + ridge)).T.astype(np.float32)
+    p = 1 / (1 + np.exp(-prior.astype(np.float64)))
+    return (product / (n * p * (1 - p) + ridge)).T.astype(np.float32)
+
+
+def link_loss(eta: Tensor, target: Tensor, scale: Tensor, direction: str) -> Tensor:
+    """Return the loss of each cell, mean over targets, float32 [B].
+
+    RNA→ATAC: binary cross-entropy of logits `eta`. ATAC→RNA: half the squared error in units of `scale`.
+    """
+    if direction == "rna2atac":
+        return F.binary_cross_entropy_with_logits(eta, target, reduction="none").mean(dim=1)
+    return 0.5 * (eta - target / scale).square().mean(dim=1)
+
+
+def fit_linear(
+    store: CellStore,
+    train: np.ndarray,
+    val_store: CellStore,
+    val: np.ndarray,
+    layout: Layout,
+    counts: FeatureCounts,
+    *,
+    rank: int,
+    ridge: float | str,
+    seed: int,
+) -> LinearStart:
+    """Fit the closed-form model to cells `train` of `store`; choose rank and penalty on cells `val` of `val_store`.
+
+    Parameters
+    ----------
+    rank
+        Most components.
+    ridge
+        Penalty λ, or "auto" for the best of a grid on validation cells, the mean profile among it.
+    """
+    rng = np.random.default_rng([seed, 3])
+    sample = np.sort(rng.choice(train, min(len(train), PCA_CELLS), replace=False))
+    cells = select_columns(read_modality(store, sample, layout.input_modality), layout.input_index)
+    projection = fit_projection(cells, layout.input_modality, rank, seed)
+    prior, scale = link_moments(counts, layout)
+    centre = 1 / (1 + np.exp(-prior)) if layout.direction == "rna2atac" else prior
+    product = cross_products(states(projection, store, train, layout), store, train, layout, centre)
+    fits = {
+        penalty: solve(product, prior, scale, len(train), penalty, layout.direction)
+        for penalty in (PENALTIES if ridge == "auto" else (float(ridge),))
+    }
+    if ridge != "auto" or len(val) == 0:
+        penalty = 60.0 if ridge == "auto" else float(ridge)
+        return LinearStart(projection, prior, scale, fits[penalty], product.shape[0], penalty)
+    chosen = np.sort(rng.choice(val, min(len(val), SELECTION_CELLS), replace=False))
+    best_rank, best = _select(fits, projection, val_store, chosen, layout, prior, scale)
+    loadings = fits[best].copy()
+    loadings[:, best_rank:] = 0
+    logger.info("linear start: %d components, penalty %g", best_rank, best)
+    return LinearStart(projection, prior, scale, loadings, best_rank, best)
+
+
+def _select(
+    fits: dict[float, np.ndarray],
+    projection: Projection,
+    store: CellStore,
+    val: np.ndarray,
+    layout: Layout,
+    prior: np.ndarray,
+    scale: np.ndarray,
+) -> tuple[int, float]:
+    """Return the (rank, penalty) of lowest validation loss; rank 0 is the mean profile."""
+    full = projection.components.shape[1]
+    ranks = sorted({0, full, *(r for r in (4, 8, 16, 24, 32, 48, 64, 96, 128) if r < full)})
+    losses = {(r, penalty): 0.0 for penalty in fits for r in ranks}
+    unit = torch.from_numpy(scale)
+    for part in blocks(val, 100):
+        z = torch.from_numpy(states(projection, store, part, layout))
+        target = select_columns(read_modality(store, part, layout.target_modality), layout.target_index)
+        dense = torch.from_numpy(target.toarray())
+        for penalty, loadings in fits.items():
+            eta = torch.from_numpy(prior / scale).repeat(len(part), 1)
+            for low, high in zip([0, *ranks], ranks, strict=False):
+                eta += z[:, low:high] @ torch.from_numpy(loadings[:, low:high]).T
+                losses[high, penalty] += float(link_loss(eta, dense, unit, layout.direction).sum())
+    return min(losses, key=lambda choice: losses[choice])

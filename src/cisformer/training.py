@@ -1,0 +1,417 @@
+"""Training: from a preprocessed data set to a folder of checkpoints, the best one among them.
+
+Epoch 0 is the closed-form linear model. It is evaluated and saved like every other epoch, and `best` is the epoch of
+lowest validation loss, so that a trained model is never worse than linear on the validation cells.
+
+    save/<date>_<name>/
+        config.yaml           the resolved configuration
+        run.json              data folders and seed
+        metrics.jsonl         one line per epoch
+        epoch0/ epoch1/ …     checkpoints
+        best/                 the best of them
+        training_state.pt     optimizer and scheduler after the last whole epoch, for --resume
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cisformer.config import Config, Direction, default_config, dump_config, load_config
+from cisformer.data.batches import Batch, Layout, TrainingBatches, add_targets, encode_input, prefetch, read_modality
+from cisformer.data.store import CellStore, find_split
+from cisformer.errors import CheckpointError, TrainingError
+from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
+from cisformer.model.cis import CisModel
+from cisformer.model.linear import FeatureCounts, blocks, count_features, fit_linear, link_loss, link_moments
+from cisformer.runtime import atomic_path, progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+VALIDATION_SHARE = 0.1
+STATE = "training_state.pt"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Training and validation cells: a store and the rows of it, each."""
+
+    train: CellStore
+    train_rows: np.ndarray
+    val: CellStore
+    val_rows: np.ndarray
+
+    @classmethod
+    def open(cls, train: str | Path, val: str | Path | None, seed: int) -> Cells:
+        """Open the folders that `data_preprocess` wrote: the whole, or one split.
+
+        Without validation data a tenth of the training cells is set aside, chosen by sorted barcode and seed.
+        """
+        store = CellStore.open(find_split(train, "train") or train)
+        val_path = find_split(train, "val") if val is None else find_split(val, "val") or val
+        if val_path is None:
+            return cls._set_aside(store, seed)
+        val_store = CellStore.open(val_path)
+        check_reference(val_store.reference, store.reference, f"validation data {val_path}")
+        shared = np.intersect1d(store.barcodes, val_store.barcodes)
+        if len(shared):
+            raise TrainingError(
+                f"{len(shared)} cells are in the training and the validation data, such as {shared[0]}",
+                hint="give folders of different cells, as data_preprocess writes them",
+            )
+        return cls(store, np.arange(store.n_cells), val_store, np.arange(val_store.n_cells))
+
+    @classmethod
+    def _set_aside(cls, store: CellStore, seed: int) -> Cells:
+        if store.n_cells < 4:
+            raise TrainingError(f"{store.path} holds {store.n_cells} cells", hint="training needs at least 4")
+        by_barcode = np.argsort(store.barcodes, kind="stable")
+        shuffled = np.random.default_rng([seed, 4]).permutation(by_barcode)
+        n_val = max(1, round(VALIDATION_SHARE * store.n_cells))
+        logger.info("no validation data: %d of %d training cells set aside", n_val, store.n_cells)
+        return cls(store, np.sort(shuffled[n_val:]), store, np.sort(shuffled[:n_val]))
+
+
+def train(
+    data: str | Path,
+    name: str = "cisformer",
+    *,
+    direction: Direction,
+    val_data: str | Path | None = None,
+    save: str | Path = "save",
+    config: Config | str | Path | None = None,
+    model_parameters: str | Path | None = None,
+    resume: str | Path | None = None,
+    cpu: bool = False,
+) -> Checkpoint:
+    """Train a model and return its best checkpoint.
+
+    Parameters
+    ----------
+    data, val_data
+        Folders that `preprocess` wrote.
+    name, save
+        The run goes to `<save>/<date>_<name>`.
+    config
+        A `Config`, a YAML file, or `None` for the defaults of the direction.
+    model_parameters
+        A checkpoint to go on from, with a fresh optimizer; a given config must agree with it.
+    resume
+        The folder of an interrupted run to finish, with its own settings.
+    cpu
+        Stay on the CPU although there is an accelerator.
+
+    Raises
+    ------
+    StoreError, CheckpointError, ReferenceMismatchError
+        The data or the checkpoint cannot be used, or do not belong together.
+    TrainingError
+        Too few cells, or a loss that is not finite.
+    """
+    from accelerate import Accelerator
+
+    settings = _settings(config, direction, resume)
+    cells = Cells.open(data, val_data, settings.training.SEED)
+    first = None
+    if resume is not None:
+        first = _last_epoch(Path(resume), direction)
+    elif model_parameters is not None:
+        given = None if config is None else settings
+        first = load_checkpoint(model_parameters, direction, config=given, reference=cells.train.reference)
+        settings = settings.model_copy(update={"model": first.config.model})
+    tracker = None if settings.training.tracker == "none" else settings.training.tracker
+    accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=str(save))
+    settings = _with_total_gene(settings, cells.train.reference.n_genes)
+    folder = Path(resume) if resume is not None else _new_folder(accelerator, Path(save), name, settings)
+    run = Run(accelerator, cells, settings, direction, folder)
+    run.fit(first, resumed=resume is not None)
+    return load_checkpoint(folder / "best", direction)
+
+
+def _settings(config: Config | str | Path | None, direction: Direction, resume: str | Path | None) -> Config:
+    if resume is not None:
+        return load_config(Path(resume) / "config.yaml", direction)
+    if isinstance(config, Config):
+        return config
+    return default_config(direction) if config is None else load_config(config, direction)
+
+
+def _with_total_gene(config: Config, n_genes: int) -> Config:
+    if config.model.total_gene == n_genes:
+        return config
+    logger.info("total_gene set to the reference's %d genes", n_genes)
+    return config.model_copy(update={"model": config.model.model_copy(update={"total_gene": n_genes})})
+
+
+def _new_folder(accelerator: Accelerator, save: Path, name: str, config: Config) -> Path:
+    """Make `<save>/<date>_<name>`, the same for all processes; characters that no file name takes become `_`."""
+    from accelerate.utils import broadcast_object_list
+
+    safe = re.sub(r"[^\w.+-]+", "_", name).strip("._")[:100] or "cisformer"
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    chosen = [save / f"{stamp}_{safe}"]
+    attempt = 1
+    while chosen[0].exists():
+        attempt += 1
+        chosen = [save / f"{stamp}_{safe}_{attempt}"]
+    broadcast_object_list(chosen)
+    if accelerator.is_main_process:
+        with atomic_path(chosen[0] / "config.yaml") as path:
+            path.write_text(dump_config(config), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    return chosen[0]
+
+
+def _last_epoch(folder: Path, direction: Direction) -> Checkpoint:
+    """Return the checkpoint that `training_state.pt` belongs to, or epoch 0 where training had not begun."""
+    state = folder / STATE
+    epoch = torch.load(state, weights_only=True, mmap=True)["epoch"] if state.is_file() else 0
+    if not (folder / f"epoch{epoch}").is_dir():
+        raise CheckpointError(f"{folder} holds no epoch{epoch} to resume from", hint="start a new run")
+    return load_checkpoint(folder / f"epoch{epoch}", direction)
+
+
+class Run:
+    """One training run: the model, its data, and where it is written."""
+
+    def __init__(
+        self, accelerator: Accelerator, cells: Cells, config: Config, direction: Direction, folder: Path
+    ) -> None:
+        self.accelerator, self.cells, self.config = accelerator, cells, config
+        self.direction, self.folder = direction, folder
+        self.settings = config.training
+        self.history: list[dict[str, Any]] = []
+
+    def fit(self, first: Checkpoint | None, *, resumed: bool) -> None:
+        """Train to the last epoch, or until patience runs out."""
+        torch.manual_seed(self.settings.SEED)
+        checkpoint = first or self._linear_checkpoint()
+        self.layout, self.reference = checkpoint.layout, checkpoint.reference
+        self.start_metrics = {k: v for k, v in checkpoint.metrics.items() if k in ("mean_val_loss", "linear_val_loss")}
+        self._prepare(checkpoint.model)
+        if resumed:
+            self._restore()
+        if not self.history:
+            self._finish_epoch(0, train_loss=float("nan"), seconds=0.0)
+        for epoch in range(len(self.history), self.settings.epoch + 1):
+            if self._out_of_patience():
+                logger.info("no better validation loss for %d epochs: stopped", self.settings.patience)
+                break
+            started = time.perf_counter()
+            train_loss = self._train_epoch(epoch)
+            self._finish_epoch(epoch, train_loss, time.perf_counter() - started)
+        self.accelerator.wait_for_everyone()
+
+    # ---- start -----------------------------------------------------------------------------------------------
+
+    def _linear_checkpoint(self) -> Checkpoint:
+        """Fit the closed form in the main process and hand it to the others through the folder."""
+        folder = self.folder / "linear"
+        if self.accelerator.is_main_process:
+            save_checkpoint(self._fit_linear(), folder)
+        self.accelerator.wait_for_everyone()
+        checkpoint = load_checkpoint(folder, self.direction)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder)
+        return checkpoint
+
+    def _fit_linear(self) -> Checkpoint:
+        store, rows, model = self.cells.train, self.cells.train_rows, self.config.model
+        counts = count_features(store, rows, self.direction)
+        layout = make_layout(counts, self.direction, store)
+        start = fit_linear(
+            store, rows, self.cells.val, self.cells.val_rows, layout, counts,
+            rank=model.linear_rank, ridge=model.linear_ridge, seed=self.settings.SEED,
+        )  # fmt: skip
+        network = CisModel.from_linear(self.config, layout, store.reference, start)
+        metrics = {"linear_rank": start.rank, "linear_ridge": start.ridge}
+        return Checkpoint(network, self.config, store.reference, metrics)
+
+    def _prepare(self, model: torch.nn.Module) -> None:
+        fused = self.accelerator.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=fused
+        )
+        self.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, self.settings.gamma_step, self.settings.gamma)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.batches = TrainingBatches(
+            self.cells.train, self.layout, self.config, self.cells.train_rows,
+            self.accelerator.num_processes, self.accelerator.process_index,
+        )  # fmt: skip
+        if self.settings.tracker != "none":
+            self.accelerator.init_trackers(self.folder.name)
+
+    # ---- epochs ----------------------------------------------------------------------------------------------
+
+    def _train_epoch(self, epoch: int) -> float:
+        """Go over the training cells once; return the mean loss."""
+        self.model.train()
+        # Dropout is drawn afresh from the epoch, so that a resumed run repeats an uninterrupted one.
+        torch.manual_seed(hash((self.settings.SEED, epoch, self.accelerator.process_index)) % 2**63)
+        total, n_cells = 0.0, 0
+        steps = self.batches.n_steps
+        for step, batch in enumerate(progress(self.batches.epoch(epoch), total=steps, desc=f"epoch {epoch}")):
+            rows, together = self.batches.step_rows(epoch, step)
+            loss = self._step(batch.to(self.accelerator.device), len(rows), together, f"epoch {epoch}, batch {step}")
+            total, n_cells = total + loss * together, n_cells + together
+        self.scheduler.step()
+        return total / max(n_cells, 1)
+
+    def _step(self, batch: Batch, n_real: int, together: int, where: str) -> float:
+        """Make one step; return the mean loss of the cells of all processes."""
+        with self.accelerator.autocast():
+            per_cell = self.model(batch).float()
+        share = per_cell[:n_real].sum() / together if n_real else per_cell.sum() * 0
+        mean = float(self.accelerator.reduce(share.detach(), "sum"))
+        if not np.isfinite(mean):
+            raise TrainingError(
+                f"the loss is {mean} at {where}; weights are those of the batch before",
+                hint=f"lower training.lr (now {self.settings.lr:g}), or go on with --resume after that",
+            )
+        # Accelerate averages gradients over processes; a share of the global mean has to be summed instead.
+        self.accelerator.backward(share * self.accelerator.num_processes)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return mean
+
+    def _finish_epoch(self, epoch: int, train_loss: float, seconds: float) -> None:
+        """Validate, record and save an epoch."""
+        losses = self._validate()
+        if epoch == 0 and not self.start_metrics:
+            self.start_metrics = {"linear_val_loss": losses["val_loss"], "mean_val_loss": losses["mean_val_loss"]}
+        rate = len(self.cells.train_rows) / seconds if seconds else None
+        record = {
+            "epoch": epoch,
+            "train_loss": None if np.isnan(train_loss) else train_loss,
+            "val_loss": losses["val_loss"],
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 3),
+            "cells_per_second": rate and round(rate, 1),
+            **self.start_metrics,
+        }
+        self.history.append(record)
+        if self.settings.tracker != "none":
+            self.accelerator.log({k: v for k, v in record.items() if isinstance(v, float)}, step=epoch)
+        if self.accelerator.is_main_process:
+            self._say(record)
+            self._save(record)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Return the validation loss of the model and of the mean profile, over all cells and targets."""
+        network = self.accelerator.unwrap_model(self.model)
+        network.eval()
+        rows = self.cells.val_rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in validation_batches(self.cells.val, rows, self.layout, self.config):
+            on_device = batch.to(self.accelerator.device)
+            mean_only = network.mean_loss(on_device)
+            sums += torch.stack([network(on_device).double().sum(), mean_only.double().sum()]).cpu()
+        total = self.accelerator.reduce(sums.float().to(self.accelerator.device), "sum").cpu().double()
+        total = sums if self.accelerator.num_processes == 1 else total
+        return dict(zip(("val_loss", "mean_val_loss"), (total / len(self.cells.val_rows)).tolist(), strict=True))
+
+    def _out_of_patience(self) -> bool:
+        losses = [record["val_loss"] for record in self.history]
+        return len(losses) - 1 - int(np.argmin(losses)) >= self.settings.patience
+
+    # ---- records ---------------------------------------------------------------------------------------------
+
+    def _say(self, record: dict[str, Any]) -> None:
+        if record["epoch"] == 0:
+            logger.info(
+                "epoch 0 (closed form): validation loss %.5f, mean profile %.5f",
+                record["val_loss"], record["mean_val_loss"],
+            )  # fmt: skip
+            return
+        best = min(self.history, key=lambda r: r["val_loss"])["epoch"]
+        logger.info(
+            "epoch %d: training loss %.5f, validation loss %.5f%s, %.0f cells/s",
+            record["epoch"], record["train_loss"], record["val_loss"],
+            " (best)" if best == record["epoch"] else "", record["cells_per_second"],
+        )  # fmt: skip
+
+    def _save(self, record: dict[str, Any]) -> None:
+        """Write the checkpoint, `best` if it is, the optimizer's state, and the line of metrics, in this order."""
+        network = self.accelerator.unwrap_model(self.model)
+        epoch = record["epoch"]
+        checkpoint = Checkpoint(network, self.config, self.reference, record)
+        folder = save_checkpoint(checkpoint, self.folder / f"epoch{epoch}")
+        if min(self.history, key=lambda r: r["val_loss"])["epoch"] == epoch:
+            save_checkpoint(checkpoint, self.folder / "best")
+        state = {
+            "epoch": epoch,
+            "optimizer": self.optimizer.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": json.dumps(self.history),
+        }
+        with atomic_path(self.folder / STATE) as path:
+            torch.save(state, path)
+        with atomic_path(self.folder / "metrics.jsonl") as path:
+            path.write_text("".join(json.dumps(r) + "\n" for r in self.history), encoding="utf-8")
+        self._forget_old_epochs(folder)
+
+    def _forget_old_epochs(self, newest: Path) -> None:
+        keep = self.settings.keep_epochs
+        old = int(newest.name.removeprefix("epoch")) - keep
+        if keep and old >= 0:
+            shutil.rmtree(self.folder / f"epoch{old}", ignore_errors=True)
+
+    def _restore(self) -> None:
+        """Take optimizer, scheduler and history from the last whole epoch of an interrupted run."""
+        path = self.folder / STATE
+        if not path.is_file():
+            return
+        state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.history = json.loads(state["history"])
+        logger.info("resuming %s after epoch %d", self.folder, state["epoch"])
+
+
+def make_layout(counts: FeatureCounts, direction: Direction, store: CellStore) -> Layout:
+    """Return the features seen in training cells.
+
+    Raises
+    ------
+    TrainingError
+        No feature of a modality was seen.
+    """
+    reference = store.reference
+    sizes = (reference.n_ccres, reference.n_genes)
+    n_input, n_target = sizes if direction == "atac2rna" else sizes[::-1]
+    layout = Layout(direction, np.flatnonzero(counts.n_open), np.flatnonzero(counts.n_seen), n_input, n_target)
+    for index, modality in ((layout.input_index, layout.input_modality), (layout.target_index, layout.target_modality)):
+        if len(index) == 0:
+            raise TrainingError(f"the training cells in {store.path} hold no {modality.upper()} at all", hint="preprocess again")
+    return layout
+
+
+def validation_batches(store: CellStore, rows: np.ndarray, layout: Layout, config: Config) -> Iterator[Batch]:
+    """Yield batches with all targets and a fixed choice of tokens."""
+    limits = config.datapreprocess
+    max_len = None if limits.enc_max_len == "whole" else limits.enc_max_len
+
+    def make(part: np.ndarray) -> Batch:
+        batch = encode_input(read_modality(store, part, layout.input_modality), layout, max_len, None)
+        return add_targets(batch, read_modality(store, part, layout.target_modality), layout)
+
+    makers = [partial(make, part) for part in blocks(rows, config.training.batch_size)]
+    yield from prefetch(makers, config.training.num_workers)
