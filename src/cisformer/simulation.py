@@ -312,7 +312,7 @@ class _Landscape:
         domain = _Domains(ccres, rng)
         shared = rng.normal(size=(domain.number, length))
         gene_loadings = 0.6 * shared[domain.of(genes)] + 0.8 * rng.normal(size=(len(genes), length))
-        gene_base = rng.normal(-3.2, 1.4, len(genes))
+        gene_base = rng.normal(-3.6, 1.4, len(genes))
         ccre_loadings = 0.7 * shared[domain.of(ccres)] + 0.7 * rng.normal(size=(len(ccres), length))
         ccre_loadings *= rng.gamma(1.5, 0.5, (len(ccres), 1))
         ccre_base = rng.normal(-4.4, 1.8, len(ccres))
@@ -364,7 +364,7 @@ def _plant_links(
     gene, ccre, distance = _pairs(genes, ccres, window_bp)
     promoter = np.abs(distance) <= PROMOTER_BP
     weight = (np.abs(distance) + 5_000.0) ** -0.7 / (1 + np.exp(-landscape.ccre_base[ccre])) ** 0.5
-    wanted = rng.binomial(MAX_LINKS, 0.4, len(genes))
+    wanted = rng.binomial(MAX_LINKS, 0.5, len(genes))
     chosen = promoter | _draw_without_replacement(gene, np.where(promoter, 0, weight), wanted, rng)
     gene, ccre, distance, promoter = gene[chosen], ccre[chosen], distance[chosen], promoter[chosen]
     size = np.where(promoter, 0.6, rng.gamma(4.0, 0.35, len(gene)))
