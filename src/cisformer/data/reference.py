@@ -1,0 +1,467 @@
+"""Gene and cCRE vocabularies with coordinates: the built-in ones, one of your own, or a data set's own features."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.resources
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cisformer.data.genome import overlap_pairs, parse_regions, region_names, rename_chroms
+from cisformer.errors import InputError, ReferenceMismatchError
+from cisformer.runtime import atomic_folder, package_version
+
+logger = logging.getLogger(__name__)
+
+BUILT_IN = {"human": "hg38", "mouse": "mm39"}
+FORMAT = "cisformer-reference"
+FORMAT_VERSION = 1
+GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "start", "end", "strand"]
+CCRE_COLUMNS = ["chrom", "start", "end"]
+NAME_COLUMNS = ("gene_name", "gene_names", "gene_symbol", "gene_symbols", "feature_name", "symbol", "name")
+ENSEMBL = r"^(ENS[A-Z]*G\d{11})(?:\.\d+)?$"
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The genes and cCREs that a data set or a model counts in, in fixed order.
+
+    Two references are the same when their fingerprints are.
+
+    Parameters
+    ----------
+    name
+        ``"human"``, ``"mouse"``, ``"dataset"``, or the name of the folder it was built in.
+    genome
+        ``"hg38"``, ``"mm39"``, or ``""`` where unknown.
+    genes
+        Columns ``gene_id, gene_name, chrom, start, end, strand``; one row per gene. Coordinates are 0-based and
+        half-open, and ``"", -1, -1, ""`` where unknown.
+    ccres
+        Columns ``chrom, start, end``; one row per cCRE.
+    """
+
+    name: str
+    genome: str
+    genes: pd.DataFrame
+    ccres: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        for table, wanted, label in (
+            (self.genes, GENE_COLUMNS, "gene"),
+            (self.ccres, CCRE_COLUMNS, "cCRE"),
+        ):
+            if list(table.columns) != wanted:
+                raise InputError(
+                    f"the {label} table of reference {self.name!r} has columns {list(table.columns)}, not {wanted}"
+                )
+            if not len(table):
+                raise InputError(f"reference {self.name!r} has no {label}")
+
+    @property
+    def n_genes(self) -> int:
+        """Number of genes."""
+        return len(self.genes)
+
+    @property
+    def n_ccres(self) -> int:
+        """Number of cCREs."""
+        return len(self.ccres)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over gene ids, names and all coordinates, in order: 64 hex digits."""
+        digest = hashlib.sha256()
+        for table in (self.genes, self.ccres):
+            for column in table.columns:
+                digest.update(_column_bytes(table[column]))
+        return digest.hexdigest()
+
+    @cached_property
+    def gene_labels(self) -> NDArray[np.object_]:
+        """Unique display names: the gene's name, or its id where an earlier gene has that name."""
+        name, gene_id = self.genes["gene_name"], self.genes["gene_id"]
+        return np.where(name.duplicated() | (name == ""), gene_id, name).astype(object)
+
+    @cached_property
+    def ccre_labels(self) -> NDArray[np.object_]:
+        """``chrom:start-end`` of each cCRE."""
+        return region_names(self.ccres)
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether `load_reference(name)` gives this reference, so that it need not be stored with data."""
+        return self.name in BUILT_IN and self.fingerprint == load_reference(self.name).fingerprint
+
+    def describe(self) -> str:
+        """Return one line about the reference for logs."""
+        genome = f", {self.genome}" if self.genome else ""
+        return f"{self.name}{genome}: {self.n_genes:,} genes, {self.n_ccres:,} cCREs"
+
+
+def _column_bytes(column: pd.Series) -> bytes:
+    if pd.api.types.is_integer_dtype(column):
+        return column.to_numpy("<i8").tobytes()
+    codes, names = pd.factorize(column)
+    return codes.astype("<i4").tobytes() + "\n".join(map(str, names)).encode() + b"\0"
+
+
+def load_reference(source: str | Path) -> Reference:
+    """Load a reference.
+
+    Parameters
+    ----------
+    source
+        ``"human"`` (38,244 genes, 1,033,239 cCREs, hg38), ``"mouse"`` (23,234 genes, 262,853 cCREs, mm39), or a
+        folder that `build_reference` or `save_reference` made.
+
+    Raises
+    ------
+    InputError
+        If there is no such reference or the folder is not one.
+    ReferenceMismatchError
+        If the tables in the folder are not those it was saved with.
+    """
+    if str(source) in BUILT_IN:
+        return _load_built_in(str(source))
+    folder = Path(source)
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no reference {str(source)!r}: wanted human, mouse, dataset, or a folder",
+            hint="make a reference of your own with `cisformer build_reference --gtf GTF --peaks BED -o DIR`",
+        )
+    return _load_folder(folder)
+
+
+@lru_cache
+def _load_built_in(name: str) -> Reference:
+    resources = importlib.resources.files("cisformer.resources")
+    genes = _read_genes(io.BytesIO(resources.joinpath(f"{name}_genes.tsv.gz").read_bytes()))
+    packed = np.load(io.BytesIO(resources.joinpath(f"{name}_ccres.npz").read_bytes()))
+    return Reference(name, BUILT_IN[name], genes, _unpack_ccres(packed))
+
+
+def _unpack_ccres(packed: np.lib.npyio.NpzFile) -> pd.DataFrame:
+    """Undo `write_ccres` of scripts/build_resources.py: gaps to the previous cCRE, and widths, as byte planes."""
+    gap, width = (
+        np.ascontiguousarray(packed[key].T).view(dtype).ravel().astype(np.int64)
+        for key, dtype in (("gap", "<u4"), ("width", "<u2"))
+    )
+    counts = packed["counts"]
+    end = np.cumsum(gap + width)
+    first = np.cumsum(counts) - counts
+    end -= np.repeat(np.where(first > 0, end[first - 1], 0), counts)
+    chrom = np.repeat(packed["chroms"].astype(object), counts)
+    return pd.DataFrame({"chrom": chrom, "start": end - width, "end": end})
+
+
+def _read_genes(handle: IO[bytes]) -> pd.DataFrame:
+    text = {column: str for column in ("gene_id", "gene_name", "chrom", "strand")}
+    genes = pd.read_csv(handle, sep="\t", compression="gzip", dtype=text, keep_default_na=False, na_values=[])
+    return genes.astype({"start": np.int64, "end": np.int64})
+
+
+def save_reference(reference: Reference, folder: str | Path) -> None:
+    """Write `genes.tsv.gz`, `ccres.bed.gz` and `reference.json` into `folder`, made where it is missing.
+
+    The same reference gives the same bytes.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for table, name, header in (
+        (reference.genes, "genes.tsv.gz", True),
+        (reference.ccres, "ccres.bed.gz", False),
+    ):
+        text = table.to_csv(sep="\t", index=False, header=header, lineterminator="\n")
+        (folder / name).write_bytes(gzip.compress(text.encode(), 6, mtime=0))
+    about = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "package_version": package_version(),
+        "name": reference.name,
+        "genome": reference.genome,
+        "n_genes": reference.n_genes,
+        "n_ccres": reference.n_ccres,
+        "fingerprint": reference.fingerprint,
+    }
+    (folder / "reference.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _load_folder(folder: Path) -> Reference:
+    try:
+        about = json.loads((folder / "reference.json").read_text())
+        with open(folder / "genes.tsv.gz", "rb") as handle:
+            genes = _read_genes(handle)
+        ccres = pd.read_csv(folder / "ccres.bed.gz", sep="\t", names=CCRE_COLUMNS, dtype={"chrom": str})
+        reference = Reference(about["name"], about["genome"], genes, ccres)
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{folder} is not a reference folder: {error}",
+            hint="make one with `cisformer build_reference --gtf GTF --peaks BED -o DIR`",
+        ) from error
+    if reference.fingerprint != about.get("fingerprint"):
+        raise ReferenceMismatchError(
+            f"the tables in {folder} are not those it was built with (fingerprint {reference.fingerprint[:12]}, "
+            f"saved {str(about.get('fingerprint'))[:12]})",
+            hint="build the reference again",
+        )
+    return reference
+
+
+def build_reference(
+    gtf: str | Path, peaks: str | Path, folder: str | Path, *, force: bool = False
+) -> Reference:
+    """Make a reference from a gene annotation and a list of cCREs, of any genome.
+
+    Parameters
+    ----------
+    gtf
+        GTF file, plain or gzipped; its ``gene`` lines, or where it has none, the extent of each gene's other lines.
+    peaks
+        BED file (at least three columns), plain or gzipped. Identical regions are kept once.
+    folder
+        Where to write it; its name becomes the name of the reference.
+    force
+        Overwrite an existing folder.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, or is not GTF or BED.
+    OutputExistsError
+        If `folder` has something in it and `force` is not given.
+    """
+    genes = read_gtf(gtf)
+    ccres = read_bed(peaks)
+    ccres["chrom"] = rename_chroms(ccres["chrom"], genes["chrom"])
+    if not ccres["chrom"].isin(set(genes["chrom"])).any():
+        raise InputError(
+            f"{gtf} and {peaks} share no chromosome: {_few(genes['chrom'])} and {_few(ccres['chrom'])}",
+            hint="take both of the same genome",
+        )
+    reference = Reference(Path(folder).resolve().name, guess_genome(ccres), genes, ccres)
+    with atomic_folder(folder, force=force) as temporary:
+        save_reference(reference, temporary)
+    return reference
+
+
+def _few(values: pd.Series) -> str:
+    return ", ".join(map(str, pd.unique(values)[:3]))
+
+
+def _open_text(path: str | Path) -> IO[str]:
+    """Open a plain or gzipped text file, whatever its name."""
+    try:
+        with open(path, "rb") as handle:
+            packed = handle.read(2) == b"\x1f\x8b"
+        return gzip.open(path, "rt") if packed else open(path)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}", hint="check the path") from error
+
+
+def read_bed(path: str | Path) -> pd.DataFrame:
+    """Read the regions of a BED file, plain or gzipped: columns ``chrom, start, end``; duplicates kept once."""
+    rows = []
+    with _open_text(path) as handle:
+        for number, line in enumerate(handle, start=1):
+            fields = line.split()
+            if not fields or fields[0] in ("browser", "track") or fields[0].startswith("#"):
+                continue
+            if (
+                len(fields) < 3
+                or not (fields[1].isdigit() and fields[2].isdigit())
+                or int(fields[2]) <= int(fields[1])
+            ):
+                raise InputError(f"{path} line {number} is not a BED region: {line.strip()[:60]!r}")
+            rows.append((fields[0], int(fields[1]), int(fields[2])))
+    return pd.DataFrame(rows, columns=CCRE_COLUMNS).drop_duplicates(ignore_index=True)
+
+
+def read_gtf(path: str | Path) -> pd.DataFrame:
+    """Read the genes of a GTF file, plain or gzipped.
+
+    Returns
+    -------
+    Columns ``gene_id`` (Ensembl versions stripped), ``gene_name``, ``chrom, start, end`` (0-based, half-open),
+    ``strand``; in file order, each gene id once, pseudoautosomal copies on chrY left out.
+    """
+    lines = pd.DataFrame(_gtf_lines(path), columns=["feature", *GENE_COLUMNS])
+    if not len(lines):
+        raise InputError(
+            f"{path} has no GTF line with a gene_id", hint="give a GTF (not GFF3) gene annotation"
+        )
+    genes = lines[lines["feature"] == "gene"]
+    if not len(genes):
+        extent = {column: "first" for column in GENE_COLUMNS} | {"start": "min", "end": "max"}
+        genes = lines.groupby("gene_id", sort=False).agg(extent)
+    genes = genes[~genes["gene_id"].str.endswith("_PAR_Y")]
+    genes = genes.assign(gene_id=strip_versions(genes["gene_id"]))
+    return genes.drop_duplicates("gene_id").reset_index(drop=True)[GENE_COLUMNS]
+
+
+def _gtf_lines(path: str | Path) -> Iterator[tuple[str, str, str, str, int, int, str]]:
+    gene_id = re.compile(r'gene_id "([^"]*)"')
+    gene_name = re.compile(r'gene_name "([^"]*)"|(?<!\w)gene "([^"]*)"')
+    with _open_text(path) as handle:
+        for line in handle:
+            fields = line.split("\t")
+            identity = gene_id.search(fields[8]) if len(fields) >= 9 else None
+            if line.startswith("#") or identity is None:
+                continue
+            name = gene_name.search(fields[8])
+            label = (name.group(1) or name.group(2)) if name else identity.group(1)
+            strand = fields[6] if fields[6] in "+-" else ""
+            yield fields[2], identity.group(1), label, fields[0], int(fields[3]) - 1, int(fields[4]), strand
+
+
+def strip_versions(ids: pd.Series) -> pd.Series:
+    """Strip the version of Ensembl gene ids (``ENSG00000223972.6``); other names stay as they are."""
+    return ids.astype(str).str.replace(ENSEMBL, r"\1", regex=True)
+
+
+def gene_identity(var: pd.DataFrame) -> pd.DataFrame:
+    """Find ids and names of genes in an AnnData's `var`.
+
+    Returns
+    -------
+    Columns ``gene_id`` (Ensembl id without version where the index or a column of `var` has one, else the name) and
+    ``gene_name`` (a column of `NAME_COLUMNS` where the index holds ids, else the index); one row per feature.
+    """
+    index = strip_versions(pd.Series(var.index.astype(str)))
+    gene_id, gene_name = index, index
+    if not index.str.match(ENSEMBL).mean() > 0.5:
+        for column in var.columns:
+            values = strip_versions(pd.Series(var[column].to_numpy()))
+            if values.str.match(ENSEMBL).mean() > 0.5:
+                gene_id = values.where(values.str.match(ENSEMBL), index)
+                break
+    else:
+        column = next((name for name in NAME_COLUMNS if name in var), None)
+        if column is not None:
+            gene_name = pd.Series(var[column].to_numpy()).astype(str)
+    return pd.DataFrame({"gene_id": gene_id.to_numpy(object), "gene_name": gene_name.to_numpy(object)})
+
+
+def peak_regions(var: pd.DataFrame) -> pd.DataFrame:
+    """Find the regions of peaks in an AnnData's `var`: its index, 10x ``interval``, or ``chrom, start, end``."""
+    try:
+        return parse_regions(var.index)
+    except InputError:
+        if "interval" in var:
+            return parse_regions(var["interval"])
+        if not set(CCRE_COLUMNS) <= set(var.columns):
+            raise
+        return _coordinate_columns(var, CCRE_COLUMNS)
+
+
+def _coordinate_columns(var: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    frame = var[columns].reset_index(drop=True)
+    text = {column: str if column in ("chrom", "strand") else np.int64 for column in columns}
+    return frame.astype(text)
+
+
+def dataset_reference(
+    rna_var: pd.DataFrame, atac_var: pd.DataFrame, gtf: str | Path | None = None
+) -> Reference:
+    """Take a data set's own genes and peaks as the reference.
+
+    Parameters
+    ----------
+    rna_var, atac_var
+        `var` of both modalities. Features given twice are one.
+    gtf
+        Gene annotation of the data's genome. Without it, gene coordinates come from ``chrom, start, end, strand`` of
+        `rna_var`, else from the built-in annotation by id, then name, where the peaks look like its genome, else from
+        the 10x column ``interval`` (whose strand is unknown).
+
+    Returns
+    -------
+    Genes without coordinates stay in the reference, but lie in no window.
+    """
+    ccres = peak_regions(atac_var).drop_duplicates(ignore_index=True)
+    genome = guess_genome(ccres)
+    genes = gene_identity(rna_var)
+    coordinates = _gene_coordinates(rna_var, genes, genome, gtf)
+    genes = pd.concat([genes, coordinates], axis=1).drop_duplicates("gene_id", ignore_index=True)
+    genes["chrom"] = rename_chroms(genes["chrom"], ccres["chrom"])
+    unknown = int((genes["start"] < 0).sum())
+    if unknown:
+        logger.warning(
+            "%d of %d genes have no coordinates and get no cis window%s",
+            unknown, len(genes), "" if gtf else "; --gtf can give them",
+        )  # fmt: skip
+    return Reference("dataset", genome, genes, ccres)
+
+
+def _gene_coordinates(
+    var: pd.DataFrame, genes: pd.DataFrame, genome: str, gtf: str | Path | None
+) -> pd.DataFrame:
+    wanted = GENE_COLUMNS[2:]
+    if gtf is not None:
+        return look_up_genes(genes, read_gtf(gtf))
+    if set(wanted) <= set(var.columns):
+        return _coordinate_columns(var, wanted)
+    found = pd.DataFrame({"chrom": "", "start": -1, "end": -1, "strand": ""}, index=genes.index)
+    species = next((name for name, built_in in BUILT_IN.items() if built_in == genome), None)
+    if species is not None:
+        found = look_up_genes(genes, load_reference(species).genes)
+    missing = (found["start"] < 0).to_numpy()
+    for columns in (["interval"], CCRE_COLUMNS):
+        if missing.any() and set(columns) <= set(var.columns):
+            rows = var[missing]
+            given = (
+                parse_regions(rows["interval"])
+                if columns == ["interval"]
+                else _coordinate_columns(rows, columns)
+            )
+            found.loc[missing, CCRE_COLUMNS] = given.to_numpy()
+            break
+    return found.astype({"start": np.int64, "end": np.int64})
+
+
+def look_up_genes(genes: pd.DataFrame, annotation: pd.DataFrame) -> pd.DataFrame:
+    """Find the coordinates of `genes` in `annotation` by id, then by name (the first of that name).
+
+    Returns
+    -------
+    Columns ``chrom, start, end, strand``, one row per gene; ``"", -1, -1, ""`` where neither is found.
+    """
+    row = pd.Index(annotation["gene_id"]).get_indexer(pd.Index(genes["gene_id"]))
+    named = annotation.drop_duplicates("gene_name")
+    position = pd.Index(named["gene_name"]).get_indexer(pd.Index(genes["gene_name"]))
+    row = np.where(row < 0, np.where(position < 0, -1, named.index.to_numpy()[position]), row)
+    found = annotation[GENE_COLUMNS[2:]].take(np.maximum(row, 0)).reset_index(drop=True)
+    found[row < 0] = ["", -1, -1, ""]
+    return found
+
+
+def guess_genome(regions: pd.DataFrame) -> str:
+    """Guess the genome of peaks: ``"hg38"``, ``"mm39"``, or ``""`` where they fit neither.
+
+    Peaks of the same genome overlap the built-in cCREs far more often than the same peaks moved by 20 kb do: of real
+    hg38 data 76-96 % against 41-45 %, while of hg19 data 34 % against 32 %.
+    """
+    shares = {BUILT_IN[name]: coverage(regions, load_reference(name).ccres) for name in BUILT_IN}
+    genome, (share, chance) = max(shares.items(), key=lambda item: item[1][0] - item[1][1])
+    return genome if share > 0.1 and share > 1.25 * chance else ""
+
+
+def coverage(regions: pd.DataFrame, ccres: pd.DataFrame, most: int = 20_000) -> tuple[float, float]:
+    """Return the share of `regions` that overlap a cCRE, as they are and moved by 20 kb, from at most `most` of them."""
+    sample = regions.iloc[:: max(1, len(regions) // most)].reset_index(drop=True)
+    sample["chrom"] = rename_chroms(sample["chrom"], ccres["chrom"])
+    moved = sample.assign(start=sample["start"] + 20_000, end=sample["end"] + 20_000)
+    share, chance = (len(np.unique(overlap_pairs(part, ccres)[0])) / len(part) for part in (sample, moved))
+    return share, chance
