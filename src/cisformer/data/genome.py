@@ -183,7 +183,7 @@ def signed_distance(
 
 
 def rename_chroms(chrom: pd.Series, known: Iterable[str]) -> pd.Series:
-    """Spell chromosomes as `known` does where only the prefix differs: ``1`` and ``chr1``, ``MT`` and ``chrM``.
+    """Spell chromosomes as `known` does, where only the prefix differs: ``1``, ``chr1``; ``MT``, ``chrM``.
 
     Names without a counterpart in `known` stay as they are.
     """
