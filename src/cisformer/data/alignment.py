@@ -1,0 +1,282 @@
+"""Bring a user's genes and peaks onto a reference, by sparse matrix products.
+
+A gene goes to the reference gene of its id or name; a peak opens every cCRE that it shares a base with, or,
+where it is itself a cCRE of the reference, that one alone. Both are a matrix features x reference, so that
+aligning cells is one product: order of cells and features does not matter, features given twice are summed.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from cisformer.data.genome import overlap_pairs, rename_chroms
+from cisformer.data.reference import (
+    BUILT_IN,
+    ENSEMBL,
+    Reference,
+    coverage,
+    gene_identity,
+    guess_genome,
+    peak_regions,
+)
+from cisformer.errors import InputError
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+MIN_SHARE_FOUND = 0.5
+"""Below this share of features found, the input is of another species, genome or naming."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairedCells:
+    """Cells with both modalities, on a reference.
+
+    Parameters
+    ----------
+    rna
+        Counts [n_cells, n_genes].
+    atac
+        1 where a cCRE is open [n_cells, n_ccres].
+    obs
+        Annotation of the cells, indexed by barcode.
+    """
+
+    rna: sp.csr_matrix
+    atac: sp.csr_matrix
+    obs: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        if not self.rna.shape[0] == self.atac.shape[0] == len(self.obs):
+            raise ValueError(
+                f"{self.rna.shape[0]} cells of RNA, {self.atac.shape[0]} of ATAC, {len(self.obs)} annotated"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """Where each feature of a data set lies in a reference.
+
+    Parameters
+    ----------
+    features
+        ``"genes"`` or ``"peaks"``.
+    matrix
+        1 where the feature is, or overlaps, the reference's [n_features, n_reference].
+    id_type
+        What the features are named by, in words.
+    notes
+        What was done that the user should know, one line each.
+    """
+
+    features: str
+    matrix: sp.csr_matrix
+    id_type: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n_features(self) -> int:
+        """Number of features in the data set."""
+        return self.matrix.shape[0]
+
+    @property
+    def n_found(self) -> int:
+        """Number of them that the reference has."""
+        return int(np.count_nonzero(np.diff(self.matrix.indptr)))
+
+    @property
+    def share_found(self) -> float:
+        """`n_found` as a share of all."""
+        return self.n_found / max(self.n_features, 1)
+
+    def apply(self, cells: sp.csr_matrix) -> sp.csr_matrix:
+        """Align cells.
+
+        Parameters
+        ----------
+        cells
+            [n_cells, n_features], values > 0 where stored.
+
+        Returns
+        -------
+        float32 [n_cells, n_reference], indices sorted and unique: counts of genes, 1 for open cCREs.
+        """
+        aligned = sp.csr_matrix(cells.astype(np.float32, copy=False) @ self.matrix)
+        if not aligned.data.all():
+            aligned.eliminate_zeros()
+        if self.features == "peaks":
+            aligned.data[:] = 1
+        aligned.sort_indices()
+        return aligned
+
+
+def map_genes(var: pd.DataFrame, reference: Reference) -> FeatureMap:
+    """Find the genes of `var` in a reference: by id, then by name, then by name in another case.
+
+    Ensembl versions are ignored. Names are compared without case only where they do not look like those of
+    another species, since most human and mouse genes share a name but for its case.
+    """
+    identity = gene_identity(var)
+    row = _look_up(reference.genes["gene_id"], identity["gene_id"])
+    _fill(row, _look_up(reference.genes["gene_name"], identity["gene_name"]))
+    n_exact = int((row >= 0).sum())
+    id_type, species = describe_genes(identity["gene_id"])
+    if reference.name not in BUILT_IN or species in ("", reference.name):
+        _fill(row, _look_up(reference.genes["gene_name"].str.upper(), identity["gene_name"].str.upper()))
+    found = np.flatnonzero(row >= 0)
+    notes = []
+    if len(found) > n_exact:
+        notes.append(f"{len(found) - n_exact:,} genes found by name in another case")
+    if n_twice := len(found) - len(np.unique(row[found])):
+        notes.append(f"{n_twice:,} genes are given more than once; their counts are summed")
+    shape = (len(var), reference.n_genes)
+    return FeatureMap("genes", _incidence(found, row[found], shape), id_type, tuple(notes))
+
+
+def _look_up(known: pd.Series, wanted: pd.Series) -> NDArray[np.int64]:
+    """Return the first row of `known` that holds each text of `wanted`, or -1."""
+    first = known.drop_duplicates()
+    position = pd.Index(first).get_indexer(pd.Index(wanted))
+    return np.where(position < 0, -1, first.index.to_numpy(np.int64)[position])
+
+
+def _fill(row: NDArray[np.int64], other: NDArray[np.int64]) -> None:
+    """Fill the -1 of `row` from `other`, in place."""
+    missing = row < 0
+    row[missing] = other[missing]
+
+
+def _incidence(rows: NDArray[np.int64], columns: NDArray[np.int64], shape: tuple[int, int]) -> sp.csr_matrix:
+    return sp.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=shape)
+
+
+def describe_genes(names: pd.Series) -> tuple[str, str]:
+    """Say what genes are named by, and guess whose they are.
+
+    Returns
+    -------
+    A phrase such as ``"mouse Ensembl ids"``, and ``"human"``, ``"mouse"`` or ``""``.
+    """
+    if names.str.match(ENSEMBL).mean() > 0.5:
+        human, mouse = names.str.match("ENSG").mean() > 0.5, names.str.match("ENSMUSG").mean() > 0.5
+        species = "human" if human else "mouse" if mouse else ""
+        return f"{species or 'other'} Ensembl ids", species
+    if names.str.match(r"[A-Z][A-Z0-9]*[A-Z0-9.\-orf]*$").mean() > 0.5:
+        return "human gene symbols", "human"
+    if names.str.match(r"[A-Z][a-z0-9]+").mean() > 0.5:
+        return "mouse gene symbols", "mouse"
+    return "gene symbols", ""
+
+
+def map_peaks(var: pd.DataFrame, reference: Reference) -> FeatureMap:
+    """Find the cCREs of a reference that each peak of `var` opens: those it shares at least one base with.
+
+    A peak that is itself in the reference opens that cCRE alone. Chromosomes match with or without ``chr``.
+    """
+    peaks = peak_regions(var)
+    peaks["chrom"] = rename_chroms(peaks["chrom"], reference.ccres["chrom"])
+    peak, ccre = overlap_pairs(peaks, reference.ccres)
+    same = _same_region(peaks, reference.ccres, peak, ccre)
+    has_same = np.zeros(len(peaks), bool)
+    has_same[peak[same]] = True
+    kept = same | ~has_same[peak]
+    notes = []
+    if len(var) and ":" not in str(var.index[0]) and "interval" not in var:
+        notes.append(f"peaks are named like {var.index[0]!r}; read as chrom:start-end")
+    shape = (len(peaks), reference.n_ccres)
+    return FeatureMap("peaks", _incidence(peak[kept], ccre[kept], shape), "regions", tuple(notes))
+
+
+def _same_region(
+    left: pd.DataFrame, right: pd.DataFrame, left_row: NDArray[np.int64], right_row: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return which pairs of overlapping regions are the same region."""
+    ends = (left[side].to_numpy()[left_row] == right[side].to_numpy()[right_row] for side in ("start", "end"))
+    return np.logical_and(*ends)
+
+
+def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str) -> None:
+    """Raise `InputError` where fewer than half of the features are in the reference, saying what they are."""
+    if found.share_found >= MIN_SHARE_FOUND:
+        return
+    head = f"{label}: only {found.n_found:,} of {found.n_features:,} {found.features}"
+    if found.features == "genes":
+        example = ", ".join(map(str, var.index[:3]))
+        raise InputError(
+            f"{head} are in the {reference.name} reference; they look like {found.id_type} ({example})",
+            hint=_other_reference(describe_genes(gene_identity(var)["gene_id"])[1], reference),
+        )
+    peaks = peak_regions(var)
+    share, chance = coverage(peaks, reference.ccres)
+    genome = guess_genome(peaks)
+    looks = f"like {genome}" if genome else "unlike hg38 and mm39"
+    species = next((name for name, built_in in BUILT_IN.items() if built_in == genome), "")
+    raise InputError(
+        f"{head} overlap a cCRE of the {reference.name} reference ({share:.0%}; {chance:.0%} when "
+        f"moved by 20 kb, that is by chance); they look {looks}",
+        hint=_other_reference(species, reference),
+    )
+
+
+def _other_reference(species: str, reference: Reference) -> str:
+    if species and species != reference.name:
+        return f"use --reference {species}"
+    own = (
+        "take the data's own features with --reference dataset, or make one with `cisformer build_reference`"
+    )
+    return own if reference.name not in BUILT_IN else f"lift the data over to {reference.genome}, {own}"
+
+
+def align_rna(adata: AnnData, reference: Reference, label: str = "RNA") -> sp.csr_matrix:
+    """Align the counts of an AnnData (see `read_rna`) to the genes of a reference.
+
+    Returns
+    -------
+    float32 [n_cells, n_genes], indices sorted and unique.
+
+    Raises
+    ------
+    InputError
+        If fewer than half of its genes are in the reference.
+    """
+    return _align(adata, map_genes(adata.var, reference), reference, label)
+
+
+def align_atac(adata: AnnData, reference: Reference, label: str = "ATAC") -> sp.csr_matrix:
+    """Align the open peaks of an AnnData (see `read_atac`) to the cCREs of a reference.
+
+    Returns
+    -------
+    float32 [n_cells, n_ccres] of ones, indices sorted and unique.
+
+    Raises
+    ------
+    InputError
+        If fewer than half of its peaks overlap a cCRE of the reference.
+    """
+    return _align(adata, map_peaks(adata.var, reference), reference, label)
+
+
+def _align(adata: AnnData, found: FeatureMap, reference: Reference, label: str) -> sp.csr_matrix:
+    require_found(found, adata.var, reference, label)
+    log_found(found, reference, label)
+    return found.apply(sp.csr_matrix(adata.X))
+
+
+def log_found(found: FeatureMap, reference: Reference, label: str) -> None:
+    """Log how many features the reference has, and the notes."""
+    logger.info(
+        "%s: %d of %d %s (%s) are in the %s reference",
+        label, found.n_found, found.n_features, found.features, found.id_type, reference.name,
+    )  # fmt: skip
+    for note in found.notes:
+        logger.info("%s: %s", label, note)

@@ -1,0 +1,399 @@
+"""Preprocessed cells on disk: a folder per split, with `.pt` shards of CSR tensors, and how they are read.
+
+A split folder holds
+
+- ``<direction>_0.pt``, ``<direction>_1.pt``, …: whole cells, both modalities, nothing sampled: ``rna_indptr``,
+  ``rna_indices``, ``rna_values`` (counts), ``atac_indptr``, ``atac_indices``, ``atac_values`` (1);
+- ``barcodes.txt``, one per cell; ``cell_info.tsv`` with what the input said of them (not for shuffled cells);
+- ``reference/``, where the reference is not a built-in one;
+- ``manifest.json``: format, sizes, reference fingerprint, checksums of the shards, and where it all came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+
+from cisformer.config import Direction
+from cisformer.data.alignment import PairedCells
+from cisformer.data.reference import Reference, load_reference, save_reference
+from cisformer.data.spool import Spool, write_shard
+from cisformer.errors import ReferenceMismatchError, StoreError
+from cisformer.runtime import atomic_folder, sha256_file
+from cisformer.runtime import provenance as current_provenance
+
+FORMAT = "cisformer-cells"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+SplitName = Literal["train", "val", "test", "all"]
+Modality = Literal["rna", "atac"]
+
+
+class CellStore:
+    """Preprocessed cells, memory-mapped.
+
+    Opened with `CellStore.open`. Rows of the shards opened are numbered through, 0 to `n_cells` - 1. May be sent to
+    other processes, which map the files anew.
+
+    Parameters
+    ----------
+    folder
+        A split folder.
+    manifest
+        The content of its ``manifest.json``.
+    shards
+        Which of the manifest's shards to read.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], shards: slice = slice(None)) -> None:
+        self.path = folder
+        self.manifest = manifest
+        self._slice = shards
+        self._about = manifest["shards"][shards]
+        sizes = [shard["n_cells"] for shard in manifest["shards"]]
+        first = sum(sizes[: shards.start or 0])
+        self._offsets = np.concatenate([[0], np.cumsum(sizes[shards])]).astype(np.int64)
+        self._rows = slice(first, first + int(self._offsets[-1]))
+        self._shards = [_open_shard(folder / shard["file"], shard) for shard in self._about]
+
+    @classmethod
+    def open(cls, path: str | Path) -> CellStore:
+        """Open a split folder, its manifest, or one ``.pt`` shard in it.
+
+        Raises
+        ------
+        StoreError
+            If `path` is none of them, or a file is missing, cut short, or of a later format.
+        """
+        path = Path(path)
+        folder = path if path.is_dir() else path.parent
+        manifest = _read_manifest(path, folder)
+        if path.suffix != ".pt":
+            return cls(folder, manifest)
+        names = [shard["file"] for shard in manifest["shards"]]
+        if path.name not in names:
+            raise StoreError(
+                f"{path} is not among the shards of {folder / MANIFEST}: {', '.join(names[:3])}",
+                hint="give the folder, or one of its shards",
+            )
+        number = names.index(path.name)
+        return cls(folder, manifest, slice(number, number + 1))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CellStore, (self.path, self.manifest, self._slice)
+
+    def __repr__(self) -> str:
+        return f"CellStore({str(self.path)!r}, n_cells={self.n_cells:,})"
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return int(self._offsets[-1])
+
+    @property
+    def direction(self) -> Direction:
+        """The direction that the cells were preprocessed for; shards of both directions are alike."""
+        return self.manifest["direction"]
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The genes and cCREs that the cells are counted in.
+
+        Raises
+        ------
+        ReferenceMismatchError
+            If it is no longer the one that the cells were aligned to.
+        """
+        about = self.manifest["reference"]
+        reference = load_reference(about["name"] if about["built_in"] else self.path / "reference")
+        if reference.fingerprint != about["fingerprint"]:
+            raise ReferenceMismatchError(
+                f"{self.path} was aligned to another {about['name']} reference "
+                f"({about['fingerprint'][:12]}) than the present one ({reference.fingerprint[:12]})",
+                hint="preprocess the data again",
+            )
+        return reference
+
+    @cached_property
+    def barcodes(self) -> NDArray[np.object_]:
+        """Barcode of each cell, as str."""
+        lines = (self.path / "barcodes.txt").read_text().splitlines()
+        if len(lines) != self.manifest["n_cells"]:
+            raise StoreError(
+                f"{self.path / 'barcodes.txt'} has {len(lines)} lines for {self.manifest['n_cells']} cells",
+                hint="preprocess the data again",
+            )
+        return np.array(lines[self._rows], dtype=object)
+
+    @cached_property
+    def cell_info(self) -> pd.DataFrame:
+        """What the input's `obs` said, columns suffixed ``_rna`` and ``_atac``; no columns for shuffled cells."""
+        path = self.path / "cell_info.tsv"
+        if not path.exists():
+            return pd.DataFrame(index=pd.Index(self.barcodes, name="barcode"))
+        table = pd.read_csv(
+            path, sep="\t", index_col=0, dtype={0: str}, keep_default_na=False, na_values=[""]
+        )
+        return table.iloc[self._rows]
+
+    def rna(self, rows: NDArray[np.int64]) -> sp.csr_matrix:
+        """Return the counts of cells, float32 [len(rows), n_genes]; rows in any order, repeats allowed."""
+        return self._read(np.asarray(rows, np.int64), "rna", self.manifest["reference"]["n_genes"])
+
+    def atac(self, rows: NDArray[np.int64]) -> sp.csr_matrix:
+        """Return the open cCREs of cells, float32 ones [len(rows), n_ccres]; rows in any order, repeats allowed."""
+        return self._read(np.asarray(rows, np.int64), "atac", self.manifest["reference"]["n_ccres"])
+
+    def _read(self, rows: NDArray[np.int64], modality: Modality, n_features: int) -> sp.csr_matrix:
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.n_cells:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of a store of {self.n_cells} cells")
+        shard_of = np.searchsorted(self._offsets, rows, side="right") - 1
+        used = np.unique(shard_of)
+        parts = [
+            self._shards[shard].rows(rows[shard_of == shard] - self._offsets[shard], modality, n_features)
+            for shard in used
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return sp.csr_matrix((0, n_features), dtype=np.float32)
+        gathered = np.argsort(shard_of, kind="stable")
+        return sp.csr_matrix(sp.vstack(parts, format="csr")[np.argsort(gathered, kind="stable")])
+
+    def verify(self) -> None:
+        """Compare every shard with its checksum; reads all of it, about 1 GB a second.
+
+        Raises
+        ------
+        StoreError
+            Naming the first shard that differs.
+        """
+        for shard in self._about:
+            if sha256_file(self.path / shard["file"]) != shard["sha256"]:
+                raise _damaged(self.path / shard["file"], "its checksum differs from the manifest's")
+
+
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """One memory-mapped `.pt` file."""
+
+    path: Path
+    arrays: dict[str, NDArray]
+
+    def rows(self, rows: NDArray[np.int64], modality: Modality, n_features: int) -> sp.csr_matrix:
+        indptr, indices = self.arrays[f"{modality}_indptr"], self.arrays[f"{modality}_indices"]
+        start, end = indptr[rows], indptr[rows + 1]
+        spans = [slice(low, high) for low, high in zip(start.tolist(), end.tolist(), strict=True)]
+        index = np.concatenate([indices[span] for span in spans]) if spans else indices[:0]
+        if len(index) and not 0 <= index.min() <= index.max() < n_features:
+            raise _damaged(self.path, f"it holds features outside 0 to {n_features - 1}")
+        if modality == "atac":
+            value = np.ones(len(index), np.float32)
+        else:
+            values = self.arrays["rna_values"]
+            value = np.concatenate([values[span] for span in spans]) if spans else values[:0]
+        pointer = np.concatenate([[0], np.cumsum(end - start)])
+        return sp.csr_matrix((value.astype(np.float32, copy=False), index, pointer), (len(rows), n_features))
+
+
+def _open_shard(path: Path, about: dict[str, Any]) -> _Shard:
+    if not path.exists():
+        raise StoreError(f"{path} is missing", hint="restore it, or preprocess the data again")
+    if path.stat().st_size != about["bytes"]:
+        raise _damaged(path, f"it has {path.stat().st_size:,} bytes, the manifest says {about['bytes']:,}")
+    try:
+        tensors = torch.load(path, mmap=True, weights_only=True)
+    except Exception as error:
+        raise _damaged(path, f"torch cannot load it ({type(error).__name__})") from error
+    return _Shard(path, {name: tensor.numpy() for name, tensor in tensors.items()})
+
+
+def _damaged(path: Path, what: str) -> StoreError:
+    return StoreError(f"{path} is damaged: {what}", hint="restore the file, or preprocess the data again")
+
+
+def _read_manifest(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except OSError as error:
+        splits = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
+        raise StoreError(
+            f"{path} is not a data set made by `cisformer data_preprocess`: no {MANIFEST} in {folder}",
+            hint=f"give one of its folders: {', '.join(splits)}" if splits else "run data_preprocess first",
+        ) from error
+    except ValueError as error:
+        raise StoreError(f"{folder / MANIFEST} is damaged: {error}", hint="preprocess again") from error
+    if manifest.get("format") != FORMAT:
+        raise StoreError(
+            f"{folder / MANIFEST} does not describe preprocessed cells", hint="give another folder"
+        )
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise StoreError(
+            f"{folder} has format version {manifest['format_version']}; this cisformer reads up to {FORMAT_VERSION}",
+            hint="upgrade cisformer",
+        )
+    return manifest
+
+
+def find_split(path: str | Path, split: SplitName, direction: Direction | None = None) -> Path | None:
+    """Find the folder of a split.
+
+    Parameters
+    ----------
+    path
+        What was given to ``data_preprocess --save_dir``, or any split folder or shard in it.
+    split
+        The split wanted.
+    direction
+        Which direction's, where both were preprocessed. The cells are the same.
+
+    Returns
+    -------
+    The folder, or `None` if there is none.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    base = folder.parent if (folder / MANIFEST).exists() else folder
+    own = folder.name.rpartition("_")[0]
+    names = [f"{name}_{split}" for name in (direction, own, "rna2atac", "atac2rna") if name]
+    return next((base / name for name in names if (base / name / MANIFEST).exists()), None)
+
+
+def write_store(
+    folder: str | Path,
+    blocks: Iterable[PairedCells],
+    reference: Reference,
+    *,
+    direction: Direction,
+    cnt: int = 10_000,
+    cell_info: bool = True,
+    provenance: dict[str, Any] | None = None,
+    split: SplitName = "all",
+    force: bool = False,
+) -> CellStore:
+    """Write aligned cells to a split folder, in the order given.
+
+    Parameters
+    ----------
+    folder
+        The split folder; made whole or not at all.
+    blocks
+        The cells; one block is held at a time.
+    reference
+        What they are aligned to.
+    direction
+        Names the shards.
+    cnt
+        Most cells in a shard.
+    cell_info
+        Whether to write ``cell_info.tsv`` from the blocks' `obs`.
+    provenance
+        Further entries of the manifest's ``provenance``.
+    split
+        Which split this is.
+    force
+        Overwrite an existing folder.
+
+    Raises
+    ------
+    OutputExistsError
+        If `folder` has something in it and `force` is not given.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        parked = stack.enter_context(tempfile.TemporaryDirectory(prefix=".spool", dir=folder.parent))
+        rna = stack.enter_context(Spool(Path(parked), with_values=True))
+        atac = stack.enter_context(Spool(Path(parked), with_values=False))
+        obs = []
+        for block in blocks:
+            rna.append(block.rna)
+            atac.append(block.atac)
+            obs.append(block.obs)
+        info = pd.concat(obs)
+        cells = ParkedCells(rna, atac, np.arange(len(info)), np.arange(len(info)), info)
+        about = {"split": split, "provenance": current_provenance(**(provenance or {}))}
+        return write_split(folder, cells, reference, direction, cnt, about, cell_info=cell_info, force=force)
+
+
+@dataclass(frozen=True, eq=False)
+class ParkedCells:
+    """Cells in two spools: which row of each is which cell, and what is known of the cells."""
+
+    rna: Spool
+    atac: Spool
+    rna_rows: NDArray[np.int64]
+    atac_rows: NDArray[np.int64]
+    obs: pd.DataFrame
+
+    def take(self, cells: NDArray[np.int64]) -> ParkedCells:
+        """Return some of the cells, in the given order."""
+        return ParkedCells(
+            self.rna, self.atac, self.rna_rows[cells], self.atac_rows[cells], self.obs.iloc[cells]
+        )
+
+
+def write_split(
+    folder: Path,
+    cells: ParkedCells,
+    reference: Reference,
+    direction: Direction,
+    cnt: int,
+    about: dict[str, Any],
+    *,
+    cell_info: bool,
+    force: bool,
+) -> CellStore:
+    """Write one split folder; `about` goes into its manifest. See `write_store`."""
+    n_cells = len(cells.obs)
+    built_in = reference.is_built_in
+    with atomic_folder(folder, force=force) as temporary:
+        shards = []
+        for number, start in enumerate(range(0, n_cells, cnt)):
+            path = temporary / f"{direction}_{number}.pt"
+            part = cells.take(np.arange(start, min(start + cnt, n_cells)))
+            sizes = write_shard(path, part.rna, part.atac, part.rna_rows, part.atac_rows)
+            shards.append(
+                {"file": path.name, **sizes, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            )
+        (temporary / "barcodes.txt").write_text("".join(f"{barcode}\n" for barcode in cells.obs.index))
+        if cell_info:
+            cells.obs.to_csv(temporary / "cell_info.tsv", sep="\t", index_label="barcode")
+        if not built_in:
+            save_reference(reference, temporary / "reference")
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "direction": direction,
+            "n_cells": n_cells,
+            "reference": reference_record(reference, built_in=built_in),
+            "shards": shards,
+            **about,
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return CellStore.open(folder)
+
+
+def reference_record(reference: Reference, *, built_in: bool) -> dict[str, Any]:
+    """Return what a manifest says of its reference."""
+    return {
+        "name": reference.name,
+        "genome": reference.genome,
+        "built_in": built_in,
+        "n_genes": reference.n_genes,
+        "n_ccres": reference.n_ccres,
+        "fingerprint": reference.fingerprint,
+    }
