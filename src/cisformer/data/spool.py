@@ -153,8 +153,8 @@ def _indptr(spool: Spool, rows: NDArray[np.int64]) -> NDArray[np.int64]:
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], contents: list[Iterator[NDArray]]) -> None:
     """Write what `torch.save(tensors, path)` writes, with the values streamed from `contents`.
 
-    `torch` lays the file out and leaves room for the storages (`torch.serialization.skip_data`); the memory of
-    the tensors is never touched, so that they may be larger than the machine's.
+    `torch` lays the file out and leaves room for the storages (`torch.serialization.skip_data`); the memory
+    of the tensors is never touched, so that they may be larger than the machine's.
 
     Parameters
     ----------

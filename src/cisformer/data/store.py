@@ -2,11 +2,11 @@
 
 A split folder holds
 
-- ``<direction>_0.pt``, ``<direction>_1.pt``, …: whole cells, both modalities, nothing sampled: ``rna_indptr``,
-  ``rna_indices``, ``rna_values`` (counts), ``atac_indptr``, ``atac_indices``, ``atac_values`` (1);
+- ``<direction>_0.pt``, ``<direction>_1.pt``, …: whole cells, both modalities, nothing sampled:
+  ``rna_indptr, rna_indices, rna_values`` (counts), ``atac_indptr, atac_indices, atac_values`` (1);
 - ``barcodes.txt``, one per cell; ``cell_info.tsv`` with what the input said of them (not for shuffled cells);
 - ``reference/``, where the reference is not a built-in one;
-- ``manifest.json``: format, sizes, reference fingerprint, checksums of the shards, and where it all came from.
+- ``manifest.json``: format, sizes, reference fingerprint, checksums of the shards, where it all came from.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ Modality = Literal["rna", "atac"]
 class CellStore:
     """Preprocessed cells, memory-mapped.
 
-    Opened with `CellStore.open`. Rows of the shards opened are numbered through, 0 to `n_cells` - 1. May be sent to
-    other processes, which map the files anew.
+    Opened with `CellStore.open`. Rows of the shards opened are numbered through, 0 to `n_cells` - 1. May be
+    sent to other processes, which map the files anew.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ class CellStore:
 
     @cached_property
     def cell_info(self) -> pd.DataFrame:
-        """What the input's `obs` said, columns suffixed ``_rna`` and ``_atac``; no columns for shuffled cells."""
+        """What the input's `obs` said, columns suffixed ``_rna`` and ``_atac``; none for shuffled cells."""
         path = self.path / "cell_info.tsv"
         if not path.exists():
             return pd.DataFrame(index=pd.Index(self.barcodes, name="barcode"))
@@ -154,7 +154,7 @@ class CellStore:
         return self._read(np.asarray(rows, np.int64), "rna", self.manifest["reference"]["n_genes"])
 
     def atac(self, rows: NDArray[np.int64]) -> sp.csr_matrix:
-        """Return the open cCREs of cells, float32 ones [len(rows), n_ccres]; rows in any order, repeats allowed."""
+        """Return the open cCREs of cells, float32 ones [len(rows), n_ccres]; rows as for `rna`."""
         return self._read(np.asarray(rows, np.int64), "atac", self.manifest["reference"]["n_ccres"])
 
     def _read(self, rows: NDArray[np.int64], modality: Modality, n_features: int) -> sp.csr_matrix:
@@ -242,7 +242,7 @@ def _read_manifest(path: Path, folder: Path) -> dict[str, Any]:
         )
     if manifest["format_version"] > FORMAT_VERSION:
         raise StoreError(
-            f"{folder} has format version {manifest['format_version']}; this cisformer reads up to {FORMAT_VERSION}",
+            f"{folder} has format version {manifest['format_version']}; wanted {FORMAT_VERSION} or lower",
             hint="upgrade cisformer",
         )
     return manifest
