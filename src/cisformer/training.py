@@ -35,7 +35,8 @@ from cisformer.data.store import CellStore, find_split
 from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
-from cisformer.model.linear import FeatureCounts, blocks, count_features, fit_linear, link_loss, link_moments
+from cisformer.model.linear import FeatureCounts, blocks, count_features, fit_linear
+from cisformer.model.local import Windows, fit_local
 from cisformer.runtime import atomic_path, progress
 
 if TYPE_CHECKING:
@@ -236,9 +237,15 @@ class Run:
         layout = make_layout(counts, self.direction, store)
         start = fit_linear(
             store, rows, self.cells.val, self.cells.val_rows, layout, counts,
-            rank=model.linear_rank, ridge=model.linear_ridge, seed=self.settings.SEED,
+            rank=min(model.linear_rank, model.emb_rank), ridge=model.linear_ridge, seed=self.settings.SEED,
         )  # fmt: skip
-        network = CisModel.from_linear(self.config, layout, store.reference, start)
+        windows = local = None
+        if self.direction == "atac2rna":
+            windows = Windows.of(store.reference, layout, model.cis_window)
+            local = fit_local(
+                store, rows, self.cells.val, self.cells.val_rows, layout, start, windows, self.settings.SEED
+            )
+        network = CisModel.from_start(self.config, layout, start, windows, local)
         metrics = {"linear_rank": start.rank, "linear_ridge": start.ridge}
         return Checkpoint(network, self.config, store.reference, metrics)
 

@@ -60,6 +60,9 @@ class LatentPool(nn.Module):
         n_cells = len(token_BTR)
         n_latents, heads, width = self.query_LHR.shape
         query = self.query_LHR.reshape(1, 1, n_latents * heads, width).expand(n_cells, -1, -1, -1)
+        if self.training and self.dropout:
+            # Hiding tokens is dropout on attention that keeps the fused kernel.
+            mask_BT = mask_BT & (torch.rand_like(token_BTR[..., 0]) >= self.dropout)
         # A row with nothing to attend to would be NaN: it may look at its (zero) first slot.
         mask = mask_BT | ~mask_BT.any(dim=1, keepdim=True)
         pooled = F.scaled_dot_product_attention(
@@ -67,7 +70,6 @@ class LatentPool(nn.Module):
             token_BTR[:, None],
             token_BTR[:, None],
             attn_mask=mask[:, None, None],
-            dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out(pooled.reshape(n_cells, n_latents, heads * width))
 

@@ -20,7 +20,8 @@ from cisformer.config import Config, Direction, dump_config, load_config
 from cisformer.data.batches import Layout
 from cisformer.data.reference import Reference, load_reference, save_reference
 from cisformer.errors import CheckpointError, ReferenceMismatchError
-from cisformer.model.cis import CisModel, Windows
+from cisformer.model.cis import CisModel
+from cisformer.model.local import Windows
 from cisformer.runtime import atomic_folder, provenance, sha256_file
 
 FORMAT = "cisformer-checkpoint"
@@ -93,7 +94,7 @@ def _manifest(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
             "n_genes": reference.n_genes,
             "n_ccres": reference.n_ccres,
         },
-        "linear_rank": checkpoint.model.loadings.shape[1],
+        "linear_rank": checkpoint.model.projection.components.shape[1],
         "sha256": sha256,
         "metrics": checkpoint.metrics,
         "provenance": provenance(seed=checkpoint.config.training.SEED),

@@ -1,10 +1,11 @@
 """The default architecture: a linear model, a latent transformer and cis attention, added on the link scale.
 
-    eta[i, f] = prior[f] / scale[f] + <z[i], B[f]> + <h[i], E[f]> + cis[i, f]
+    eta[i, f] = prior[f] / scale[f] + bias[f] + <z[i] + h[i], B[f]> + cis[i, f]
 
-z are white principal components of the cell's input (fixed), B starts in closed form, h comes from latents that
-attend to the cell's tokens, and cis (ATAC→RNA only) from each gene's attention to the open cCREs near it. h and cis
-start at exactly zero, so the untrained model *is* the linear one.
+z are white principal components of the cell's input (fixed, followed by zeros up to the embedding's width), B starts
+in closed form in their columns, h comes from latents that attend to the cell's tokens and moves the cell in the same
+space, and cis (ATAC→RNA only) comes from the open cCREs near each gene: a weight per pair, started in closed form,
+and attention. h and the attention start at exactly zero: the untrained model *is* the linear one.
 
 Shapes: B cells, N tokens, L latents, R embedding width, K components, F targets, E edges, H heads, D head width.
 """
@@ -13,54 +14,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cisformer.config import Config, Model
 from cisformer.data.batches import Batch, Layout, dense_targets, ragged_rows
-from cisformer.data.genome import signed_distance, window_pairs
-from cisformer.data.reference import Reference
 from cisformer.model.attention import Block, LatentPool, pad_ragged, segment_softmax
 from cisformer.model.linear import LinearStart, Projection, link_loss
-
-DISTANCE_EDGES_BP = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The cCREs near each gene, listed by cCRE, among the features a model knows.
-
-    Attributes
-    ----------
-    indptr
-        Where each cCRE's pairs start; int64 [n_input + 1].
-    gene
-        Target number of each pair; int64 [W].
-    distance
-        Signed distance of the cCRE's middle to the TSS in bp, negative upstream; int64 [W].
-    """
-
-    indptr: np.ndarray
-    gene: np.ndarray
-    distance: np.ndarray
-
-    @classmethod
-    def of(cls, reference: Reference, layout: Layout, window_bp: int) -> Windows:
-        """Find all pairs of known genes and known cCREs within `window_bp` of the gene body."""
-        genes = reference.genes.iloc[layout.target_index].reset_index(drop=True)
-        ccres = reference.ccres.iloc[layout.input_index].reset_index(drop=True)
-        gene, ccre = window_pairs(genes, ccres, window_bp)
-        order = np.lexsort((gene, ccre))
-        gene, ccre = gene[order], ccre[order]
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(ccre, minlength=len(ccres)))])
-        return cls(indptr.astype(np.int64), gene.astype(np.int64), signed_distance(genes, ccres, gene, ccre))
-
-    @property
-    def distance_bin(self) -> np.ndarray:
-        """Signed, log-spaced bin of every pair; int64 [W]."""
-        edges = np.array(DISTANCE_EDGES_BP)
-        return np.digitize(self.distance, np.concatenate([-edges[::-1], edges])).astype(np.int64)
+from cisformer.model.local import DISTANCE_EDGES_BP, LocalStart, Windows
+LOADING_STD = 0.05
+"""Of loadings beyond the linear start, where only h reaches them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +37,8 @@ class CisAttention:
         Batch row, target number, input number, and number within `Windows` of each edge; int64 [E].
     weight, value
         Attention weight and what it multiplies; float [E, H]. Weights of a (cell, gene, head) sum to less than 1.
+    local
+        The closed-form-started weight of the pair; float [E].
     """
 
     cell: Tensor
@@ -81,18 +47,23 @@ class CisAttention:
     pair: Tensor
     weight: Tensor
     value: Tensor
+    local: Tensor
+
+    @property
+    def contribution(self) -> Tensor:
+        """What each edge adds to its gene's eta; float [E]."""
+        return (self.weight * self.value).sum(dim=1) + self.local
 
     @property
     def effect(self) -> Tensor:
-        """Change of the gene's eta if this one cCRE closed, its weight going to the rest; float [E].
+        """Change of the gene's eta if this one cCRE closed, its attention going to the rest; float [E].
 
         Exact without another pass: per head, out' = (out − w·v) / (1 − w), so out' − out = w (out − v) / (1 − w).
         """
-        key = torch.stack([self.cell, self.gene])
-        _, segment = torch.unique(key, dim=1, return_inverse=True)
-        out = self.weight.new_zeros(int(segment.max()) + 1 if len(segment) else 0, self.weight.shape[1])
+        _, segment = torch.unique(torch.stack([self.cell, self.gene]), dim=1, return_inverse=True)
+        out = self.weight.new_zeros(len(segment), self.weight.shape[1])
         out = out.index_add(0, segment, self.weight * self.value)
-        return (self.weight * (out[segment] - self.value) / (1 - self.weight)).sum(dim=1)
+        return (self.weight * (out[segment] - self.value) / (1 - self.weight)).sum(dim=1) - self.local
 
 
 class CellEncoder(nn.Module):
@@ -153,10 +124,12 @@ def attended_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class CisPath(nn.Module):
-    """Genes attend to the open cCREs in their window: scores from embeddings and distance, and a null slot.
+    """What the open cCREs near a gene add to it.
 
-    A score is <q_gene + q_cell, k_cCRE> plus a bias of the signed distance; a value is <o_gene, v_cCRE> plus one free
-    number per (gene, cCRE) pair. `o` and the pairs' numbers start at zero.
+    Two terms: a sum of one weight per (gene, cCRE) pair over the open ones, started in closed form (`local`), and
+    attention of the gene to them, started at zero. An attention score is <q_gene + q_cell, k_cCRE> plus a bias of the
+    signed distance; a value is <o_gene, v_cCRE>. Products of gene and cCRE are taken once per distinct pair of a
+    batch, so that an edge costs only its softmax.
     """
 
     def __init__(self, n_input: int, n_target: int, windows: Windows, model: Model) -> None:
@@ -171,11 +144,17 @@ class CisPath(nn.Module):
         self.cell_query = nn.Linear(width, inner, bias=False)
         self.distance_bias = nn.Embedding(2 * len(DISTANCE_EDGES_BP) + 1, heads)
         self.null = nn.Parameter(torch.zeros(heads))
-        self.pair_value = nn.Parameter(torch.zeros(len(windows.gene)))
+        self.pair_weight = nn.Parameter(torch.zeros(len(windows.gene)))
         self.window_indptr: Tensor
         self.window_gene: Tensor
+        self.window_ccre: Tensor
         self.window_bin: Tensor
-        for name, array in (("indptr", windows.indptr), ("gene", windows.gene), ("bin", windows.distance_bin)):
+        for name, array in (
+            ("indptr", windows.indptr),
+            ("gene", windows.gene),
+            ("ccre", windows.ccre),
+            ("bin", windows.distance_bin),
+        ):
             self.register_buffer(f"window_{name}", torch.from_numpy(array), persistent=False)
         for embedding in (self.ccre, self.gene):
             nn.init.normal_(embedding.weight, std=0.5)
@@ -184,37 +163,41 @@ class CisPath(nn.Module):
 
     def forward(self, batch: Batch, h_BR: Tensor, n_columns: int, column: Tensor | None) -> Tensor:
         """Return cis, float [B, S]; `column` [F] gives the place of each target among the drawn ones, or −1."""
-        edges, segment = self.edges(batch, h_BR, n_columns, column)
+        edges = self.edges(batch, h_BR, column)
+        place = edges.gene if column is None else column[edges.gene]
         out = h_BR.new_zeros(batch.n_cells * n_columns)
-        out = out.index_add(0, segment, (edges.weight * edges.value).sum(dim=1))
-        return out.reshape(batch.n_cells, n_columns)
+        return out.index_add(0, edges.cell * n_columns + place, edges.contribution).reshape(batch.n_cells, n_columns)
 
-    def edges(
-        self, batch: Batch, h_BR: Tensor, n_columns: int, column: Tensor | None
-    ) -> tuple[CisAttention, Tensor]:
-        """Return the attention of every (cell, gene, open cCRE) edge, and the edge's segment in [B × S]."""
-        token, pair = self.window_edges(batch)
-        gene = self.window_gene[pair]
-        place = gene if column is None else column[gene]
+    def edges(self, batch: Batch, h_BR: Tensor, column: Tensor | None) -> CisAttention:
+        """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn."""
+        token_E, pair_E = self._window_edges(batch)
         if column is not None:
-            keep = place >= 0
-            token, pair, gene, place = token[keep], pair[keep], gene[keep], place[keep]
+            drawn = column[self.window_gene[pair_E]] >= 0
+            token_E, pair_E = token_E[drawn], pair_E[drawn]
+        pair_W, slot_E = _distinct(pair_E, len(self.pair_weight))
+        score_WH, value_WH = self._pair_terms(pair_W)
+        ccre_U, slot_N = _distinct(batch.index, len(self.window_indptr) - 1)
         cell_N = ragged_rows(batch.indptr, len(batch.index))
-        ccre_U, slot_N = torch.unique(batch.index, return_inverse=True)
-        embedding_UR = self.ccre(ccre_U)
-        key_UHD, value_UHD = self._heads(self.key(embedding_UR)), self._heads(self.value(embedding_UR))
-        query_GHD, out_GHD = self._heads(self.query(self.gene.weight)), self._heads(self.out(self.gene.weight))
-        state_BHD = self._heads(self.cell_query(h_BR))
-        state_NH = (state_BHD[cell_N] * key_UHD[slot_N]).sum(dim=-1)
-        slot, cell = slot_N[token], cell_N[token]
-        score_EH = (query_GHD[gene] * key_UHD[slot]).sum(dim=-1) + state_NH[token]
-        score_EH = score_EH * self.head_dim**-0.5 + self.distance_bias(self.window_bin[pair])
-        value_EH = (out_GHD[gene] * value_UHD[slot]).sum(dim=-1) + self.pair_value[pair, None]
-        segment = cell * n_columns + place
-        weight_EH = segment_softmax(score_EH.float(), segment, batch.n_cells * n_columns, self.null)
-        return CisAttention(cell, gene, batch.index[token], pair, weight_EH, value_EH), segment
+        key_UHD = self._heads(self.key(self.ccre(ccre_U)))
+        state_NH = (self._heads(self.cell_query(h_BR))[cell_N] * key_UHD[slot_N]).sum(dim=-1) * self.head_dim**-0.5
+        cell_E, gene_E = cell_N[token_E], self.window_gene[pair_E]
+        segment_E = cell_E * len(self.gene.weight) + gene_E
+        score_EH = score_WH[slot_E] + state_NH[token_E]
+        weight_EH = segment_softmax(score_EH.float(), segment_E, batch.n_cells * len(self.gene.weight), self.null)
+        return CisAttention(
+            cell_E, gene_E, batch.index[token_E], pair_E, weight_EH, value_WH[slot_E], self.pair_weight[pair_E]
+        )
 
-    def window_edges(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _pair_terms(self, pair_W: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the score (without the cell's share) and the value of distinct pairs, float [W, H] each."""
+        gene_W, ccre_W = self.window_gene[pair_W], self.window_ccre[pair_W]
+        embedding_WR, gene_GR = self.ccre(ccre_W), self.gene.weight
+        query_WHD, key_WHD = self._heads(self.query(gene_GR)[gene_W]), self._heads(self.key(embedding_WR))
+        out_WHD, value_WHD = self._heads(self.out(gene_GR)[gene_W]), self._heads(self.value(embedding_WR))
+        score_WH = (query_WHD * key_WHD).sum(dim=-1) * self.head_dim**-0.5 + self.distance_bias(self.window_bin[pair_W])
+        return score_WH, (out_WHD * value_WHD).sum(dim=-1)
+
+    def _window_edges(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return token number and pair number of every (open cCRE, gene near it); int64 [E] each."""
         start, stop = self.window_indptr[batch.index], self.window_indptr[batch.index + 1]
         count = stop - start
@@ -225,6 +208,14 @@ class CisPath(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim))
+
+
+def _distinct(number: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the distinct values of `number` (each < n), ascending, and the place of each entry among them."""
+    present = torch.zeros(n, dtype=torch.bool, device=number.device)
+    present[number] = True
+    place = torch.cumsum(present, 0) - 1
+    return present.nonzero().squeeze(1), place[number]
 
 
 class CisModel(nn.Module):
@@ -243,24 +234,27 @@ class CisModel(nn.Module):
         self.scale: Tensor
         self.register_buffer("prior", torch.zeros(n_target))
         self.register_buffer("scale", torch.ones(n_target))
-        self.loadings = nn.Parameter(torch.zeros(n_target, rank))
+        self.bias = nn.Parameter(torch.zeros(n_target))
+        self.loadings = nn.Parameter(torch.randn(n_target, model.emb_rank) * LOADING_STD)
         self.encoder = CellEncoder(n_input, rank, layout.input_modality == "rna", model)
-        self.target = nn.Embedding(n_target, model.emb_rank)
-        nn.init.normal_(self.target.weight, std=model.emb_rank**-0.5)
         self.cis = None if windows is None else CisPath(n_input, n_target, windows, model)
 
     @classmethod
-    def from_linear(cls, config: Config, layout: Layout, reference: Reference, start: LinearStart) -> CisModel:
-        """Build a model that gives the linear model's predictions."""
-        windows = None
-        if layout.direction == "atac2rna":
-            windows = Windows.of(reference, layout, config.model.cis_window)
-        model = cls(config, layout, start.loadings.shape[1], windows)
+    def from_start(
+        cls, config: Config, layout: Layout, start: LinearStart, windows: Windows | None, local: LocalStart | None
+    ) -> CisModel:
+        """Build a model that gives the closed-form model's predictions."""
+        rank = start.loadings.shape[1]
+        model = cls(config, layout, rank, windows)
         model.projection.load_state_dict(start.projection.state_dict())
         with torch.no_grad():
             model.prior.copy_(torch.from_numpy(start.prior))
             model.scale.copy_(torch.from_numpy(start.scale))
-            model.loadings.copy_(torch.from_numpy(start.loadings))
+            model.loadings[:, :rank] = torch.from_numpy(start.loadings)
+            if model.cis is not None and local is not None:
+                model.loadings[:, :rank] += torch.from_numpy(local.loadings)
+                model.bias.copy_(torch.from_numpy(local.bias))
+                model.cis.pair_weight.copy_(torch.from_numpy(local.weight))
         return model
 
     def cell_states(self, batch: Batch) -> Tensor:
@@ -272,9 +266,9 @@ class CisModel(nn.Module):
         z_BK = self.projection(batch)
         h_BR = self.encoder(batch, z_BK)
         columns = slice(None) if batch.columns is None else batch.columns
-        weight_SX = torch.cat([self.loadings[columns], self.target.weight[columns]], dim=1)
-        prior_S = (self.prior / self.scale)[columns]
-        eta_BS = torch.addmm(prior_S, torch.cat([z_BK, h_BR], dim=1), weight_SX.T)
+        place_BR = h_BR + F.pad(z_BK, (0, h_BR.shape[1] - z_BK.shape[1]))
+        prior_S = (self.prior / self.scale + self.bias)[columns]
+        eta_BS = torch.addmm(prior_S, place_BR, self.loadings[columns].T)
         if self.cis is None:
             return eta_BS
         return eta_BS + self.cis(batch, h_BR, len(prior_S), self._places(batch))
@@ -310,4 +304,4 @@ class CisModel(nn.Module):
         """Return each edge's attention and value (in units of `scale`); ATAC→RNA only."""
         assert self.cis is not None
         h_BR = self.encoder(batch, self.projection(batch))
-        return self.cis.edges(batch, h_BR, len(self.prior), None)[0]
+        return self.cis.edges(batch, h_BR, None)
