@@ -1,10 +1,10 @@
 """Scores of a prediction: exact, vectorised, and in blocks, so that a million cCREs need no dense matrix.
 
-Every function takes `predicted` and `truth` as cells × features. A prediction may be a numpy array, a sparse
-matrix (what it does not store is zero) or anything else with `shape` and slicing, `predicted[a:b, :]` and
-`predicted[:, a:b]`, such as :class:`cisformer.baselines.Product`. `axis=0` scores each feature across cells,
-`axis=1` each cell across features. A score that is not defined (no positive, no negative, a constant truth) is
-NaN.
+Every function takes `predicted` and `truth` as cells × features. A prediction may be a numpy array, a
+sparse matrix (what it does not store is zero) or anything else with `shape` and slicing, `predicted[a:b,
+:]` and `predicted[:, a:b]`, such as :class:`cisformer.baselines.Product`. `axis=0` scores each feature
+across cells, `axis=1` each cell across features. A score that is not defined (no positive, no negative, a
+constant truth) is NaN.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def ranking_scores(predicted: Matrix, truth: Matrix, *, axis: Axis = 0) -> Ranki
     Notes
     -----
     Equal to `sklearn.metrics.roc_auc_score` and `average_precision_score`. Both are sums over the positives
-    alone: AUROC is their mid-ranks (Mann–Whitney), average precision is the mean over positives of the precision
-    at their own score. So one sort of the scores and one search per positive suffice, and zeros that a sparse
-    prediction does not store are counted, never made.
+    alone: AUROC is their mid-ranks (Mann–Whitney), average precision is the mean over positives of the
+    precision at their own score. So one sort of the scores and one search per positive suffice, and zeros
+    that a sparse prediction does not store are counted, never made.
     """
     _check_shapes(predicted, truth)
     columns = _as_csc(truth) if axis == 0 else _as_csc(sp.csr_matrix(truth).T)
@@ -228,8 +228,8 @@ def probability_scores(
 ) -> ProbabilityScores:
     """Score probabilities [cells × features] against 0/1 truth: log-loss, Brier, calibration.
 
-    For the logarithm probabilities are clipped to [`floor`, 1 − `floor`]; a sparse prediction's missing entries
-    are probabilities of zero and are clipped like the others.
+    For the logarithm probabilities are clipped to [`floor`, 1 − `floor`]; a sparse prediction's missing
+    entries are probabilities of zero and are clipped like the others.
     """
     _check_shapes(predicted, truth)
     n_cells, n_features = predicted.shape
@@ -395,7 +395,8 @@ def log_fold_changes(means: np.ndarray, sizes: np.ndarray, offset: float | None)
     sizes
         Cells in each group.
     offset
-        Added before log2 (accessibility: 0.01); None for values that are logarithms already (plain difference).
+        Added before log2 (accessibility: 0.01); None for values that are logarithms already (plain
+        difference).
     """
     total = sizes @ means
     rest = (total - sizes[:, None] * means) / (sizes.sum() - sizes)[:, None]
