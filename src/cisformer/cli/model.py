@@ -1,0 +1,154 @@
+"""Commands that make configurations, train models and predict with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+
+from cisformer.cli.common import CONTEXT
+
+if TYPE_CHECKING:
+    from cisformer.config import Direction
+
+CONFIG_DIR = Path("cisformer_config")
+
+
+@click.command("generate_default_config", context_settings=CONTEXT)
+@click.option("--preset", type=click.Choice(["default", "small"]), default="default", show_default=True,
+              help="Size of the model: as documented, or one that trains in minutes on a laptop.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Overwrite an existing cisformer_config.")
+def generate_default_config(preset: Any, force: bool) -> None:
+    """Generate default config files in ./cisformer_config."""
+    from cisformer.config import DIRECTIONS, default_config, dump_config
+    from cisformer.launch import detect_accelerate_config
+    from cisformer.runtime import atomic_folder
+
+    with atomic_folder(CONFIG_DIR, force=force) as folder:
+        accelerate = json.dumps(detect_accelerate_config(), indent=2)
+        (folder / "accelerate_config.yaml").write_text(accelerate + "\n", encoding="utf-8")
+        for direction in DIRECTIONS:
+            text = dump_config(default_config(direction, preset))
+            (folder / f"{direction}_config.yaml").write_text(text, encoding="utf-8")
+    for name in ("accelerate_config.yaml", "atac2rna_config.yaml", "rna2atac_config.yaml"):
+        click.echo(f"wrote {CONFIG_DIR / name}")
+
+
+def _config_path(given: str | None, direction: Direction) -> Path | None:
+    """Return the config to use: the one given, the one of the working folder, or `None` for the defaults."""
+    default = CONFIG_DIR / f"{direction}_config.yaml"
+    return Path(given) if given else default if default.is_file() else None
+
+
+def _train(direction: Direction, accelerate_config: str | None, config_file: str | None, **options: Any) -> None:
+    from cisformer.launch import relaunched
+
+    done, cpu = relaunched(accelerate_config)
+    if done:
+        return
+    from cisformer.training import train
+
+    best = train(direction=direction, config=_config_path(config_file, direction), cpu=cpu, **options)
+    metrics = best.metrics
+    click.echo(
+        f"best: epoch {metrics['epoch']}, validation loss {metrics['val_loss']:.5f} "
+        f"(linear start {metrics['linear_val_loss']:.5f}, mean profile {metrics['mean_val_loss']:.5f})"
+    )
+    click.echo(f"wrote {best.folder}")
+
+
+def _training_options(command: Any) -> Any:
+    """Options of both training commands."""
+    for option in reversed((
+        click.option("-n", "--name", required=True, help="Project name."),
+        click.option("-s", "--save", default="./save", show_default=True, help="Save directory."),
+        click.option("-c", "--config_file", help="Config file.  [default: cisformer_config/<direction>_config.yaml]"),
+        click.option("-m", "--model_parameters", help="Load previous model: a checkpoint to go on from."),
+        click.option("--resume", help="Finish an interrupted run: its folder under the save directory."),
+        click.option("--accelerate_config", help="Accelerate config.  [default: cisformer_config/accelerate_config.yaml]"),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@click.command("atac2rna_train", context_settings=CONTEXT)
+@click.option("-d", "--data_dir", required=True, help="Data directory, as data_preprocess wrote it.")
+@_training_options
+def atac2rna_train(data_dir: str, accelerate_config: str | None, config_file: str | None, **options: Any) -> None:
+    """Train ATAC ➝ RNA prediction model."""
+    _train("atac2rna", accelerate_config, config_file, data=data_dir, **options)
+
+
+@click.command("rna2atac_train", context_settings=CONTEXT)
+@click.option("-t", "--train_data_dir", required=True, help="Training data directory.")
+@click.option("-v", "--val_data_dir", required=True, help="Validation data directory.")
+@_training_options
+def rna2atac_train(
+    train_data_dir: str, val_data_dir: str, accelerate_config: str | None, config_file: str | None, **options: Any
+) -> None:
+    """Train RNA ➝ ATAC prediction model."""
+    _train("rna2atac", accelerate_config, config_file, data=train_data_dir, val_data=val_data_dir, **options)
+
+
+def _predict(direction: Direction, model: str, config_file: str | None, output: Path, **options: Any) -> None:
+    from cisformer.config import load_config
+    from cisformer.model.checkpoint import load_checkpoint
+    from cisformer.prediction import predict
+
+    wanted = load_config(config_file, direction) if config_file else None
+    checkpoint = load_checkpoint(model, direction, config=wanted)
+    written = predict(checkpoint, output=output, **options)
+    click.echo(f"wrote {written}")
+
+
+_MODEL = click.option("-m", "--model_parameters", required=True, help="Previous trained model parameters.")
+_OUTPUT = click.option("-o", "--output_dir", default="./output", show_default=True, help="Output directory.")
+_CONFIG = click.option("-c", "--config_file", help="Config file to compare with the checkpoint's own, which is used.")
+_FORCE = click.option("--force", is_flag=True, help="Overwrite an existing output.")
+_WORKERS = click.option("--num_workers", default=2, show_default=True, help="Number of workers.")
+
+
+@click.command("atac2rna_predict", context_settings=CONTEXT)
+@click.option("-d", "--data", required=True,
+              help="Data file: a .pt shard, a folder of shards, or ATAC cells (.h5ad, .h5mu, 10x .h5).")  # fmt: skip
+@_MODEL
+@_OUTPUT
+@click.option("-n", "--name", default="cisformer_predicted_rna", show_default=True, help="Output name.")
+@_CONFIG
+@click.option("--batch_size", default=64, show_default=True, help="Batch size.")
+@_WORKERS
+@_FORCE
+def atac2rna_predict(
+    data: str, model_parameters: str, output_dir: str, name: str, config_file: str | None, **options: Any
+) -> None:
+    """Predict gene expression from ATAC."""
+    _predict("atac2rna", model_parameters, config_file, Path(output_dir) / f"{name}.h5ad", data=data, **options)
+
+
+@click.command("rna2atac_predict", context_settings=CONTEXT)
+@click.option("-r", "--rna_file", required=True,
+              help="RNA cells: .h5ad, .h5mu, 10x .h5, or a folder of preprocessed cells.")  # fmt: skip
+@_MODEL
+@_OUTPUT
+@click.option("-n", "--name", default="cisformer_predicted_atac", show_default=True, help="Output name.")
+@_CONFIG
+@click.option("--rna_len", default=3600, show_default=True, help="Number of non-zero expressed genes to be used.")
+@click.option("--batch_size", default=2, show_default=True, help="Batch size.")
+@_WORKERS
+@click.option("--min_prob", default=0.001, show_default=True, help="Leave probabilities below out of the file.")
+@click.option("--binarize", is_flag=True, help="Write open/closed: each cell's likeliest cCREs, as many as expected.")
+@_FORCE
+def rna2atac_predict(
+    rna_file: str,
+    model_parameters: str,
+    output_dir: str,
+    name: str,
+    config_file: str | None,
+    rna_len: int,
+    **options: Any,
+) -> None:
+    """Predict chromatin accessibility from RNA."""
+    output = Path(output_dir) / f"{name}.h5ad"
+    _predict("rna2atac", model_parameters, config_file, output, data=rna_file, max_tokens=rna_len, **options)

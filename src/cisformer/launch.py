@@ -1,0 +1,129 @@
+"""Re-run a command under `accelerate launch` where the Accelerate config asks for several processes.
+
+The file is the one that `generate_default_config` writes (JSON inside YAML, as Accelerate reads it). What it asks for
+is compared with what the machine has: missing devices give a warning and the devices that are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cisformer.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+DEFAULT_CONFIG = Path("cisformer_config/accelerate_config.yaml")
+_INSIDE = "CISFORMER_LAUNCHED"
+
+
+def accelerate_config(n_gpus: int, *, mps: bool = False, bf16: bool = False) -> dict[str, Any]:
+    """Return an Accelerate config for a machine with `n_gpus` CUDA devices, with the keys of the documentation."""
+    return {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": "MULTI_GPU" if n_gpus > 1 else "MPS" if mps else "NO",
+        "downcast_bf16": False,
+        "gpu_ids": ",".join(map(str, range(n_gpus))) if n_gpus else "all",
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "mixed_precision": ("bf16" if bf16 else "fp16") if n_gpus else "no",
+        "num_machines": 1,
+        "num_processes": max(1, n_gpus),
+        "rdzv_backend": "static",
+        "same_network": True,
+        "tpu_use_cluster": False,
+        "tpu_use_sudo": False,
+        "use_cpu": not n_gpus and not mps,
+        "main_process_port": 29934,
+    }
+
+
+def detect_accelerate_config() -> dict[str, Any]:
+    """Return the Accelerate config that fits this machine."""
+    import torch
+
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    bf16 = n_gpus > 0 and torch.cuda.is_bf16_supported()
+    return accelerate_config(n_gpus, mps=torch.backends.mps.is_available(), bf16=bf16)
+
+
+def read_accelerate_config(path: str | Path) -> dict[str, Any]:
+    """Read an Accelerate config file.
+
+    Raises
+    ------
+    ConfigError
+        It is missing or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the Accelerate config {path}: {' '.join(str(error).split())}",
+            hint="make one with `cisformer generate_default_config` or `accelerate config`",
+        ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"the Accelerate config {path} holds no keys", hint="compare it with a generated one")
+    return content
+
+
+def wants_cpu(config: dict[str, Any]) -> bool:
+    """Whether the config says to stay on the CPU."""
+    return bool(config.get("use_cpu", False))
+
+
+def n_usable_processes(config: dict[str, Any], n_gpus: int) -> int:
+    """Return how many processes to start; warn where the config names devices that are not there."""
+    wanted = int(config.get("num_processes") or 1)
+    if wants_cpu(config):
+        return wanted
+    named = [d for d in str(config.get("gpu_ids", "all")).split(",") if d.strip().isdigit()]
+    missing = [d for d in named if int(d) >= n_gpus]
+    distributed = config.get("distributed_type", "NO") not in ("NO", "MPS")
+    if (missing or wanted > n_gpus) and (distributed or n_gpus):
+        found = f"{n_gpus} GPU{'s' if n_gpus != 1 else ''}" if n_gpus else "no GPU"
+        logger.warning(
+            "the Accelerate config asks for %s, this machine has %s: running on %s",
+            f"GPU {', '.join(named)}" if named else f"{wanted} processes", found, "one GPU" if n_gpus else "the CPU",
+        )  # fmt: skip
+        return 1
+    return wanted
+
+
+def relaunched(config_path: str | Path | None) -> tuple[bool, bool]:
+    """Run this very command under `accelerate launch` if its config asks for it.
+
+    Parameters
+    ----------
+    config_path
+        The Accelerate config; `None` for `cisformer_config/accelerate_config.yaml` if it is there.
+
+    Returns
+    -------
+    done, cpu
+        Whether other processes did the work, and whether the config says to stay on the CPU.
+    """
+    if config_path is None and not DEFAULT_CONFIG.is_file():
+        return False, False
+    path = Path(config_path or DEFAULT_CONFIG)
+    config = read_accelerate_config(path)
+    if os.environ.get(_INSIDE) or "LOCAL_RANK" in os.environ:
+        return False, wants_cpu(config)
+    import torch
+
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    several_machines = int(config.get("num_machines") or 1) > 1
+    if n_usable_processes(config, n_gpus) == 1 and not several_machines:
+        return False, wants_cpu(config)
+    # The arguments are passed on as a list: no shell reads them.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "-m", "cisformer"]
+    finished = subprocess.run([*command, *sys.argv[1:]], env={**os.environ, _INSIDE: "1"}, check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)
+    return True, wants_cpu(config)

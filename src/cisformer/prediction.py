@@ -1,0 +1,223 @@
+"""Prediction: one modality in, the other out. What is predicted is never read.
+
+Cells come from an AnnData or `.h5ad` of the input modality, or from a preprocessed store, of which only the input
+modality is opened. Results leave in blocks of cells, so that memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+
+from cisformer.config import Direction
+from cisformer.data.alignment import align_atac, align_rna
+from cisformer.data.batches import Batch, Modality, encode_input, normalise, prefetch, read_modality
+from cisformer.data.io import H5adWriter, read_atac, read_rna
+from cisformer.data.reference import Reference
+from cisformer.data.store import CellStore
+from cisformer.errors import InputError
+from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
+from cisformer.model.linear import blocks
+from cisformer.runtime import progress, provenance, refuse_existing
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+FORMAT_VERSION = 1
+MIN_PROB = 0.001
+
+
+@dataclass(frozen=True)
+class InputCells:
+    """Cells of one modality, read on demand.
+
+    Attributes
+    ----------
+    obs
+        Annotation of the cells, indexed by barcode.
+    read
+        Rows (int64) → normalised cells [len(rows), whole reference], CSR.
+    source
+        Where they come from, for records.
+    """
+
+    obs: pd.DataFrame
+    read: Callable[[np.ndarray], sp.csr_matrix]
+    source: str
+
+    @classmethod
+    def open(cls, data: AnnData | str | Path, modality: Modality, reference: Reference) -> InputCells:
+        """Open an AnnData, an `.h5ad`, `.h5mu` or 10x `.h5` file, a `.pt` shard, or a folder of shards."""
+        if isinstance(data, str | Path) and (Path(data).is_dir() or Path(data).suffix in (".pt", ".json")):
+            store = CellStore.open(data)
+            check_reference(reference, store.reference, f"the checkpoint for {data}")
+            return cls(store.cell_info, partial(_read_store, store, modality), str(data))
+        adata = read_rna(data) if modality == "rna" else read_atac(data)
+        aligned = align_rna(adata, reference) if modality == "rna" else align_atac(adata, reference)
+        cells = normalise(aligned, modality)
+        return cls(adata.obs, cells.__getitem__, str(data) if isinstance(data, str | Path) else "AnnData")
+
+
+def _read_store(store: CellStore, modality: Modality, rows: np.ndarray) -> sp.csr_matrix:
+    return read_modality(store, rows, modality)
+
+
+def predict(
+    checkpoint: Checkpoint | str | Path,
+    data: AnnData | str | Path,
+    *,
+    output: str | Path | None = None,
+    direction: Direction | None = None,
+    batch_size: int = 64,
+    num_workers: int = 2,
+    max_tokens: int | None = None,
+    min_prob: float = MIN_PROB,
+    binarize: bool = False,
+    device: str | torch.device | None = None,
+    force: bool = False,
+) -> AnnData | Path:
+    """Predict one modality of single cells from the other.
+
+    Parameters
+    ----------
+    checkpoint
+        A `Checkpoint`, or where one is.
+    data
+        Cells of the input modality: AnnData with counts (RNA) or peaks (ATAC), a file of one, or a preprocessed
+        store. In a store only the input modality is read.
+    output
+        Write to this `.h5ad` in blocks instead of returning an AnnData.
+    direction
+        What the checkpoint has to be for, where given.
+    max_tokens
+        Most tokens that attention sees; `None` takes the configuration's `enc_max_len`.
+    min_prob
+        RNA→ATAC: probabilities below are left out of the sparse result. 0 keeps all.
+    binarize
+        RNA→ATAC: 1 for as many of a cell's likeliest cCREs as its probabilities sum up to, in place of
+        probabilities. A threshold of 0.5 would close nearly all: few cCREs are open in more than half of the cells.
+    device
+        Where to compute; the CPU unless given.
+    force
+        Overwrite `output`.
+
+    Returns
+    -------
+    AnnData [n_cells, whole reference] with CSR float32 `X`: probabilities, or log1p-normalised expression (counts
+    per 10,000). Features not seen in training are zero and have `var["seen_in_training"]` false. With `output`, its
+    path.
+
+    Raises
+    ------
+    CheckpointError, ReferenceMismatchError, InputError, OutputExistsError
+        The parts do not belong together, or the result would overwrite something.
+    """
+    if output is not None:
+        refuse_existing(output, force=force)
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint, direction)
+    if not 0 <= min_prob < 1:
+        raise InputError(f"min_prob is {min_prob}", hint="it is a probability: at least 0, below 1")
+    cells = InputCells.open(data, checkpoint.layout.input_modality, checkpoint.reference)
+    limit = max_tokens if max_tokens is not None else checkpoint.config.datapreprocess.enc_max_len
+    results = _predict_blocks(
+        checkpoint, cells, batch_size, num_workers, None if limit == "whole" else limit, torch.device(device or "cpu")
+    )
+    sparse = (
+        _to_csr(part, checkpoint, min_prob=min_prob, binarize=binarize)
+        for part in progress(results, total=-(-len(cells.obs) // batch_size), desc="predicting", unit="batches")
+    )
+    var, uns = _target_var(checkpoint), {"cisformer": _record(checkpoint, cells, min_prob, binarize)}
+    if output is None:
+        return _collect(sparse, cells.obs, var, uns)
+    start = 0
+    with H5adWriter(output, var, uns) as writer:
+        for block in sparse:
+            writer.append(block, cells.obs.iloc[start : start + block.shape[0]])
+            start += block.shape[0]
+    return Path(output)
+
+
+def _predict_blocks(
+    checkpoint: Checkpoint,
+    cells: InputCells,
+    batch_size: int,
+    num_workers: int,
+    max_len: int | None,
+    device: torch.device,
+) -> Iterator[np.ndarray]:
+    """Yield predictions of known targets, float32 [≤ batch_size, F], in the order of the cells."""
+    layout = checkpoint.layout
+    model = checkpoint.model.to(device)
+
+    def make(rows: np.ndarray) -> Batch:
+        return encode_input(cells.read(rows), layout, max_len, None)
+
+    makers = [partial(make, rows) for rows in blocks(np.arange(len(cells.obs)), batch_size)]
+    for batch in prefetch(makers, num_workers):
+        yield model.predict(batch.to(device)).float().cpu().numpy()
+
+
+def _to_csr(dense: np.ndarray, checkpoint: Checkpoint, *, min_prob: float, binarize: bool) -> sp.csr_matrix:
+    """Return known targets [B, F] as CSR over the whole reference."""
+    if checkpoint.direction == "rna2atac":
+        dense = _likeliest(dense) if binarize else np.where(dense >= min_prob, dense, 0)
+    row, column = np.nonzero(dense)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(dense)))])
+    index = checkpoint.layout.target_index[column].astype(np.int32)
+    return sp.csr_matrix(
+        (dense[row, column], index, indptr), shape=(len(dense), checkpoint.layout.n_target_reference)
+    )
+
+
+def _likeliest(probability: np.ndarray) -> np.ndarray:
+    """Return 1 for each cell's likeliest cCREs, as many as its probabilities sum up to; ties by position."""
+    binary = np.zeros_like(probability)
+    for cell, values in zip(binary, probability, strict=True):
+        expected = round(float(values.sum(dtype=np.float64)))
+        cell[np.argsort(-values, kind="stable")[:expected]] = 1
+    return binary
+
+
+def _target_var(checkpoint: Checkpoint) -> pd.DataFrame:
+    """Annotation of the predicted features: those of the reference, and whether training saw them."""
+    reference = checkpoint.reference
+    atac = checkpoint.direction == "rna2atac"
+    table = reference.ccres if atac else reference.genes
+    var = table.set_index(pd.Index(reference.ccre_labels if atac else reference.gene_labels))
+    seen = np.zeros(len(var), dtype=bool)
+    seen[checkpoint.layout.target_index] = True
+    return var.assign(seen_in_training=seen)
+
+
+def _record(checkpoint: Checkpoint, cells: InputCells, min_prob: float, binarize: bool) -> dict[str, Any]:
+    atac = checkpoint.direction == "rna2atac"
+    unit = ("open (1) or closed" if binarize else "probability of being open") if atac else "log1p(counts per 10,000)"
+    return {
+        "format": "cisformer-prediction",
+        "format_version": FORMAT_VERSION,
+        "direction": checkpoint.direction,
+        "unit": unit,
+        "min_prob": min_prob if atac and not binarize else 0.0,
+        "checkpoint": str(checkpoint.folder),
+        "reference": checkpoint.reference.name,
+        "fingerprint": checkpoint.reference.fingerprint,
+        "input": cells.source,
+        **provenance(seed=checkpoint.config.training.SEED),
+    }
+
+
+def _collect(sparse: Iterator[sp.csr_matrix], obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> AnnData:
+    from anndata import AnnData
+
+    return AnnData(sp.vstack(list(sparse), format="csr"), obs=obs.copy(), var=var, uns=uns)
