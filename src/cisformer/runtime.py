@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,7 +83,8 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"cannot make the output folder {folder}: {error.strerror}", hint="choose a folder you may write to"
+            f"cannot make the output folder {folder}: {error.strerror}",
+            hint="choose a folder you may write to",
         ) from error
 
 
@@ -96,7 +98,9 @@ def refuse_existing(path: str | Path, *, force: bool) -> None:
     path = Path(path)
     occupied = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if occupied and not force:
-        raise OutputExistsError(f"{path} exists already", hint="choose another output, or overwrite it with --force")
+        raise OutputExistsError(
+            f"{path} exists already", hint="choose another output, or overwrite it with --force"
+        )
 
 
 def sha256_file(path: str | Path) -> str:
@@ -123,14 +127,28 @@ def provenance(**extra: Any) -> dict[str, Any]:
     }
 
 
-def progress(items: Iterable[T], *, total: int | None = None, desc: str = "", unit: str = "it") -> Iterator[T]:
-    """Yield `items`, showing progress: a bar in a terminal or notebook, a log line per 10 % elsewhere."""
+def progress(
+    items: Iterable[T],
+    *,
+    total: int | None = None,
+    desc: str = "",
+    unit: str = "it",
+    size: Callable[[T], int] = lambda item: 1,
+) -> Iterator[T]:
+    """Yield `items`, showing progress: a bar in a terminal or notebook, a log line per 10 % elsewhere.
+
+    `total` counts in `unit`; `size` says how many of them an item is.
+    """
+    total = total if total is not None else _length(items)
     if sys.stderr.isatty() or "ipykernel" in sys.modules:
         from tqdm.auto import tqdm
 
-        yield from tqdm(items, total=total, desc=desc, unit=unit, leave=False)
+        with tqdm(total=total, desc=desc, unit=unit, leave=False) as bar:
+            for item in items:
+                yield item
+                bar.update(size(item))
         return
-    yield from _logged(items, total if total is not None else _length(items), desc, unit)
+    yield from _logged(items, total, desc, unit, size)
 
 
 def _length(items: Iterable[Any]) -> int | None:
@@ -140,10 +158,16 @@ def _length(items: Iterable[Any]) -> int | None:
         return None
 
 
-def _logged(items: Iterable[T], total: int | None, desc: str, unit: str) -> Iterator[T]:
-    tenths = 0
-    for done, item in enumerate(items, start=1):
+def _logged(
+    items: Iterable[T], total: int | None, desc: str, unit: str, size: Callable[[T], int]
+) -> Iterator[T]:
+    tenths = done = 0
+    start = time.monotonic()
+    for item in items:
         yield item
+        done += size(item)
         if total and done * 10 // total > tenths:
             tenths = done * 10 // total
-            logger.info("%s: %d of %d %s (%d %%)", desc, done, total, unit, tenths * 10)
+            rate = done / max(time.monotonic() - start, 1e-9)
+            left = (total - done) / rate
+            logger.info("%s: %d of %d %s, %.3g a second, %.0f s left", desc, done, total, unit, rate, left)

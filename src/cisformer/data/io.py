@@ -1,4 +1,4 @@
-"""Read and write cells: AnnData in memory, h5ad files streamed in blocks of cells."""
+"""Read cells into memory, write them to h5ad: at once, or streamed in blocks of cells."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from cisformer.data.sources import Modality, open_rows
 from cisformer.runtime import atomic_path, provenance
 
 if TYPE_CHECKING:
@@ -21,6 +22,60 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16  # elements per HDF5 chunk of a streamed matrix
+_BLOCK = 1000  # cells read at once
+
+
+def read_rna(data: str | Path | AnnData) -> AnnData:
+    """Read RNA counts.
+
+    Parameters
+    ----------
+    data
+        See `open_rows`: an h5ad, h5mu or 10x h5 file, or an AnnData.
+
+    Returns
+    -------
+    A new AnnData with whole-number counts as float32 CSR in `X`, out of ``layers["counts"]``, `raw` or `X`.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or it holds no RNA counts.
+    """
+    return _read(data, "rna")
+
+
+def read_atac(data: str | Path | AnnData) -> AnnData:
+    """Read open peaks.
+
+    Parameters
+    ----------
+    data
+        See `open_rows`: an h5ad, h5mu or 10x h5 file, or an AnnData.
+
+    Returns
+    -------
+    A new AnnData with float32 CSR in `X`, 1 where a peak is open (where the input has any value above 0).
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or it holds no ATAC.
+    """
+    adata = _read(data, "atac")
+    adata.X.data[:] = 1
+    return adata
+
+
+def _read(data: str | Path | AnnData, modality: Modality) -> AnnData:
+    from anndata import AnnData
+
+    with open_rows(data, modality) as source:
+        blocks = [block.astype(np.float32) for block in source.blocks(_BLOCK)]
+        matrix = sp.csr_matrix(sp.vstack(blocks, format="csr"))
+        matrix.eliminate_zeros()
+        matrix.sort_indices()
+        return AnnData(matrix, obs=source.obs.copy(), var=source.var.copy())
 
 
 class H5adWriter:

@@ -351,14 +351,15 @@ def write_split(
     cells: ParkedCells,
     reference: Reference,
     direction: Direction,
-    cnt: int,
+    cnt: int | None,
     about: dict[str, Any],
     *,
     cell_info: bool,
     force: bool,
 ) -> CellStore:
-    """Write one split folder; `about` goes into its manifest. See `write_store`."""
+    """Write one split folder, in one shard where `cnt` is `None`; `about` goes into its manifest."""
     n_cells = len(cells.obs)
+    cnt = cnt or max(n_cells, 1)
     built_in = reference.is_built_in
     with atomic_folder(folder, force=force) as temporary:
         shards = []

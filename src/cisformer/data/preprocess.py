@@ -1,0 +1,343 @@
+"""Turn paired RNA and ATAC of a user into split, aligned data sets for training."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from cisformer.config import Config, Direction, load_config
+from cisformer.data.alignment import FeatureMap, log_found, map_genes, map_peaks, require_found
+from cisformer.data.io import H5adWriter
+from cisformer.data.pairing import pair_barcodes, split_cells
+from cisformer.data.reference import Reference, dataset_reference, load_reference
+from cisformer.data.sources import Source, open_rows
+from cisformer.data.spool import Spool
+from cisformer.data.store import CellStore, ParkedCells, SplitName, write_split
+from cisformer.errors import InputError
+from cisformer.runtime import progress, provenance, refuse_existing
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+Seconds = defaultdict[str, float]
+"""Seconds spent by stage: ``read``, ``align`` (summed over workers), ``write``."""
+
+
+def preprocess(
+    rna: str | Path | AnnData,
+    atac: str | Path | AnnData,
+    save_dir: str | Path | None = None,
+    *,
+    direction: Direction = "rna2atac",
+    reference: str | Path | Reference = "human",
+    config: Config | str | Path | None = None,
+    cnt: int = 10_000,
+    batch_size: int = 10,
+    num_workers: int = 10,
+    manually: bool = False,
+    shuffle: bool = False,
+    split_by: str | None = None,
+    seed: int = 0,
+    gtf: str | Path | None = None,
+    force: bool = False,
+    write_h5ad: bool = False,
+) -> dict[SplitName, CellStore]:
+    """Align paired RNA and ATAC to a reference, split the cells, and write them as data sets for training.
+
+    The input is read in blocks of cells: memory does not grow with their number. Cells are matched by barcode
+    and written sorted by barcode, so that the order of cells and features in the input does not matter.
+
+    Parameters
+    ----------
+    rna, atac
+        An h5ad, h5mu or 10x h5 file, or an AnnData; see `open_rows`. RNA in counts.
+    save_dir
+        Where the folders ``<direction>_train``, ``_val`` and ``_test`` go; the working folder by default.
+    direction
+        Which modality will be predicted from which. It names the folders and files; the cells are the same.
+    reference
+        ``"human"``, ``"mouse"``, ``"dataset"`` (the input's own genes and peaks), a folder that
+        `build_reference` made, or a `Reference`.
+    config
+        The task configuration; how cells are to be sampled is noted in the manifest, with ``multiple = 1``
+        for validation and test.
+    cnt
+        Most training cells in a shard.
+    batch_size, num_workers
+        Blocks of `batch_size` x `num_workers` cells are read and aligned at once, by `num_workers` threads
+        (at most one per processor).
+    manually
+        Do not split: one folder ``<direction>_all``.
+    shuffle
+        Write the cells of each split in random order, and no ``cell_info.tsv``.
+    split_by
+        Column of `obs` (donor, batch) whose groups are kept together by the split.
+    seed
+        Of the split and the shuffling.
+    gtf
+        Gene annotation, for the gene coordinates of ``reference="dataset"``.
+    force
+        Overwrite existing folders.
+    write_h5ad
+        Write ``mapped_rna.h5ad`` and ``mapped_atac.h5ad`` into the test folder (the only one if `manually`).
+
+    Returns
+    -------
+    The data sets by split: ``train``, ``val`` and ``test``, or ``all``.
+
+    Raises
+    ------
+    InputError
+        If an input is not what it should be; nothing has been written then.
+    OutputExistsError
+        If a folder to be written has something in it and `force` is not given.
+    """
+    folder = Path(save_dir or ".")
+    task = config if isinstance(config, Config) else load_config(config, direction)
+    if min(cnt, batch_size, num_workers) < 1:
+        raise InputError("cnt, batch_size and num_workers must be at least 1")
+    splits: tuple[SplitName, ...] = ("all",) if manually else ("train", "val", "test")
+    folders = {split: folder / f"{direction}_{split}" for split in splits}
+    for path in folders.values():
+        refuse_existing(path, force=force)
+    seconds: Seconds = defaultdict(float)
+    stores: dict[SplitName, CellStore] = {}
+    with _aligned(rna, atac, reference, gtf, folder, (batch_size, num_workers), seconds) as aligned:
+        cells, chosen, origin = aligned
+        positions = _split(cells.obs, splits, seed, split_by, shuffle)
+        origin |= {"seed": seed, "split_by": split_by, "shuffle": shuffle}
+        start = time.perf_counter()
+        for split, path in folders.items():
+            whole = split in ("val", "test")
+            sampling = task.datapreprocess.model_dump() | ({"multiple": 1} if whole else {})
+            about = {"split": split, "datapreprocess": sampling, **origin}
+            part = cells.take(positions[split])
+            stores[split] = write_split(
+                path,
+                part,
+                chosen,
+                direction,
+                None if whole else cnt,
+                about,
+                cell_info=not shuffle,
+                force=force,
+            )
+        seconds["write"] += time.perf_counter() - start
+    _log_summary(stores, seconds)
+    if write_h5ad:
+        write_mapped(stores[splits[-1]])
+    return stores
+
+
+@contextlib.contextmanager
+def _aligned(
+    rna: str | Path | AnnData,
+    atac: str | Path | AnnData,
+    reference: str | Path | Reference,
+    gtf: str | Path | None,
+    folder: Path,
+    workers: tuple[int, int],
+    seconds: Seconds,
+) -> Iterator[tuple[ParkedCells, Reference, dict[str, Any]]]:
+    """Yield the paired cells, aligned and parked on disk; their reference; what a manifest says of them."""
+    with contextlib.ExitStack() as stack:
+        sources = stack.enter_context(open_rows(rna, "rna")), stack.enter_context(open_rows(atac, "atac"))
+        chosen = _choose_reference(reference, sources, gtf)
+        rows = pair_barcodes(sources[0].obs.index, sources[1].obs.index)
+        maps = _map_features(sources, chosen)
+        folder.mkdir(parents=True, exist_ok=True)
+        parked = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".spool", dir=folder)))
+        spools = [stack.enter_context(Spool(parked, with_values=values)) for values in (True, False)]
+        _align(sources, maps, spools, workers, seconds)
+        cells, empty = _without_empty(ParkedCells(spools[0], spools[1], *rows, _join_obs(sources, rows)))
+        inputs = {
+            source.modality: _describe(source, found) for source, found in zip(sources, maps, strict=True)
+        }
+        yield cells, chosen, {"input": inputs, "empty_cells": empty, "provenance": provenance()}
+
+
+def _choose_reference(
+    reference: str | Path | Reference, sources: tuple[Source, Source], gtf: str | Path | None
+) -> Reference:
+    if isinstance(reference, Reference):
+        chosen = reference
+    elif str(reference) == "dataset":
+        chosen = dataset_reference(sources[0].var, sources[1].var, gtf)
+    elif gtf is not None:
+        raise InputError(
+            f"a GTF does not go with reference {str(reference)!r}, whose genes have coordinates",
+            hint="leave it out, or take the data's own features with --reference dataset",
+        )
+    else:
+        chosen = load_reference(reference)
+    logger.info("reference %s", chosen.describe())
+    return chosen
+
+
+def _map_features(sources: tuple[Source, Source], reference: Reference) -> list[FeatureMap]:
+    maps = [map_genes(sources[0].var, reference), map_peaks(sources[1].var, reference)]
+    for source, found in zip(sources, maps, strict=True):
+        require_found(found, source.var, reference, source.label)
+        log_found(found, reference, source.label)
+    return maps
+
+
+def _align(
+    sources: tuple[Source, Source],
+    maps: list[FeatureMap],
+    spools: list[Spool],
+    workers: tuple[int, int],
+    seconds: Seconds,
+) -> None:
+    """Read both modalities in blocks, align the blocks in threads, and park them in order."""
+    batch_size, num_workers = workers
+    n_threads = min(num_workers, os.cpu_count() or 1)
+    n_rows = batch_size * num_workers
+    total = sum(source.n_cells for source in sources)
+    with ThreadPoolExecutor(n_threads) as pool:
+        blocks = (
+            block
+            for source, found, spool in zip(sources, maps, spools, strict=True)
+            for block in _parked_blocks(source, found, spool, n_rows, n_threads, pool, seconds)
+        )
+        for _ in progress(blocks, total=total, desc="aligning", unit="cells", size=lambda n_cells: n_cells):
+            pass
+
+
+def _parked_blocks(
+    source: Source,
+    found: FeatureMap,
+    spool: Spool,
+    n_rows: int,
+    n_threads: int,
+    pool: ThreadPoolExecutor,
+    seconds: Seconds,
+) -> Iterator[int]:
+    """Align and park the blocks of one modality; yield the number of cells after each."""
+    waiting: deque[Future[tuple[sp.csr_matrix, float]]] = deque()
+    blocks = source.blocks(n_rows)
+    while True:
+        start = time.perf_counter()
+        block = next(blocks, None)
+        seconds["read"] += time.perf_counter() - start
+        if block is not None:
+            waiting.append(pool.submit(_timed_apply, found, block))
+        while waiting and (block is None or len(waiting) > n_threads):
+            aligned, spent = waiting.popleft().result()
+            start = time.perf_counter()
+            spool.append(aligned)
+            seconds["write"] += time.perf_counter() - start
+            seconds["align"] += spent
+            yield aligned.shape[0]
+        if block is None:
+            return
+
+
+def _timed_apply(found: FeatureMap, block: sp.csr_matrix) -> tuple[sp.csr_matrix, float]:
+    start = time.perf_counter()
+    return found.apply(block), time.perf_counter() - start
+
+
+def _join_obs(
+    sources: tuple[Source, Source], rows: tuple[NDArray[np.int64], NDArray[np.int64]]
+) -> pd.DataFrame:
+    """Return the annotation of paired rows side by side, columns suffixed ``_rna`` and ``_atac``."""
+    rna, atac = (source.obs.iloc[row] for source, row in zip(sources, rows, strict=True))
+    return pd.concat([rna.add_suffix("_rna"), atac.add_suffix("_atac")], axis=1)
+
+
+def _without_empty(cells: ParkedCells) -> tuple[ParkedCells, list[str]]:
+    """Leave out cells without any gene or any cCRE of the reference; return the others, and their barcodes."""
+    filled = (cells.rna.lengths[cells.rna_rows] > 0) & (cells.atac.lengths[cells.atac_rows] > 0)
+    empty = cells.obs.index[~filled].tolist()
+    if not empty:
+        return cells, []
+    if len(empty) == len(filled):
+        raise InputError(
+            "no cell has both a gene and an open cCRE of the reference",
+            hint="look at both files with `cisformer inspect`",
+        )
+    logger.warning(
+        "%d of %d cells have no gene or no cCRE of the reference and are left out: %s%s",
+        len(empty), len(filled), ", ".join(empty[:3]), ", …" if len(empty) > 3 else "",
+    )  # fmt: skip
+    return cells.take(np.flatnonzero(filled)), empty
+
+
+def _split(
+    obs: pd.DataFrame, splits: tuple[SplitName, ...], seed: int, split_by: str | None, shuffle: bool
+) -> dict[SplitName, NDArray[np.int64]]:
+    """Return the positions of each split's cells, in the order in which they are to be written."""
+    if splits == ("all",):
+        positions: dict[SplitName, NDArray[np.int64]] = {"all": np.arange(len(obs))}
+    else:
+        parts = split_cells(len(obs), seed, _groups(obs, split_by))
+        positions = {"train": parts.train, "val": parts.val, "test": parts.test}
+    if shuffle:
+        rng = np.random.default_rng([seed, 1])
+        positions = {split: rng.permutation(cells) for split, cells in positions.items()}
+    return positions
+
+
+def _groups(obs: pd.DataFrame, column: str | None) -> NDArray[np.object_] | None:
+    """Return the group of each cell from a column of the RNA's `obs`, or else of the ATAC's."""
+    if column is None:
+        return None
+    for name in (f"{column}_rna", f"{column}_atac", column):
+        if name in obs:
+            return obs[name].astype(str).to_numpy(object)
+    columns = sorted({name.rpartition("_")[0] for name in obs.columns})
+    raise InputError(
+        f"obs has no column {column!r} to split by", hint=f"it has {', '.join(columns) or 'none'}"
+    )
+
+
+def _describe(source: Source, found: FeatureMap) -> dict[str, Any]:
+    """Return what a manifest says of an input."""
+    return {
+        "path": source.label,
+        "kind": source.kind,
+        "slot": source.slot,
+        "n_cells": source.n_cells,
+        "n_features": found.n_features,
+        "n_found": found.n_found,
+        "named_by": found.id_type,
+    }
+
+
+def _log_summary(stores: dict[SplitName, CellStore], seconds: Seconds) -> None:
+    n_cells = sum(store.n_cells for store in stores.values())
+    total = sum(seconds.values()) or 1.0
+    shares = ", ".join(f"{stage} {spent / total:.0%}" for stage, spent in seconds.items())
+    sizes = ", ".join(f"{split} {store.n_cells:,}" for split, store in stores.items())
+    logger.info("%d cells (%s) in %.1f s of work: %s", n_cells, sizes, total, shares)
+
+
+def write_mapped(store: CellStore, rows_per_block: int = 500) -> None:
+    """Write the cells of a data set as they were aligned: ``mapped_rna.h5ad`` and ``mapped_atac.h5ad`` in its folder.
+
+    Same cells, same order, features of the reference: the truth to hold predictions against.
+    """
+    reference = store.reference
+    genes = reference.genes.set_axis(pd.Index(reference.gene_labels))
+    ccres = reference.ccres.set_axis(pd.Index(reference.ccre_labels))
+    for name, var, read in (("rna", genes, store.rna), ("atac", ccres, store.atac)):
+        with H5adWriter(store.path / f"mapped_{name}.h5ad", var, compression="lzf") as writer:
+            for start in range(0, store.n_cells, rows_per_block):
+                rows = np.arange(start, min(start + rows_per_block, store.n_cells))
+                writer.append(read(rows), store.cell_info.iloc[rows])

@@ -1,0 +1,400 @@
+"""Open what users hold - h5ad, h5mu, 10x h5, AnnData - as one modality that is read in blocks of cells.
+
+Files are opened, not loaded: only `obs` and `var` come into memory, and of the matrix the row pointer. CSC
+matrices are the exception: they are stored by feature, not by cell, and are loaded once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from cisformer.errors import InputError
+
+if TYPE_CHECKING:
+    import h5py
+    from anndata import AnnData
+
+logger = logging.getLogger(__name__)
+
+Modality = Literal["rna", "atac"]
+Kind = Literal["h5ad", "h5mu", "10x h5", "AnnData"]
+Reader = Callable[[int, int], sp.csr_matrix]
+
+FEATURE_TYPES = {
+    "rna": {"gene expression", "gex", "rna"},
+    "atac": {"peaks", "atac", "chromatin accessibility"},
+}
+"""What `feature_types` and the modalities of an h5mu are called, in lower case."""
+
+SLOTS = ("layers/counts", "raw/X", "X")
+"""Where counts may be, in the order in which they are looked for."""
+
+_SAMPLE = 200_000  # values looked at to tell counts from other values
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One modality of a file or AnnData.
+
+    Parameters
+    ----------
+    label
+        What to call it in messages: the path.
+    kind
+        What the file is.
+    modality
+        Which modality it is read as.
+    obs, var
+        Annotation of all cells, and of the features of this modality.
+    slot
+        Which of `SLOTS` is read.
+    layout
+        How it is stored: ``csr``, ``csc`` or ``dense``.
+    values
+        What `describe_values` says of the first of them.
+    """
+
+    label: str
+    kind: Kind
+    modality: Modality
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    slot: str
+    layout: str
+    values: str
+    _read: Reader
+    _columns: NDArray[np.int64] | None
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.obs)
+
+    def rows(self, start: int, end: int) -> sp.csr_matrix:
+        """Return cells `start` to `end` [n, len(var)], checked: nothing negative or NaN, RNA whole numbers.
+
+        Raises
+        ------
+        InputError
+            Naming a cell with such a value, or where the file is damaged.
+        """
+        try:
+            block = self._read(start, end)
+        except OSError as error:
+            raise _damaged(self.label, error) from error
+        self._check(block, start)
+        return block if self._columns is None else sp.csr_matrix(block[:, self._columns])
+
+    def blocks(self, n_rows: int) -> Iterator[sp.csr_matrix]:
+        """Yield all cells in blocks of `n_rows`, each as from `rows`."""
+        for start in range(0, self.n_cells, n_rows):
+            yield self.rows(start, min(start + n_rows, self.n_cells))
+
+    def _check(self, block: sp.csr_matrix, start: int) -> None:
+        what, bad = _first_bad(block.data, whole=self.modality == "rna")
+        if not what:
+            return
+        cell = self.obs.index[start + int(np.searchsorted(block.indptr, bad, side="right")) - 1]
+        raise InputError(
+            f"{self.label}: {self.slot} of cell {cell} holds {block.data[bad]}, {what}; wanted counts",
+            hint="give raw counts in X, raw or layers['counts']",
+        )
+
+
+def _first_bad(values: NDArray, *, whole: bool) -> tuple[str, int]:
+    """Return what is wrong with the first value that is not a count, and its position; ``""`` if none is."""
+    if not len(values) or values.dtype.kind in "ub":
+        return "", 0
+    if not 0 <= values.min() <= values.max() < np.inf:
+        return "negative, infinite or not a number", int(np.argmin((values >= 0) & (values < np.inf)))
+    if whole and values.dtype.kind == "f":
+        fractional = values != np.rint(values)
+        if fractional.any():
+            return "not a whole number", int(np.argmax(fractional))
+    return "", 0
+
+
+@contextlib.contextmanager
+def open_rows(
+    data: str | Path | AnnData, modality: Modality, label: str = "", *, strict: bool = True
+) -> Iterator[Source]:
+    """Open one modality of a file or AnnData, to be read in blocks of cells.
+
+    Parameters
+    ----------
+    data
+        Path of an ``.h5ad``, an ``.h5mu`` (the modality ``rna`` or ``atac`` of it), or a 10x
+        ``filtered_feature_bc_matrix.h5`` (its Gene Expression or Peaks); or an AnnData. Names do not matter,
+        contents do. An h5ad or AnnData with both modalities is told apart by ``var["feature_types"]``.
+    modality
+        Which modality to read.
+    label
+        What to call an AnnData in messages.
+    strict
+        Whether RNA that is not in counts is refused.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, damaged, or of another kind; if it lacks the modality; if barcodes repeat; if
+        RNA is in no slot as counts.
+    """
+    if not isinstance(data, str | Path):
+        yield _of_anndata(data, modality, label or f"the {modality.upper()} AnnData", strict)
+        return
+    label = str(data)
+    with open_hdf5(data) as file:
+        kind = kind_of(file, label)
+        if kind == "10x h5":
+            yield _of_10x(file["matrix"], modality, label, strict)
+        elif kind == "h5mu":
+            yield _of_group(_modality_group(file, modality, label), kind, modality, label, strict)
+        else:
+            yield _of_group(file, kind, modality, label, strict)
+
+
+@contextlib.contextmanager
+def open_hdf5(path: str | Path) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading; `InputError` where it is missing, damaged, or something else."""
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {what}; wanted an .h5ad, .h5mu or 10x .h5 file", hint="check the path")
+    if not h5py.is_hdf5(path):
+        raise InputError(
+            f"{path} is not an HDF5 file; wanted .h5ad, .h5mu or 10x .h5",
+            hint="convert it, for instance scanpy.read(…).write_h5ad(…)",
+        )
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise _damaged(str(path), error) from error
+    with file:
+        yield file
+
+
+def kind_of(file: h5py.File, label: str) -> Literal["h5ad", "h5mu", "10x h5"]:
+    """Tell what an HDF5 file is by its content."""
+    if "mod" in file:
+        return "h5mu"
+    if "obs" in file and "var" in file:
+        return "h5ad"
+    if "matrix" in file and "barcodes" in file["matrix"]:
+        return "10x h5"
+    raise InputError(
+        f"{label} is HDF5, but not h5ad, h5mu or 10x h5: it holds {', '.join(list(file)[:5]) or 'nothing'}",
+        hint="give an AnnData or MuData file, or 10x filtered_feature_bc_matrix.h5 of Cell Ranger 3 or later",
+    )
+
+
+def _damaged(label: str, error: Exception) -> InputError:
+    return InputError(f"{label} is cut short or damaged: {error}", hint="copy or make the file again")
+
+
+def _modality_group(file: h5py.File, modality: Modality, label: str) -> h5py.Group:
+    found = [name for name in file["mod"] if name.lower() in FEATURE_TYPES[modality]]
+    if not found:
+        raise InputError(
+            f"{label} has no {modality.upper()} modality: it holds {', '.join(file['mod'])}",
+            hint="name its modalities 'rna' and 'atac'",
+        )
+    return file["mod"][found[0]]
+
+
+def _of_group(group: h5py.Group, kind: Kind, modality: Modality, label: str, strict: bool) -> Source:
+    """Open an AnnData on disk: a whole h5ad, or a modality of an h5mu."""
+    from anndata.io import read_elem
+
+    if "encoding-type" not in group["obs"].attrs:
+        return _of_old_h5ad(group, modality, label, strict)
+    nodes = {name: group[name] for name in SLOTS if name in group}
+    slot, values = _choose_slot(nodes, modality, label, strict)
+    obs, var = read_elem(group["obs"]), read_elem(group["raw/var" if slot == "raw/X" else "var"])
+    if kind == "h5mu":
+        obs = _with_shared_obs(obs, read_elem(group.file["obs"]))
+    return _source(label, kind, modality, obs, var, slot, nodes[slot], values)
+
+
+def _of_old_h5ad(group: h5py.Group, modality: Modality, label: str, strict: bool) -> Source:
+    """Load an h5ad of before anndata 0.7, whose tables are encoded otherwise."""
+    import anndata
+
+    logger.warning("%s is of an old anndata format and is loaded whole; write it anew to save memory", label)
+    return _of_anndata(anndata.read_h5ad(group.file.filename), modality, label, strict)
+
+
+def _with_shared_obs(obs: pd.DataFrame, shared: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns of a MuData's common `obs` that the modality lacks; its copies are named ``rna:…``."""
+    new = [name for name in shared.columns if name not in obs and ":" not in name]
+    return obs.join(shared[new])
+
+
+def _of_anndata(adata: AnnData, modality: Modality, label: str, strict: bool) -> Source:
+    adata = adata.to_memory() if adata.isbacked else adata
+    raw = adata.raw
+    nodes = {"layers/counts": adata.layers.get("counts"), "raw/X": raw.X if raw else None, "X": adata.X}
+    nodes = {name: node for name, node in nodes.items() if node is not None}
+    slot, values = _choose_slot(nodes, modality, label, strict)
+    var = raw.var if slot == "raw/X" else adata.var
+    return _source(label, "AnnData", modality, adata.obs, var, slot, nodes[slot], values)
+
+
+def _of_10x(matrix: h5py.Group, modality: Modality, label: str, strict: bool) -> Source:
+    """Open a 10x matrix, whose columns are cells: CSC of features x cells is CSR of cells x features."""
+    if "features" not in matrix:
+        raise InputError(f"{label} is of Cell Ranger 2 or older", hint="convert it with scanpy.read_10x_h5")
+    columns = {"id": "gene_ids", "feature_type": "feature_types", "genome": "genome", "interval": "interval"}
+    features = matrix["features"]
+    var = pd.DataFrame(
+        {new: features[old].asstr()[:] for old, new in columns.items() if old in features},
+        index=features["name"].asstr()[:],
+    )
+    obs = pd.DataFrame(index=matrix["barcodes"].asstr()[:])
+    slot, values = _choose_slot({"X": matrix}, modality, label, strict)
+    return _source(label, "10x h5", modality, obs, var, slot, matrix, values)
+
+
+def _source(
+    label: str,
+    kind: Kind,
+    modality: Modality,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    slot: str,
+    node: Any,
+    values: str,
+) -> Source:
+    """Make a `Source` of checked barcodes and of this modality's features only."""
+    obs = obs.set_axis(obs.index.astype(str))
+    repeated = obs.index[obs.index.duplicated()].unique()
+    if len(repeated):
+        raise InputError(
+            f"{label} has {len(repeated):,} barcodes more than once, such as {', '.join(repeated[:3])}",
+            hint="make them unique, for instance by adding the sample to each, in RNA and ATAC alike",
+        )
+    columns = _columns_of(var, modality, label)
+    chosen = var if columns is None else var.iloc[columns]
+    if not len(obs) or not len(chosen):
+        raise InputError(
+            f"{label} holds {len(obs):,} cells and {len(chosen):,} features", hint="give another file"
+        )
+    if slot != "X":
+        logger.info("%s: reading the counts in %s", label, slot)
+    if modality == "atac" and values != "binary":
+        logger.info("%s: peaks hold %s; any value above 0 is taken as open", label, values)
+    layout, read = _reader(node, (len(obs), len(var)), label)
+    return Source(label, kind, modality, obs, chosen, slot, layout, values, read, columns)
+
+
+def _columns_of(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np.int64] | None:
+    """Return which features are of this modality; `None` for all."""
+    name = next((name for name in ("feature_types", "feature_type", "modality") if name in var), None)
+    if name is None:
+        return None
+    types = var[name].astype(str).str.lower()
+    mine = types.isin(FEATURE_TYPES[modality]).to_numpy()
+    if mine.all() or not types.isin(set.union(*FEATURE_TYPES.values())).any():
+        return None
+    if not mine.any():
+        raise InputError(
+            f"{label} has no {modality.upper()} features: {name} holds {', '.join(var[name].unique()[:3])}",
+            hint="give the RNA file with -r and the ATAC file with -a",
+        )
+    return np.flatnonzero(mine)
+
+
+def _choose_slot(nodes: dict[str, Any], modality: Modality, label: str, strict: bool) -> tuple[str, str]:
+    """Return the first slot that holds counts and what it holds; ATAC may do with other values in X."""
+    found = {name: describe_values(_sample(nodes[name])) for name in SLOTS if name in nodes}
+    found = {name: values for name, values in found.items() if values}
+    for slot, values in found.items():
+        if values in ("binary", "counts"):
+            return slot, values
+    if "X" in found and (modality == "atac" or not strict):
+        return "X", found["X"]
+    looks = ", ".join(f"{values} values in {slot}" for slot, values in found.items()) or "no matrix"
+    raise InputError(
+        f"{label}: no RNA counts; wanted whole numbers in layers['counts'], raw or X, found {looks}",
+        hint="store the raw counts in layers['counts']",
+    )
+
+
+def describe_values(values: NDArray | None) -> str:
+    """Say what matrix values look like.
+
+    Returns
+    -------
+    ``binary``, ``counts``, ``log-normalised``, ``normalised``, ``scaled`` (some are negative) or ``missing``
+    (some are NaN or infinite); ``""`` for `None`.
+    """
+    if values is None:
+        return ""
+    if not np.isfinite(values).all():
+        return "missing"
+    if ((values == 0) | (values == 1)).all():
+        return "binary"
+    if (values == np.rint(values)).all():
+        return "counts"
+    if values.min() < 0:
+        return "scaled"
+    return "log-normalised" if values.max() < 20 else "normalised"
+
+
+def _sample(node: Any) -> NDArray | None:
+    """Return some of the values of a matrix, on disk or in memory; `None` of an empty slot."""
+    if _is_sparse(node):
+        return np.asarray(node.data[:_SAMPLE] if sp.issparse(node) else node["data"][:_SAMPLE])
+    if len(getattr(node, "shape", ())) != 2:
+        return None
+    return np.asarray(node[: max(1, _SAMPLE // max(node.shape[1], 1))]).ravel()
+
+
+def _is_sparse(node: Any) -> bool:
+    import h5py
+
+    return sp.issparse(node) or (isinstance(node, h5py.Group) and "indptr" in node)
+
+
+def _reader(node: Any, shape: tuple[int, int], label: str) -> tuple[str, Reader]:
+    """Return the layout of a matrix [n_cells, n_features], and how to read rows `start` to `end` of it."""
+    if not _is_sparse(node):
+        return "dense", lambda start, end: sp.csr_matrix(node[start:end])
+    layout = node.format if sp.issparse(node) else _layout_on_disk(node)
+    if layout == "csr":
+        return "csr", (lambda start, end: node[start:end]) if sp.issparse(node) else _csr_reader(node, shape)
+    if layout != "csc":
+        raise InputError(f"{label}: the matrix is stored as {layout!r}; wanted csr, csc or dense")
+    if not sp.issparse(node):
+        logger.info("%s: the matrix is stored by feature (CSC) and is loaded whole", label)
+        node = sp.csc_matrix(tuple(node[name][:] for name in ("data", "indices", "indptr")), shape=shape)
+    by_row = node.tocsr()
+    return "csc", lambda start, end: by_row[start:end]
+
+
+def _layout_on_disk(node: h5py.Group) -> str:
+    """Return ``csr`` or ``csc``; 10x files hold features x cells in CSC, which is CSR as we read it."""
+    layout = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "csr"))
+    return (layout.decode() if isinstance(layout, bytes) else str(layout)).removesuffix("_matrix")
+
+
+def _csr_reader(node: h5py.Group, shape: tuple[int, int]) -> Reader:
+    indptr, indices, data = node["indptr"][:], node["indices"], node["data"]
+
+    def read(start: int, end: int) -> sp.csr_matrix:
+        low, high = int(indptr[start]), int(indptr[end])
+        index = indices[low:high].astype(np.int32, copy=False)
+        return sp.csr_matrix((data[low:high], index, indptr[start : end + 1] - low), (end - start, shape[1]))
+
+    return read
