@@ -31,7 +31,7 @@ import torch
 
 from cisformer.config import Config, Direction, default_config, dump_config, load_config
 from cisformer.data.batches import Batch, Layout, TrainingBatches, add_targets, encode_input, prefetch, read_modality
-from cisformer.data.store import CellStore, find_split
+from cisformer.data.store import CellStore, SplitName, find_split
 from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
@@ -57,13 +57,13 @@ class Cells:
     val_rows: np.ndarray
 
     @classmethod
-    def open(cls, train: str | Path, val: str | Path | None, seed: int) -> Cells:
-        """Open the folders that `data_preprocess` wrote: the whole, or one split.
+    def open(cls, train: str | Path, val: str | Path | None, direction: Direction, seed: int) -> Cells:
+        """Open what `data_preprocess` wrote: its whole folder, of which the split is taken, or one split.
 
         Without validation data a tenth of the training cells is set aside, chosen by sorted barcode and seed.
         """
-        store = CellStore.open(find_split(train, "train") or train)
-        val_path = find_split(train, "val") if val is None else find_split(val, "val") or val
+        store = CellStore.open(_split_folder(train, "train", direction))
+        val_path = find_split(train, "val", direction) if val is None else _split_folder(val, "val", direction)
         if val_path is None:
             return cls._set_aside(store, seed)
         val_store = CellStore.open(val_path)
@@ -85,6 +85,13 @@ class Cells:
         n_val = max(1, round(VALIDATION_SHARE * store.n_cells))
         logger.info("no validation data: %d of %d training cells set aside", n_val, store.n_cells)
         return cls(store, np.sort(shuffled[n_val:]), store, np.sort(shuffled[:n_val]))
+
+
+def _split_folder(path: str | Path, split: SplitName, direction: Direction) -> Path:
+    """Return `path` where it is a split itself, else the split within it."""
+    path = Path(path)
+    is_split = path.is_file() or (path / "manifest.json").is_file()
+    return path if is_split else find_split(path, split, direction) or path
 
 
 def train(
@@ -126,7 +133,7 @@ def train(
     from accelerate import Accelerator
 
     settings = _settings(config, direction, resume)
-    cells = Cells.open(data, val_data, settings.training.SEED)
+    cells = Cells.open(data, val_data, direction, settings.training.SEED)
     first = None
     if resume is not None:
         first = _last_epoch(Path(resume), direction)

@@ -1,0 +1,93 @@
+"""Checkpoints: reloaded bit by bit, refused in one line where they do not fit."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from cisformer.config import default_config
+from cisformer.data.batches import encode_input, read_modality
+from cisformer.data.reference import load_reference
+from cisformer.data.store import CellStore, find_split
+from cisformer.errors import CheckpointError, ReferenceMismatchError
+from cisformer.model.checkpoint import load_checkpoint, save_checkpoint
+
+
+@pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])
+def test_a_reloaded_checkpoint_is_bit_equal(direction, tiny_checkpoints, tiny_data, tmp_path):
+    checkpoint = tiny_checkpoints[direction]
+    again = load_checkpoint(save_checkpoint(checkpoint, tmp_path / "copy"))
+    for (name, a), (other, b) in zip(
+        checkpoint.model.state_dict().items(), again.model.state_dict().items(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(a, b)
+    store = CellStore.open(find_split(tiny_data[direction], "test"))
+    layout = checkpoint.layout
+    batch = encode_input(read_modality(store, np.arange(5), layout.input_modality), layout, None, None)
+    assert torch.equal(checkpoint.model.predict(batch), again.model.predict(batch))
+    assert again.config == checkpoint.config
+    assert again.metrics == checkpoint.metrics
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors", "config.yaml"])
+def test_the_folder_or_a_file_in_it_will_do(name, tiny_checkpoints):
+    checkpoint = tiny_checkpoints["rna2atac"]
+    assert load_checkpoint(checkpoint.folder / name).direction == "rna2atac"
+
+
+def test_a_runs_folder_means_its_best(tiny_checkpoints):
+    checkpoint = tiny_checkpoints["rna2atac"]
+    assert load_checkpoint(checkpoint.folder.parent).folder == checkpoint.folder
+
+
+def test_another_direction_is_refused(tiny_checkpoints):
+    with pytest.raises(CheckpointError, match="predicts rna2atac, this command needs atac2rna"):
+        load_checkpoint(tiny_checkpoints["rna2atac"].folder, "atac2rna")
+
+
+def test_another_config_is_refused_and_the_key_named(tiny_checkpoints):
+    with pytest.raises(CheckpointError, match=r"model\.max_express|model\.dim"):
+        load_checkpoint(tiny_checkpoints["rna2atac"].folder, config=default_config("rna2atac"))
+
+
+def test_another_reference_is_refused(tiny_checkpoints):
+    with pytest.raises(ReferenceMismatchError, match="genes"):
+        load_checkpoint(tiny_checkpoints["rna2atac"].folder, reference=load_reference("mouse"))
+
+
+@pytest.fixture
+def copy(tiny_checkpoints, tmp_path):
+    return shutil.copytree(tiny_checkpoints["rna2atac"].folder, tmp_path / "copy")
+
+
+def test_a_flipped_bit_is_found(copy):
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-9] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="checksum"):
+        load_checkpoint(copy)
+
+
+def test_missing_and_damaged_files_are_named(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load_checkpoint(copy)
+    (copy / "checkpoint.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(copy)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_checkpoint(copy / "nowhere")
+    (copy / "checkpoint.json").unlink()
+    with pytest.raises(CheckpointError, match="not a cisformer checkpoint"):
+        load_checkpoint(copy)
+
+
+def test_a_later_format_is_refused(copy):
+    manifest = json.loads((copy / "checkpoint.json").read_text())
+    (copy / "checkpoint.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="update cisformer"):
+        load_checkpoint(copy)

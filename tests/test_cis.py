@@ -1,0 +1,179 @@
+"""The default model: what it starts from, its ragged cis attention, and what must not change its output."""
+
+import numpy as np
+import pytest
+import torch
+
+from cisformer.data.batches import add_targets, encode_input, read_modality
+from cisformer.data.store import CellStore, find_split
+from cisformer.model.cis import CisModel
+from cisformer.model.linear import count_features, fit_linear, states
+from cisformer.model.local import Windows, fit_local
+from cisformer.training import make_layout
+
+
+def started(direction, tiny_data, config):
+    """Return store, layout, closed form and the untrained model."""
+    store = CellStore.open(find_split(tiny_data[direction], "train"))
+    rows = np.arange(store.n_cells)
+    counts = count_features(store, rows, direction)
+    layout = make_layout(counts, direction, store)
+    start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=5, ridge=7.0, seed=0)
+    windows = local = None
+    if direction == "atac2rna":
+        windows = Windows.of(store.reference, layout, 250_000)
+        local = fit_local(store, rows, store, rows[:30], layout, start, windows, 0)
+    torch.manual_seed(0)
+    return store, layout, start, local, CisModel.from_start(config, layout, start, windows, local).eval()
+
+
+def batch_of(store, layout, rows, targets=False):
+    batch = encode_input(read_modality(store, rows, layout.input_modality), layout, None, None)
+    return add_targets(batch, read_modality(store, rows, layout.target_modality), layout) if targets else batch
+
+
+@pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])
+def test_the_untrained_model_is_the_closed_form(direction, tiny_data, tiny_config):
+    store, layout, start, local, model = started(direction, tiny_data, tiny_config(direction))
+    rows = np.arange(25)
+    z = states(start.projection, store, rows, layout)
+    expected = start.prior / start.scale + z @ start.loadings.T
+    if local is not None:
+        x = read_modality(store, rows, "atac").toarray()[:, layout.input_index]
+        spread = np.zeros((len(layout.target_index), x.shape[1]), np.float32)
+        windows = Windows.of(store.reference, layout, 250_000)
+        spread[windows.gene, windows.ccre] = local.weight
+        expected += local.bias + z @ local.loadings.T + x @ spread.T
+    eta = model.eta(batch_of(store, layout, rows)).detach()
+    np.testing.assert_allclose(eta, expected, atol=2e-5)
+
+
+def shake(model):
+    """Give every weight that starts at zero a value, so that all paths count."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def shaken(tiny_data, tiny_config):
+    store, layout, _, _, model = started("atac2rna", tiny_data, tiny_config("atac2rna"))
+    return store, layout, shake(model)
+
+
+def dense_cis(model, batch, h_BR):
+    """The cis path as a masked dense softmax over all (gene, cCRE) pairs of each cell, in float64."""
+    path = model.cis.double()
+    n_input, n_target = len(path.window_indptr) - 1, len(path.gene.weight)
+    mask = torch.zeros(n_target, n_input, dtype=torch.bool)
+    mask[path.window_gene, path.window_ccre] = True
+    q, o = (f(path.gene.weight).unflatten(-1, (path.heads, -1)) for f in (path.query, path.out))
+    k, v = (f(path.ccre.weight).unflatten(-1, (path.heads, -1)) for f in (path.key, path.value))
+    bias = torch.zeros(n_target, n_input, path.heads, dtype=torch.float64)
+    bias[path.window_gene, path.window_ccre] = path.distance_bias(path.window_bin)
+    single = torch.zeros(n_target, n_input, dtype=torch.float64)
+    single[path.window_gene, path.window_ccre] = path.pair_weight
+    outputs = []
+    for cell in range(batch.n_cells):
+        is_open = torch.zeros(n_input, dtype=torch.bool)
+        is_open[batch.index[batch.indptr[cell] : batch.indptr[cell + 1]]] = True
+        state = path.cell_query(h_BR[cell].double()).unflatten(-1, (path.heads, -1))
+        score = torch.einsum("ghd,phd->gph", q + state, k) * path.head_dim**-0.5 + bias
+        score = score.masked_fill(~(mask & is_open)[..., None], -torch.inf)
+        null = path.null.expand(n_target, 1, path.heads)
+        weight = torch.cat([score, null], dim=1).softmax(dim=1)[:, :-1]
+        value = torch.einsum("ghd,phd->gph", o, v)
+        outputs.append((weight * value).sum(dim=(1, 2)) + (single * is_open).sum(dim=1))
+    path.float()
+    return torch.stack(outputs).detach()
+
+
+def test_ragged_cis_attention_equals_a_dense_masked_softmax(shaken):
+    store, layout, model = shaken
+    batch = batch_of(store, layout, np.arange(6))
+    h_BR = model.encoder(batch, model.projection(batch))
+    ours = model.cis(batch, h_BR, len(model.prior), None).detach()
+    torch.testing.assert_close(ours.double(), dense_cis(model, batch, h_BR), rtol=1e-4, atol=1e-4)
+    assert ours.abs().max() > 0.05
+
+
+def test_drawn_targets_get_what_they_get_among_all(shaken):
+    store, layout, model = shaken
+    batch = batch_of(store, layout, np.arange(6))
+    columns = torch.tensor([0, 3, 4, 20])
+    from dataclasses import replace
+
+    some = model.eta(replace(batch, columns=columns))
+    torch.testing.assert_close(some, model.eta(batch)[:, columns], rtol=1e-5, atol=1e-5)
+
+
+def test_the_effect_of_closing_a_ccre_is_exact(shaken):
+    """Against running the cis path again without that cCRE, the cell's state held fixed."""
+    store, layout, model = shaken
+    rows = np.array([3])
+    batch = batch_of(store, layout, rows)
+    attention = model.cis_attention(batch)
+    h_BR = model.encoder(batch, model.projection(batch))
+    whole = model.cis(batch, h_BR, len(model.prior), None)
+    for edge in range(0, len(attention.gene), max(1, len(attention.gene) // 12)):
+        kept = batch.index != attention.ccre[edge]
+        from dataclasses import replace
+
+        without = replace(batch, index=batch.index[kept], value=batch.value[kept], indptr=torch.tensor([0, kept.sum()]))
+        change = (model.cis(without, h_BR, len(model.prior), None) - whole)[0, attention.gene[edge]]
+        torch.testing.assert_close(attention.effect[edge], change, rtol=1e-3, atol=1e-5)
+
+
+def test_attention_of_a_gene_and_its_null_slot_sum_to_one(shaken):
+    store, layout, model = shaken
+    attention = model.cis_attention(batch_of(store, layout, np.arange(6)))
+    segment = attention.cell * len(layout.target_index) + attention.gene
+    total = torch.zeros(6 * len(layout.target_index), model.cis.heads).index_add(0, segment, attention.weight)
+    assert (total <= 1 + 1e-5).all()
+    assert (attention.weight > 0).all()
+
+
+@pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])
+def test_prediction_does_not_depend_on_batch_or_order(direction, tiny_data, tiny_config):
+    store, layout, _, _, model = started(direction, tiny_data, tiny_config(direction))
+    shake(model)
+    rows = np.arange(13)
+    together = model.predict(batch_of(store, layout, rows))
+    alone = torch.cat([model.predict(batch_of(store, layout, rows[i : i + 1])) for i in rows])
+    backwards = model.predict(batch_of(store, layout, rows[::-1].copy())).flip(0)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, backwards, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])
+def test_every_weight_gets_a_gradient(direction, tiny_data, tiny_config):
+    store, layout, _, _, model = started(direction, tiny_data, tiny_config(direction))
+    shake(model).train()
+    model(batch_of(store, layout, np.arange(40), targets=True)).mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@pytest.mark.parametrize(
+    "key", ["dim", "dec_depth", "dec_heads", "dec_ff_mult", "dec_dim_head", "num_latents", "emb_rank", "max_express"]
+)
+def test_every_shape_key_shapes_the_model(key, tiny_data, tiny_config):
+    store, layout, start, _, model = started("rna2atac", tiny_data, tiny_config("rna2atac"))
+    config = tiny_config("rna2atac")
+    value = getattr(config.model, key) + (7 if key == "dim" else 1)
+    other = config.model_copy(update={"model": config.model.model_copy(update={key: value})})
+    bigger = CisModel.from_start(other, layout, start, None, None)
+    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    assert count(bigger) > count(model)
+
+
+def test_probabilities_and_expression_are_in_range(shaken, tiny_data, tiny_config):
+    store, layout, model = shaken
+    expression = model.predict(batch_of(store, layout, np.arange(8)))
+    assert expression.min() >= 0
+    assert expression.max() > 0
+    store, layout, _, _, model = started("rna2atac", tiny_data, tiny_config("rna2atac"))
+    probability = shake(model).predict(batch_of(store, layout, np.arange(8)))
+    assert 0 <= probability.min() < probability.max() <= 1

@@ -1,0 +1,139 @@
+"""Training: epoch 0 is linear, best is best, runs repeat, and what goes wrong is said."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from cisformer.data.store import CellStore, find_split
+from cisformer.errors import TrainingError
+from cisformer.model.checkpoint import load_checkpoint
+from cisformer.training import Cells, train, validation_batches
+
+DIRECTIONS = ["atac2rna", "rna2atac"]
+
+
+def history(checkpoint):
+    return [json.loads(line) for line in (checkpoint.folder.parent / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_best_is_the_epoch_of_lowest_validation_loss(direction, tiny_checkpoints):
+    best = tiny_checkpoints[direction]
+    losses = [record["val_loss"] for record in history(best)]
+    assert best.metrics["epoch"] == int(np.argmin(losses))
+    assert best.metrics["val_loss"] == min(losses) <= best.metrics["linear_val_loss"]
+    assert best.metrics["linear_val_loss"] <= best.metrics["mean_val_loss"]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_every_epoch_is_saved_with_the_loss_it_has(direction, tiny_checkpoints, tiny_data):
+    folder = tiny_checkpoints[direction].folder.parent
+    assert sorted(p.name for p in folder.glob("epoch*")) == ["epoch0", "epoch1", "epoch2"]
+    store = CellStore.open(find_split(tiny_data[direction], "val"))
+    for epoch, record in enumerate(history(tiny_checkpoints[direction])):
+        saved = load_checkpoint(folder / f"epoch{epoch}")
+        with torch.no_grad():
+            losses = [
+                saved.model(batch)
+                for batch in validation_batches(store, np.arange(store.n_cells), saved.layout, saved.config)
+            ]
+        assert math.isclose(float(torch.cat(losses).mean()), record["val_loss"], rel_tol=1e-5)
+
+
+def test_training_lowers_the_training_loss(tiny_data, tiny_config, tmp_path):
+    best = train(tiny_data["rna2atac"], "x", direction="rna2atac", save=tmp_path,
+                 config=tiny_config("rna2atac", epoch=6, lr=5e-3, patience=10))  # fmt: skip
+    losses = [record["train_loss"] for record in history(best)[1:]]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_run_repeats(direction, tiny_checkpoints, tiny_data, tiny_config, tmp_path):
+    again = train(tiny_data[direction], "x", direction=direction, save=tmp_path, config=tiny_config(direction))
+    assert [r["val_loss"] for r in history(again)] == [r["val_loss"] for r in history(tiny_checkpoints[direction])]
+
+
+def test_an_interrupted_run_resumes_to_the_same_losses(tiny_checkpoints, tiny_data, tmp_path):
+    whole = tiny_checkpoints["rna2atac"]
+    cut = shutil.copytree(whole.folder.parent, tmp_path / "cut")
+    short = train(tiny_data["rna2atac"], "short", direction="rna2atac", save=tmp_path,
+                  config=whole.config.model_copy(update={
+                      "training": whole.config.training.model_copy(update={"epoch": 1})}))  # fmt: skip
+    for name in ("training_state.pt", "metrics.jsonl"):
+        shutil.copy(short.folder.parent / name, cut / name)
+    shutil.rmtree(cut / "epoch2")
+    resumed = train(tiny_data["rna2atac"], direction="rna2atac", resume=cut)
+    assert [r["val_loss"] for r in history(resumed)] == [r["val_loss"] for r in history(whole)]
+    for a, b in zip(
+        load_checkpoint(cut / "epoch2").model.parameters(),
+        load_checkpoint(whole.folder.parent / "epoch2").model.parameters(),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_training_goes_on_from_a_checkpoint(tiny_checkpoints, tiny_data, tiny_config, tmp_path):
+    first = load_checkpoint(tiny_checkpoints["rna2atac"].folder.parent / "epoch2")
+    tuned = train(tiny_data["rna2atac"], "x", direction="rna2atac", save=tmp_path, model_parameters=first.folder,
+                  config=tiny_config("rna2atac", epoch=1))  # fmt: skip
+    assert math.isclose(history(tuned)[0]["val_loss"], first.metrics["val_loss"], rel_tol=1e-6)
+
+
+def test_patience_ends_training(tiny_data, tiny_config, tmp_path):
+    config = tiny_config("rna2atac", epoch=30, lr=0.3, patience=2)
+    best = train(tiny_data["rna2atac"], "x", direction="rna2atac", save=tmp_path, config=config)
+    records = history(best)
+    assert len(records) < 31
+    assert len(records) - 1 - best.metrics["epoch"] == 2
+
+
+def test_no_epochs_means_the_linear_model(tiny_data, tiny_config, tmp_path):
+    best = train(tiny_data["rna2atac"], "x", direction="rna2atac", save=tmp_path, config=tiny_config("rna2atac", epoch=0))
+    assert best.metrics["epoch"] == 0
+
+
+def test_only_the_last_epochs_are_kept_where_asked(tiny_data, tiny_config, tmp_path):
+    config = tiny_config("rna2atac", epoch=3, keep_epochs=1)
+    best = train(tiny_data["rna2atac"], "x", direction="rna2atac", save=tmp_path, config=config)
+    assert [p.name for p in best.folder.parent.glob("epoch*")] == ["epoch3"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_weights_change(tiny_data, tiny_config, tmp_path):
+    config = tiny_config("rna2atac", epoch=3, lr=1e30)
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) at epoch 1, batch \d"):
+        train(tiny_data["rna2atac"], "x", direction="rna2atac", save=tmp_path, config=config)
+    saved = load_checkpoint(next(tmp_path.iterdir()))
+    assert all(torch.isfinite(p).all() for p in saved.model.parameters())
+
+
+def test_without_validation_data_training_cells_are_set_aside(tiny_data):
+    folder = find_split(tiny_data["rna2atac"], "train")
+    cells = Cells.open(folder, None, "rna2atac", 0)
+    assert cells.val.path.name == "rna2atac_val"
+    alone = Cells._set_aside(cells.train, 0)
+    assert len(np.intersect1d(alone.train_rows, alone.val_rows)) == 0
+    assert len(alone.train_rows) + len(alone.val_rows) == cells.train.n_cells
+
+
+def test_test_cells_are_in_neither_training_nor_validation(tiny_data):
+    for direction in DIRECTIONS:
+        cells = Cells.open(tiny_data[direction], None, direction, 0)
+        test = CellStore.open(find_split(tiny_data[direction], "test"))
+        for store in (cells.train, cells.val):
+            assert len(np.intersect1d(store.barcodes, test.barcodes)) == 0
+
+
+def test_the_same_cells_for_training_and_validation_are_refused(tiny_data):
+    folder = find_split(tiny_data["rna2atac"], "train")
+    with pytest.raises(TrainingError, match="cells are in the training and the validation data"):
+        Cells.open(folder, folder / "rna2atac_0.pt", "rna2atac", 0)
+
+
+def test_names_of_runs_stay_in_the_folder(tiny_data, tiny_config, tmp_path):
+    best = train(tiny_data["rna2atac"], "../a b/$(x)", direction="rna2atac", save=tmp_path,
+                 config=tiny_config("rna2atac", epoch=0))  # fmt: skip
+    assert best.folder.parent.parent == tmp_path
