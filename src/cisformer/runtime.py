@@ -19,6 +19,7 @@ from cisformer.errors import InputError, OutputExistsError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+LOG_EVERY_S = 3.0
 
 
 @contextlib.contextmanager
@@ -135,9 +136,9 @@ def progress(
     unit: str = "it",
     size: Callable[[T], int] = lambda item: 1,
 ) -> Iterator[T]:
-    """Yield `items`, showing progress: a bar in a terminal or notebook, a log line per 10 % elsewhere.
+    """Yield `items`, showing progress: a bar in a terminal or notebook, elsewhere a log line per 10 %.
 
-    `total` counts in `unit`; `size` says how many of them an item is.
+    Lines come at least `LOG_EVERY_S` apart, so that what is soon over says nothing. `total` counts in `unit`; `size` says how many of them an item is.
     """
     total = total if total is not None else _length(items)
     if sys.stderr.isatty() or "ipykernel" in sys.modules:
@@ -162,12 +163,13 @@ def _logged(
     items: Iterable[T], total: int | None, desc: str, unit: str, size: Callable[[T], int]
 ) -> Iterator[T]:
     tenths = done = 0
-    start = time.monotonic()
+    start = said = time.monotonic()
     for item in items:
         yield item
         done += size(item)
-        if total and done * 10 // total > tenths:
-            tenths = done * 10 // total
-            rate = done / max(time.monotonic() - start, 1e-9)
+        now = time.monotonic()
+        if total and done * 10 // total > tenths and now - said >= LOG_EVERY_S:
+            tenths, said = done * 10 // total, now
+            rate = done / (now - start)
             left = (total - done) / rate
             logger.info("%s: %d of %d %s, %.3g a second, %.0f s left", desc, done, total, unit, rate, left)

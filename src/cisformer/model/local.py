@@ -125,7 +125,8 @@ def fit_local(
     weight = np.zeros((len(windows.gene), len(PENALTIES)), np.float32)
     losses = np.zeros(len(PENALTIES))
     ccre = windows.ccre
-    for gene, pair in zip(genes, np.split(by_gene, first[1:]), strict=True):
+    pairs_of = np.split(by_gene, first[1:]) if len(genes) else []
+    for gene, pair in zip(genes, pairs_of, strict=True):
         near = ccre[pair]
         inner = _Cut(fit, near, mean, slope)
         weight[pair] = _ridge(inner, _residual(fit, gene, start), contact(windows.distance[pair]))
