@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import rich_click as click
@@ -26,3 +27,9 @@ class LenientInt(click.ParamType):
 
 
 LENIENT_INT = LenientInt()
+
+
+def config_path(given: str | None, direction: str) -> Path | None:
+    """Return the config to use: the one given, the one of the working folder, or `None` for the defaults."""
+    default = Path("cisformer_config") / f"{direction}_config.yaml"
+    return Path(given) if given else default if default.is_file() else None

@@ -262,7 +262,7 @@ def _join_obs(
 
 
 def _without_empty(cells: ParkedCells) -> tuple[ParkedCells, list[str]]:
-    """Leave out cells without any gene or any cCRE of the reference; return the others, and their barcodes."""
+    """Leave out cells without any gene or any cCRE of the reference; also return their barcodes."""
     filled = (cells.rna.lengths[cells.rna_rows] > 0) & (cells.atac.lengths[cells.atac_rows] > 0)
     empty = cells.obs.index[~filled].tolist()
     if not empty:
@@ -329,7 +329,7 @@ def _log_summary(stores: dict[SplitName, CellStore], seconds: Seconds) -> None:
 
 
 def write_mapped(store: CellStore, rows_per_block: int = 500) -> None:
-    """Write the cells of a data set as they were aligned: ``mapped_rna.h5ad`` and ``mapped_atac.h5ad`` in its folder.
+    """Write the aligned cells of a data set into its folder: ``mapped_rna.h5ad`` and ``mapped_atac.h5ad``.
 
     Same cells, same order, features of the reference: the truth to hold predictions against.
     """

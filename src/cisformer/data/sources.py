@@ -34,7 +34,10 @@ FEATURE_TYPES = {
     "rna": {"gene expression", "gex", "rna"},
     "atac": {"peaks", "atac", "chromatin accessibility"},
 }
-"""What `feature_types` and the modalities of an h5mu are called, in lower case."""
+"""What feature types and the modalities of an h5mu are called, in lower case."""
+
+FEATURE_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
+"""Columns of `var` that may tell genes from peaks."""
 
 SLOTS = ("layers/counts", "raw/X", "X")
 """Where counts may be, in the order in which they are looked for."""
@@ -60,8 +63,8 @@ class Source:
         Which of `SLOTS` is read.
     layout
         How it is stored: ``csr``, ``csc`` or ``dense``.
-    values
-        What `describe_values` says of the first of them.
+    holds
+        What `describe_values` says of the first values.
     """
 
     label: str
@@ -71,7 +74,7 @@ class Source:
     var: pd.DataFrame
     slot: str
     layout: str
-    values: str
+    holds: str
     _read: Reader
     _columns: NDArray[np.int64] | None
 
@@ -88,11 +91,16 @@ class Source:
         InputError
             Naming a cell with such a value, or where the file is damaged.
         """
+        block = self.read(start, end)
+        self._check(block, start)
+        return block
+
+    def read(self, start: int, end: int) -> sp.csr_matrix:
+        """Return cells as `rows` does, unchecked."""
         try:
             block = self._read(start, end)
         except OSError as error:
             raise _damaged(self.label, error) from error
-        self._check(block, start)
         return block if self._columns is None else sp.csr_matrix(block[:, self._columns])
 
     def blocks(self, n_rows: int) -> Iterator[sp.csr_matrix]:
@@ -149,18 +157,30 @@ def open_rows(
         If the file is missing, damaged, or of another kind; if it lacks the modality; if barcodes repeat; if
         RNA is in no slot as counts.
     """
-    if not isinstance(data, str | Path):
-        yield _of_anndata(data, modality, label or f"the {modality.upper()} AnnData", strict)
-        return
-    label = str(data)
-    with open_hdf5(data) as file:
-        kind = kind_of(file, label)
-        if kind == "10x h5":
-            yield _of_10x(file["matrix"], modality, label, strict)
-        elif kind == "h5mu":
-            yield _of_group(_modality_group(file, modality, label), kind, modality, label, strict)
+    with contextlib.ExitStack() as stack:
+        if isinstance(data, str | Path):
+            source = _of_file(stack.enter_context(open_hdf5(data)), modality, str(data), strict)
         else:
-            yield _of_group(file, kind, modality, label, strict)
+            source = _of_anndata(data, modality, label or f"the {modality.upper()} AnnData", strict)
+        if strict:
+            _announce(source)
+        yield source
+
+
+def _announce(source: Source) -> None:
+    """Log what was chosen where there was a choice."""
+    if source.slot != "X":
+        logger.info("%s: reading the counts in %s", source.label, source.slot)
+    if source.modality == "atac" and source.holds != "binary":
+        logger.info("%s: peaks hold %s; any value above 0 is taken as open", source.label, source.holds)
+
+
+def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> Source:
+    kind = kind_of(file, label)
+    if kind == "10x h5":
+        return _of_10x(file["matrix"], modality, label, strict)
+    group = _modality_group(file, modality, label) if kind == "h5mu" else file
+    return _of_group(group, kind, modality, label, strict)
 
 
 @contextlib.contextmanager
@@ -290,17 +310,13 @@ def _source(
         raise InputError(
             f"{label} holds {len(obs):,} cells and {len(chosen):,} features", hint="give another file"
         )
-    if slot != "X":
-        logger.info("%s: reading the counts in %s", label, slot)
-    if modality == "atac" and values != "binary":
-        logger.info("%s: peaks hold %s; any value above 0 is taken as open", label, values)
     layout, read = _reader(node, (len(obs), len(var)), label)
     return Source(label, kind, modality, obs, chosen, slot, layout, values, read, columns)
 
 
 def _columns_of(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np.int64] | None:
     """Return which features are of this modality; `None` for all."""
-    name = next((name for name in ("feature_types", "feature_type", "modality") if name in var), None)
+    name = next((name for name in FEATURE_TYPE_COLUMNS if name in var), None)
     if name is None:
         return None
     types = var[name].astype(str).str.lower()

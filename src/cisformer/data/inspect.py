@@ -1,0 +1,255 @@
+"""Tell what files are before any work is done with them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cisformer.data.alignment import describe_genes, map_genes, map_peaks
+from cisformer.data.genome import parse_regions
+from cisformer.data.reference import (
+    BUILT_IN,
+    CCRE_COLUMNS,
+    Reference,
+    gene_identity,
+    guess_genome,
+    load_reference,
+    peak_regions,
+)
+from cisformer.data.sources import FEATURE_TYPE_COLUMNS, Modality, Source, open_hdf5, open_rows
+from cisformer.data.store import CellStore
+from cisformer.errors import InputError
+
+OWN_MANIFESTS = {
+    "manifest.json": "preprocessed cells",
+    "checkpoint.json": "checkpoint",
+    "reference.json": "reference",
+}
+"""Files that tell what a folder of ours is."""
+
+_SAMPLE_CELLS = 500
+
+Record = dict[str, Any]
+
+
+def inspect(
+    paths: Sequence[str | Path], *, reference: str | Path | None = None, verify: bool = False
+) -> dict[str, list[Record]]:
+    """Describe files.
+
+    Parameters
+    ----------
+    paths
+        h5ad, h5mu or 10x h5 files, and data sets, checkpoints and references of cisformer, or a folder of
+        such.
+    reference
+        What to count found genes and peaks in; by default the built-in one that fits the genome.
+    verify
+        Compare the shards of data sets with their checksums.
+
+    Returns
+    -------
+    ``files``: one record per file and modality, or per data set, checkpoint or reference;
+    ``shared_barcodes``: one record per pair of RNA and ATAC. All of plain types, as JSON has them.
+
+    Raises
+    ------
+    InputError, StoreError
+        If a file is missing, damaged, or nothing of the above.
+    """
+    records: list[Record] = []
+    barcodes: dict[tuple[str, Modality], set[str]] = {}
+    wanted = None if reference is None else load_reference(reference)
+    for path in map(Path, paths):
+        own = _own_folders(path)
+        records += [_describe_own(folder, name, verify) for folder, name in own]
+        if own:
+            continue
+        for source in _modalities(path):
+            records.append(_describe_source(source, wanted) | _written_by_us(path))
+            barcodes[source.label, source.modality] = set(source.obs.index)
+    return {"files": records, "shared_barcodes": list(_shared(barcodes))}
+
+
+def _own_folders(path: Path) -> list[tuple[Path, str]]:
+    """Return each data set, checkpoint or reference that `path` is, is in, or holds, and its manifest."""
+    if path.is_file() and path.suffix not in (".pt", ".json", ".yaml", ".safetensors"):
+        return []
+    folder = path if path.is_dir() else path.parent
+    for candidates in ([folder], sorted(child for child in folder.iterdir() if child.is_dir())):
+        own = [(child, name) for child in candidates for name in OWN_MANIFESTS if (child / name).is_file()]
+        if own:
+            return [(path, own[0][1])] if candidates == [folder] else own
+    if path.is_dir():
+        raise InputError(
+            f"{path} is a folder without {', '.join(OWN_MANIFESTS.values())}",
+            hint="give a file, or a folder that cisformer wrote",
+        )
+    return []
+
+
+def _describe_own(path: Path, name: str, verify: bool) -> Record:
+    folder = path if path.is_dir() else path.parent
+    manifest = json.loads((folder / name).read_text())
+    record: Record = {"path": str(path), "kind": OWN_MANIFESTS[name]}
+    reference = manifest.get("reference", manifest)
+    keys = (
+        "direction",
+        "split",
+        "n_cells",
+        "format_version",
+        "metrics",
+        "datapreprocess",
+        "seed",
+        "split_by",
+    )
+    record |= {key: manifest[key] for key in keys if manifest.get(key) is not None}
+    record |= {
+        "package_version": manifest.get("provenance", manifest).get(
+            "version", manifest.get("package_version")
+        ),
+        "reference": reference["name"],
+        "genome": reference["genome"],
+        "n_genes": reference["n_genes"],
+        "n_ccres": reference["n_ccres"],
+        "fingerprint": reference["fingerprint"],
+    }
+    if name == "manifest.json":
+        store = CellStore.open(path)
+        record |= {"n_cells": store.n_cells, "n_shards": len(manifest["shards"])}
+        if verify:
+            store.verify()
+            record["checksums"] = "agree"
+    if (folder / "config.yaml").is_file():
+        record["config"] = (folder / "config.yaml").read_text()
+    return record
+
+
+def _modalities(path: Path) -> Iterator[Source]:
+    """Yield each modality that a file holds; the last error where it holds none."""
+    error: InputError | None = None
+    found = 0
+    modalities: tuple[Modality, Modality] = ("rna", "atac")
+    for modality in modalities:
+        try:
+            with open_rows(path, modality, strict=False) as source:
+                if _holds(source):
+                    found += 1
+                    yield source
+        except InputError as problem:
+            error = problem
+    if not found and error is not None:
+        raise error
+
+
+def _holds(source: Source) -> bool:
+    """Tell whether the features are of the modality that they were opened as."""
+    var = source.var
+    if source.kind == "h5mu" or any(name in var for name in FEATURE_TYPE_COLUMNS):
+        return True
+    try:
+        parse_regions(var.index[:10])
+        looks: Modality = "atac"
+    except InputError:
+        in_columns = "interval" in var or set(CCRE_COLUMNS) <= set(var.columns)
+        looks = "atac" if in_columns and not _known_genes(var) else "rna"
+    return source.modality == looks
+
+
+def _known_genes(var: pd.DataFrame) -> bool:
+    shares = (map_genes(var, load_reference(name)).share_found for name in BUILT_IN)
+    return max(shares) > 0.1
+
+
+def _describe_source(source: Source, wanted: Reference | None) -> Record:
+    """Describe one modality; values are looked at in the first 500 cells."""
+    n_looked = min(source.n_cells, _SAMPLE_CELLS)
+    sample = source.read(0, n_looked)
+    stored = np.diff(sample.indptr)
+    species, genome, named_by = _guess(source)
+    reference = wanted or load_reference(species or "human")
+    find = map_genes if source.modality == "rna" else map_peaks
+    found = find(source.var, reference)
+    return {
+        "path": source.label,
+        "kind": source.kind,
+        "modality": source.modality,
+        "n_cells": source.n_cells,
+        "n_features": len(source.var),
+        "named_by": named_by,
+        "species": species,
+        "genome": genome,
+        "matrix": source.slot,
+        "layout": source.layout,
+        "values": source.holds,
+        "features_per_cell": float(np.median(stored)),
+        "share_nonzero": round(float(stored.mean()) / len(source.var), 6),
+        "reference": reference.name,
+        "n_found": found.n_found,
+        "share_found": round(found.share_found, 4),
+        "barcodes": source.obs.index[:3].tolist(),
+        "obs": source.obs.columns.astype(str).tolist(),
+    }
+
+
+def _guess(source: Source) -> tuple[str, str, str]:
+    """Return species, genome and naming; the species of peaks is that of the genome they fit."""
+    if source.modality == "rna":
+        named_by, species = describe_genes(gene_identity(source.var)["gene_id"])
+        return species, "", named_by
+    genome = guess_genome(peak_regions(source.var))
+    return next((name for name, built_in in BUILT_IN.items() if built_in == genome), ""), genome, "regions"
+
+
+def _written_by_us(path: Path) -> Record:
+    """Return what an h5ad that cisformer wrote says of itself."""
+    from anndata.io import read_elem
+
+    with open_hdf5(path) as file:
+        if "uns" not in file or "cisformer" not in file["uns"]:
+            return {}
+        return {"written_by_cisformer": json.loads(json.dumps(read_elem(file["uns/cisformer"]), default=str))}
+
+
+def _shared(barcodes: dict[tuple[str, Modality], set[str]]) -> Iterator[Record]:
+    for (first, mine), (second, other) in itertools.combinations(barcodes, 2):
+        if {mine, other} == {"rna", "atac"}:
+            n_shared = len(barcodes[first, mine] & barcodes[second, other])
+            yield {mine: first, other: second, "n_shared": n_shared}
+
+
+def as_text(report: dict[str, list[Record]]) -> str:
+    """Return the answer of `inspect` for people: a paragraph per record."""
+    lines: list[str] = []
+    for record in report["files"]:
+        lines.append(record["path"])
+        lines += [f"  {key.replace('_', ' '):<18} {_text(key, entry)}" for key, entry in _shown(record)]
+    for pair in report["shared_barcodes"]:
+        lines.append(f"{pair['n_shared']:,} barcodes shared by {pair['rna']} (RNA) and {pair['atac']} (ATAC)")
+    return "\n".join(lines)
+
+
+def _shown(record: Record) -> Iterator[tuple[str, Any]]:
+    for key, entry in record.items():
+        if key == "genome" and not entry and record.get("modality") == "atac":
+            entry = "neither hg38 nor mm39"
+        if key != "path" and entry not in ("", None, []):
+            yield key, entry
+
+
+def _text(key: str, value: Any) -> str:
+    if key.startswith("share_"):
+        return f"{value:.1%}"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {entry}" for name, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value).strip().replace("\n", "\n" + " " * 21)
