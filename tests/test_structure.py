@@ -10,7 +10,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = [
     "errors", "config", "runtime",
-    "data.genome", "data.reference", "data.alignment", "data.io", "data.sources", "data.pairing", "data.spool",
+    "data.genome", "data.reference", "data.alignment", "data.sources", "data.io", "data.pairing", "data.spool",
     "data.store", "data.preprocess", "data.inspect", "data.batches",
     "model.attention", "model.linear", "model.local", "model.cis", "model.full", "model.checkpoint",
     "simulation", "metrics", "baselines", "training", "prediction", "launch",

@@ -450,7 +450,7 @@ def guess_genome(regions: pd.DataFrame) -> str:
     """
     shares = {BUILT_IN[name]: coverage(regions, load_reference(name).ccres) for name in BUILT_IN}
     genome, (share, chance) = max(shares.items(), key=lambda item: item[1][0] - item[1][1])
-    return genome if share > 0.1 and share > 1.25 * chance else ""
+    return genome if share > 0.5 and share > 1.25 * chance else ""
 
 
 def coverage(regions: pd.DataFrame, ccres: pd.DataFrame, most: int = 20_000) -> tuple[float, float]:

@@ -1,0 +1,236 @@
+"""Built-in references, building one, and taking a data set's own features."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.resources
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cisformer.data.genome import overlap_pairs, tss
+from cisformer.data.reference import (
+    GENE_COLUMNS,
+    Reference,
+    build_reference,
+    coverage,
+    dataset_reference,
+    gene_identity,
+    guess_genome,
+    load_reference,
+    read_gtf,
+    save_reference,
+)
+from cisformer.errors import InputError, OutputExistsError, ReferenceMismatchError
+
+# Any change of these breaks every published checkpoint and every stored data set.
+PUBLISHED = {
+    "human": ("hg38", 38_244, 1_033_239, "6dbef5418407b4cf2cef4bf397bb3c07278618d23c614a799b7719b2d6e139dc"),
+    "mouse": ("mm39", 23_234, 262_853, "860923987181984f8620043fc9e2d2d2ab48571fe571d424577fef97d01bd6c1"),
+}
+
+GTF = """\
+#!genome
+chr1\tX\tgene\t1001\t2000\t.\t+\t.\tgene_id "ENSG00000000001.3"; gene_name "AAA";
+chr1\tX\texon\t1001\t1100\t.\t+\t.\tgene_id "ENSG00000000001.3"; gene_name "AAA";
+chr2\tX\tgene\t501\t900\t.\t-\t.\tgene_id "Y74C9A.3"; gene "bbb"; other_gene "no";
+chrX\tX\tgene\t11\t90\t.\t+\t.\tgene_id "ENSG00000000002.1"; gene_name "PAR";
+chrY\tX\tgene\t11\t90\t.\t+\t.\tgene_id "ENSG00000000002.1_PAR_Y"; gene_name "PAR";
+"""
+GENES = [
+    ["ENSG00000000001", "AAA", "chr1", 1000, 2000, "+"],
+    ["Y74C9A.3", "bbb", "chr2", 500, 900, "-"],
+    ["ENSG00000000002", "PAR", "chrX", 10, 90, "+"],
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_built_in_references_are_the_published_ones(name: str):
+    reference = load_reference(name)
+    genome, n_genes, n_ccres, fingerprint = PUBLISHED[name]
+    assert (reference.genome, reference.n_genes, reference.n_ccres) == (genome, n_genes, n_ccres)
+    assert reference.fingerprint == fingerprint
+    assert reference.is_built_in
+
+
+def test_human_reference_by_known_rows():
+    human = load_reference("human")
+    assert human.genes.iloc[0].tolist() == ["ENSG00000223972", "DDX11L1", "chr1", 12009, 13670, "+"]
+    assert human.ccres.iloc[0].tolist() == ["chr1", 104896, 105048]
+    assert human.ccres.iloc[-1].tolist() == ["chr22", 50789503, 50789801]
+    assert (human.genes["start"] >= 0).all()
+
+
+def test_mouse_ccres_are_of_the_genome_of_the_mouse_genes():
+    mouse = load_reference("mouse")
+    site = tss(mouse.genes)
+    near = mouse.genes.assign(start=np.maximum(site - 500, 0), end=site + 500)[site >= 0]
+    share = len(np.unique(overlap_pairs(near, mouse.ccres)[0])) / len(near)
+    assert share > 0.55  # 17 % when read as mm10
+    assert (site < 0).sum() == 1
+
+
+def test_built_in_tables_are_small():
+    folder = importlib.resources.files("cisformer.resources")
+    assert sum(len(path.read_bytes()) for path in folder.iterdir() if path.is_file()) < 10e6
+
+
+def test_labels_are_unique():
+    mouse = load_reference("mouse")
+    assert mouse.genes["gene_name"].duplicated().any()
+    assert len(set(mouse.gene_labels)) == mouse.n_genes
+    assert mouse.ccre_labels[0] == "chr1:3189840-3190134"
+
+
+@pytest.fixture
+def small() -> Reference:
+    human = load_reference("human")
+    return Reference("dataset", "hg38", human.genes.iloc[:30].copy(), human.ccres.iloc[:50].copy())
+
+
+def test_saved_and_loaded_is_the_same_and_the_bytes_repeat(small: Reference, tmp_path: Path):
+    for folder in ("a", "b"):
+        save_reference(small, tmp_path / folder)
+    loaded = load_reference(tmp_path / "a")
+    assert loaded.fingerprint == small.fingerprint
+    assert (loaded.name, loaded.genome, loaded.is_built_in) == ("dataset", "hg38", False)
+    for name in ("genes.tsv.gz", "ccres.bed.gz", "reference.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_fingerprint_sees_every_column(small: Reference):
+    for table, column in ((small.genes, "gene_id"), (small.genes, "strand"), (small.ccres, "end")):
+        before = small.fingerprint
+        table.loc[3, column] = table.loc[4, column] if column != "strand" else "?"
+        assert Reference("dataset", "hg38", small.genes, small.ccres).fingerprint != before
+        del small.__dict__["fingerprint"]
+
+
+def test_an_edited_table_is_refused(small: Reference, tmp_path: Path):
+    save_reference(small, tmp_path)
+    lines = gzip.decompress((tmp_path / "ccres.bed.gz").read_bytes()).splitlines(keepends=True)
+    (tmp_path / "ccres.bed.gz").write_bytes(gzip.compress(b"".join(lines[1:])))
+    with pytest.raises(ReferenceMismatchError, match="not those it was built with"):
+        load_reference(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "not json"])
+def test_no_reference_there(content: str | None, tmp_path: Path):
+    if content is not None:
+        (tmp_path / "reference.json").write_text(content)
+    with pytest.raises(InputError, match="is not a reference folder"):
+        load_reference(tmp_path)
+    with pytest.raises(InputError, match="no reference 'humna'") as caught:
+        load_reference("humna")
+    assert "build_reference" in caught.value.hint
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gtf_genes_are_read(packed: bool, tmp_path: Path):
+    path = tmp_path / "genes.gtf"  # gzip is told by content, not by name
+    path.write_bytes(gzip.compress(GTF.encode()) if packed else GTF.encode())
+    genes = read_gtf(path)
+    assert list(genes.columns) == GENE_COLUMNS
+    assert genes.values.tolist() == GENES
+
+
+def test_gtf_without_gene_lines_gives_the_extent_of_each_gene(tmp_path: Path):
+    path = tmp_path / "t.gtf"
+    line = 'chr1\tX\texon\t{}\t{}\t.\t-\t.\tgene_id "G"; transcript_id "T";\n'
+    path.write_text(line.format(301, 400) + line.format(101, 200))
+    assert read_gtf(path).values.tolist() == [["G", "G", "chr1", 100, 400, "-"]]
+
+
+def test_a_reference_of_any_genome(tmp_path: Path):
+    (tmp_path / "g.gtf").write_text(GTF)
+    (tmp_path / "p.bed").write_text("track name=x\n1\t10\t60\tpeak1\n2\t5\t9\n1\t10\t60\n")
+    built = build_reference(tmp_path / "g.gtf", tmp_path / "p.bed", tmp_path / "worm")
+    assert built.name == "worm"
+    assert built.ccres.values.tolist() == [["chr1", 10, 60], ["chr2", 5, 9]]  # spelt as the genes, once
+    assert load_reference(tmp_path / "worm").fingerprint == built.fingerprint
+    with pytest.raises(OutputExistsError):
+        build_reference(tmp_path / "g.gtf", tmp_path / "p.bed", tmp_path / "worm")
+
+
+@pytest.mark.parametrize(
+    ("gtf", "bed", "message"),
+    [
+        (GTF, "chr9\t1\t5\n", "share no chromosome"),
+        (GTF, "chr1\t5\t1\n", "line 1 is not a BED region"),
+        (GTF, "chr1:1-5\n", "line 1 is not a BED region"),
+        ("##gff-version 3\n", "chr1\t1\t5\n", "no GTF line"),
+        (None, "chr1\t1\t5\n", "cannot read"),
+    ],
+)
+def test_bad_annotations_are_refused(gtf: str | None, bed: str, message: str, tmp_path: Path):
+    if gtf is not None:
+        (tmp_path / "g.gtf").write_text(gtf)
+    (tmp_path / "p.bed").write_text(bed)
+    with pytest.raises(InputError, match=message):
+        build_reference(tmp_path / "g.gtf", tmp_path / "p.bed", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def frame(index: list[str], **columns: list) -> pd.DataFrame:
+    return pd.DataFrame(columns, index=index)
+
+
+def test_gene_identity_finds_ids_and_names():
+    by_name = frame(["A", "B"], gene_ids=["ENSG00000000001.7", "ENSG00000000002"])
+    by_id = frame(["ENSG00000000001.7", "ENSG00000000002"], feature_name=["A", "B"])
+    expected = [["ENSG00000000001", "A"], ["ENSG00000000002", "B"]]
+    assert gene_identity(by_name).values.tolist() == expected
+    assert gene_identity(by_id).values.tolist() == expected
+    assert gene_identity(frame(["AL1.1", "B"])).values.tolist() == [["AL1.1", "AL1.1"], ["B", "B"]]
+
+
+def human_peaks(n: int = 300) -> list[str]:
+    return load_reference("human").ccre_labels[:: load_reference("human").n_ccres // n].tolist()
+
+
+def test_dataset_coordinates_come_from_the_annotation_of_the_genome():
+    reference = dataset_reference(frame(["RABL2B", "nobody", "RABL2B"]), frame(human_peaks()))
+    assert (reference.name, reference.genome, reference.n_genes) == ("dataset", "hg38", 2)
+    human = load_reference("human").genes.set_index("gene_name").loc["RABL2B"]
+    assert reference.genes.iloc[0]["start"] == human["start"]
+    assert reference.genes.iloc[1].tolist() == ["nobody", "nobody", "", -1, -1, ""]
+
+
+def test_dataset_coordinates_from_var_from_interval_and_from_a_gtf(tmp_path: Path):
+    peaks = frame(["chr1:10-20", "2-5-9", "chr1:10-20"])
+    known = frame(["g"], chrom=["2"], start=[5], end=[50], strand=["-"])
+    reference = dataset_reference(known, peaks)
+    assert reference.genes.values.tolist() == [["g", "g", "2", 5, 50, "-"]]
+    assert reference.ccres.values.tolist() == [["chr1", 10, 20], ["2", 5, 9]]
+    tenx = dataset_reference(frame(["g"], interval=["chr1:5-50"]), peaks)
+    assert tenx.genes.values.tolist() == [["g", "g", "chr1", 5, 50, ""]]
+    (tmp_path / "g.gtf").write_text(GTF)
+    annotated = dataset_reference(frame(["AAA", "bbb"]), peaks, tmp_path / "g.gtf")
+    assert annotated.genes["start"].tolist() == [1000, 500]
+    assert annotated.genes["chrom"].tolist() == ["chr1", "2"]  # spelt as the peaks
+
+
+def test_genome_is_guessed_from_peaks():
+    mouse = load_reference("mouse").ccres.iloc[::400].reset_index(drop=True)
+    assert guess_genome(mouse) == "mm39"
+    assert guess_genome(mouse.assign(start=mouse["start"] + 5000, end=mouse["end"] + 5000)) == ""
+    assert guess_genome(mouse.assign(chrom=mouse["chrom"].str[3:])) == "mm39"
+
+
+@pytest.mark.parametrize(
+    ("folder", "genome"),
+    [("bmmc_starter_A", "hg38"), ("pbmc10k_full_40", "hg38"), ("scpoem_S1_300", "hg38"),
+     ("k562_chr22_95", "hg38"), ("scicar_a549_2641", "")],
+)  # fmt: skip
+def test_genome_of_real_data(folder: str, genome: str, shared: Path):
+    from cisformer.data.reference import peak_regions
+    from cisformer.data.sources import open_rows
+
+    with open_rows(shared / "data" / folder / "atac.h5ad", "atac") as source:
+        peaks = peak_regions(source.var)
+    assert guess_genome(peaks) == genome
+    share, chance = coverage(peaks, load_reference("human").ccres)
+    assert (share > 0.5) == bool(genome)
+    assert chance < 0.5
