@@ -19,7 +19,7 @@ from cisformer.errors import InputError, OutputExistsError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-LOG_EVERY_S = 3.0
+LOG_EVERY_S = 10.0
 
 
 @contextlib.contextmanager
