@@ -10,13 +10,16 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 
 from cisformer import metrics
 from cisformer.metrics import (
-    MeanRemoved,
-    bootstrap_mean,
+    Interval,
+    OddsOverMean,
     correlation,
     log_fold_changes,
     probability_scores,
     pseudobulk,
     ranking_scores,
+    resample_cells,
+    resampled_correlation,
+    resampled_mean,
     squared_errors,
 )
 
@@ -101,12 +104,13 @@ def test_reliability_equals_a_loop_over_bins(layout):
     predicted = rng.random((30, 40)) ** 3 * (rng.random((30, 40)) < 0.8)
     truth = (rng.random(predicted.shape) < predicted).astype(float)
     scores = probability_scores(layout(predicted), sp.csr_matrix(truth))
+    count, mean_predicted, observed = scores.reliability
     gap = 0.0
     for b, (low, high) in enumerate(zip(scores.edges[:-1], scores.edges[1:], strict=True)):
-        inside = (predicted >= low) & ((predicted < high) | (b == len(scores.bin_count) - 1))
-        assert scores.bin_count[b] == inside.sum()
-        assert scores.bin_predicted[b] == pytest.approx(predicted[inside].mean())
-        assert scores.bin_observed[b] == pytest.approx(truth[inside].mean())
+        inside = (predicted >= low) & ((predicted < high) | (b == len(count) - 1))
+        assert count[b] == inside.sum()
+        assert mean_predicted[b] == pytest.approx(predicted[inside].mean())
+        assert observed[b] == pytest.approx(truth[inside].mean())
         gap += inside.sum() * abs(predicted[inside].mean() - truth[inside].mean())
     assert scores.ece == pytest.approx(gap / predicted.size)
 
@@ -141,8 +145,18 @@ def test_mean_removed_scores_of_the_mean_itself_are_chance():
     truth = sp.csr_matrix(rng.random((20, 60)) < 0.3)
     mean = rng.random(60).astype(np.float32)
     profile = np.tile(mean, (20, 1))
-    np.testing.assert_array_equal(ranking_scores(MeanRemoved(profile, mean), truth, axis=1).auroc, 0.5)
+    np.testing.assert_array_equal(ranking_scores(OddsOverMean(profile, mean), truth, axis=1).auroc, 0.5)
     np.testing.assert_array_equal(correlation(profile, truth, axis=1, minus=mean), 0.0)
+
+
+def test_depth_alone_is_chance_once_the_mean_is_removed():
+    rng = np.random.default_rng(9)
+    odds, depth = rng.normal(-2, 1, 300), rng.normal(0, 1, (40, 1))
+    deep = 1 / (1 + np.exp(-odds - depth))
+    truth = sp.csr_matrix(rng.random(deep.shape) < deep)
+    left = OddsOverMean(deep, 1 / (1 + np.exp(-odds)))[:, :]
+    np.testing.assert_allclose(left, np.broadcast_to(depth, left.shape), atol=1e-3)
+    assert (ranking_scores(deep, truth, axis=1).auroc > 0.6).all()
 
 
 def test_squared_errors_give_r_squared():
@@ -169,19 +183,29 @@ def test_pseudobulk_and_fold_changes_equal_a_loop(layout):
     )
 
 
-@pytest.mark.parametrize("n", [200, 20_000])
-def test_bootstrap_interval_is_as_wide_as_theory_says(n):
+def test_bootstrap_interval_is_as_wide_as_theory_says():
     rng = np.random.default_rng(7)
-    values = np.append(rng.normal(3.0, 2.0, n), np.nan)
-    interval = bootstrap_mean(values, rng=rng)
-    assert interval.n == n
+    values = np.append(rng.normal(3.0, 2.0, 400), np.nan)
+    value, draws = resampled_mean(values, resample_cells(401, 1000, rng))
+    interval = Interval.of(value, draws, 400)
     assert interval.value == pytest.approx(np.nanmean(values))
-    assert interval.high - interval.low == pytest.approx(2 * 1.96 * 2.0 / np.sqrt(n), rel=0.15)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * 2.0 / np.sqrt(400), rel=0.15)
+    assert draws.mean() == pytest.approx(value, abs=0.02)
+
+
+def test_resampled_correlations_equal_those_of_the_drawn_cells():
+    rng = np.random.default_rng(10)
+    left, right, counts = rng.normal(size=(20, 6)), rng.normal(size=(20, 6)), resample_cells(20, 7, rng)
+    right[:, 0], left[:, 1] = 3.3, 0.1
+    for draw, correlations in zip(counts, resampled_correlation(left, right, counts), strict=True):
+        rows = np.repeat(np.arange(20), draw)
+        np.testing.assert_allclose(correlations, correlation(left[rows], right[rows]), atol=1e-9)
 
 
 def test_bootstrap_of_a_ratio_and_of_nothing():
     rng = np.random.default_rng(8)
-    weights = rng.random(400)
-    ratio = bootstrap_mean(weights * 2, rng=rng, weights=weights)
-    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
-    assert not bootstrap_mean(np.array([np.nan]), rng=rng).defined
+    weights, counts = rng.random(40), resample_cells(40, 20, rng)
+    value, draws = resampled_mean(weights * 2, counts, weights)
+    np.testing.assert_allclose([value, *draws], 2.0)
+    assert (counts.sum(axis=1) == 40).all()
+    assert np.isnan(resampled_mean(np.full(40, np.nan), counts)[0])

@@ -319,11 +319,14 @@ class Baselines:
     ----------
     space
         Principal components of the input.
+    mean
+        What the mean profile predicts [features].
     fitted
         Baselines by name.
     """
 
     space: InputSpace
+    mean: np.ndarray
     fitted: dict[str, Baseline]
 
     def predict(self, test_input: sp.csr_matrix, labels: np.ndarray | None = None) -> dict[str, Product]:
@@ -364,7 +367,7 @@ def fit_baselines(
     direction
         Which modality is predicted.
     labels
-        Cell type of each cell; without them there is no cell-type mean.
+        Cell type of each cell; without at least two there is no cell-type mean.
     seed
         Of the choice of tuning cells.
     names
@@ -375,8 +378,13 @@ def fit_baselines(
     space = InputSpace.fit(train_input, modality, seed=seed)
     target = sp.csr_matrix(train_target, dtype=np.float32)
     training = TrainingCells(direction, space.read(train_input, labels), target)
-    chosen = [name for name in names if labels is not None or name != "cell-type mean"]
-    return Baselines(space, {name: _fit(training, *GRIDS[name], seed=seed) for name in chosen})
+    telling = labels is not None and len(set(labels)) > 1
+    chosen = [name for name in names if telling or name != "cell-type mean"]
+    return Baselines(
+        space,
+        training.mean.astype(np.float32),
+        {name: _fit(training, *GRIDS[name], seed=seed) for name in chosen},
+    )
 
 
 def _fit(training: TrainingCells, kind: Kind, grid: dict[str, Iterable[Any]], *, seed: int) -> Baseline:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.stats import rankdata
 
 Axis = Literal[0, 1]
 
@@ -56,18 +57,28 @@ def take(matrix: Matrix, part: slice, axis: Axis) -> Any:
 
 
 @dataclass(frozen=True)
-class MeanRemoved:
-    """A prediction less one value per feature, made dense block by block."""
+class OddsOverMean:
+    """Probabilities as log odds less those of a mean profile, made dense block by block.
+
+    What is left of a cell beyond the mean. On the scale of probabilities a cell of low depth would seem to
+    close the cCREs that are open most often; on this scale depth moves all cCREs of a cell alike.
+    """
 
     matrix: Matrix
     mean: np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Cells × features."""
         return self.matrix.shape
 
-    def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
-        return dense(self.matrix[key]) - self.mean[key[1]].astype(np.float32)
+    def __getitem__(self, key: tuple[Any, Any]) -> np.ndarray:
+        return _log_odds(dense(self.matrix[key])) - _log_odds(self.mean[key[1]])
+
+
+def _log_odds(probability: np.ndarray) -> np.ndarray:
+    clipped = np.clip(np.asarray(probability, np.float32), PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+    return np.log(clipped / (1 - clipped))
 
 
 def dense(block: Any, dtype: Any = None) -> np.ndarray:
@@ -204,19 +215,39 @@ def _as_csc(matrix: Any) -> sp.csc_matrix:
 class ProbabilityScores:
     """How good probabilities are, per cell and per bin of predicted probability.
 
-    `log_loss` (nats) and `brier` are means over features, one per cell. `bin_count`, `bin_predicted` and
-    `bin_observed` are the number of entries, their mean prediction and the share that is open, one per bin of
-    `edges`; `ece` is the mean over entries of |predicted − observed| of their bin.
+    Attributes
+    ----------
+    log_loss, brier
+        Mean over features, one per cell; the logarithm is natural.
+    expected_open
+        Sum of the probabilities of each cell.
+    edges
+        Bounds of the bins of predicted probability.
+    bin_sums
+        Entries, summed predictions and open entries of each bin and cell [3 × cells × bins].
     """
 
     log_loss: np.ndarray
     brier: np.ndarray
     expected_open: np.ndarray
     edges: np.ndarray
-    bin_count: np.ndarray
-    bin_predicted: np.ndarray
-    bin_observed: np.ndarray
-    ece: float
+    bin_sums: np.ndarray
+
+    @property
+    def reliability(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Number of entries, their mean prediction, and the share of them that is open, of each bin."""
+        count, predicted, observed = self.bin_sums.sum(axis=1)
+        return count, _divide(predicted, count), _divide(observed, count)
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: mean over entries of |predicted − observed| of their bin."""
+        return float(calibration_error(self.bin_sums.sum(axis=1)))
+
+
+def calibration_error(bin_sums: np.ndarray) -> np.ndarray:
+    """Return the expected calibration error of sums over cells [3 × … × bins]."""
+    return np.abs(bin_sums[1] - bin_sums[2]).sum(axis=-1) / bin_sums[0].sum(axis=-1)
 
 
 def probability_scores(
@@ -235,7 +266,7 @@ def probability_scores(
     n_cells, n_features = predicted.shape
     open_ = sp.csr_matrix(truth)
     loss, brier, expected = np.zeros(n_cells), np.zeros(n_cells), np.zeros(n_cells)
-    bins = np.zeros((3, len(edges) - 1))
+    bins = np.zeros((3, n_cells, len(edges) - 1))
     for part in blocks(predicted, 1):
         block = take(predicted, part, 1)
         values, row, rest = _stored_rows(block)
@@ -246,8 +277,9 @@ def probability_scores(
         )
         brier[part] = np.bincount(row, values**2, cells) + np.bincount(open_row, 1 - 2 * at_open, cells)
         expected[part] = np.bincount(row, values, cells)
-        bins += _bin_sums(values, at_open, rest.sum(), edges)
-    return _probability_record(loss / n_features, brier / n_features, expected, bins, edges)
+        bins[:, part] = _bin_sums(values, row, at_open, open_row, cells, edges)
+        bins[0, part, 0] += rest
+    return ProbabilityScores(loss / n_features, brier / n_features, expected, edges, bins)
 
 
 def _stored_rows(block: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -283,27 +315,25 @@ def _open_loss(values: np.ndarray, row: np.ndarray, n_rows: int, floor: float) -
     return np.bincount(row, np.log1p(-clipped) - np.log(clipped), n_rows)
 
 
-def _bin_sums(values: np.ndarray, at_open: np.ndarray, n_implicit: int, edges: np.ndarray) -> np.ndarray:
-    """Entries, summed predictions and open entries of each bin [3 × bins]."""
+def _bin_sums(
+    values: np.ndarray,
+    row: np.ndarray,
+    at_open: np.ndarray,
+    open_row: np.ndarray,
+    n_rows: int,
+    edges: np.ndarray,
+) -> np.ndarray:
+    """Stored entries, summed predictions and open entries of each row and bin [3 × rows × bins]."""
     n_bins = len(edges) - 1
-    index = np.searchsorted(edges[1:-1], values, "right")
-    sums = np.stack(
-        [
-            np.bincount(index, minlength=n_bins).astype(float),
-            np.bincount(index, values, n_bins),
-            np.bincount(np.searchsorted(edges[1:-1], at_open, "right"), minlength=n_bins),
-        ]
-    )
-    sums[0, 0] += n_implicit
-    return sums
-
-
-def _probability_record(
-    loss: np.ndarray, brier: np.ndarray, expected: np.ndarray, bins: np.ndarray, edges: np.ndarray
-) -> ProbabilityScores:
-    count, predicted, observed = bins[0], _divide(bins[1], bins[0]), _divide(bins[2], bins[0])
-    gap = np.abs(bins[1] - bins[2]).sum() / max(count.sum(), 1)
-    return ProbabilityScores(loss, brier, expected, edges, count, predicted, observed, float(gap))
+    index = np.searchsorted(edges[1:-1], values, "right") + row * n_bins
+    open_index = np.searchsorted(edges[1:-1], at_open, "right") + open_row * n_bins
+    size = n_rows * n_bins
+    sums = [
+        np.bincount(index, minlength=size),
+        np.bincount(index, values, size),
+        np.bincount(open_index, minlength=size),
+    ]
+    return np.stack(sums).reshape(3, n_rows, n_bins).astype(float)
 
 
 # ---------------------------------------------------------------------------------------------- correlation
@@ -332,7 +362,7 @@ def correlation(
     for part in blocks(np.broadcast_to(0.0, predicted.shape), axis):
         left, right = (dense(take(matrix, part, axis), float) for matrix in (predicted, truth))
         if minus is not None:
-            shift = minus[part] if axis == 0 else minus
+            shift = (minus[part] if axis == 0 else minus).astype(np.float32)  # the mean itself leaves zero
             left, right = left - shift, right - shift
         scores.append(_correlate(left, right, axis, ranks))
     return np.concatenate(scores)
@@ -342,8 +372,6 @@ def _correlate(left: np.ndarray, right: np.ndarray, axis: Axis, ranks: bool) -> 
     flat = np.ptp(left, axis=axis) == 0
     undefined = np.ptp(right, axis=axis) == 0
     if ranks:
-        from scipy.stats import rankdata
-
         left, right = rankdata(left, axis=axis), rankdata(right, axis=axis)
     left = left - left.mean(axis=axis, keepdims=True)
     right = right - right.mean(axis=axis, keepdims=True)
@@ -352,6 +380,25 @@ def _correlate(left: np.ndarray, right: np.ndarray, axis: Axis, ranks: bool) -> 
     result[flat] = 0.0
     result[undefined] = np.nan
     return result
+
+
+def resampled_correlation(left: np.ndarray, right: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the Pearson correlation of every column in every bootstrap draw [draws × features].
+
+    Parameters
+    ----------
+    left, right
+        Values [cells × features]; ranks for a Spearman correlation whose ranks stay those of all cells.
+    counts
+        What `resample_cells` gives [draws × cells].
+    """
+    left, right = left - left.mean(axis=0), right - right.mean(axis=0)
+    weight = counts / counts.sum(axis=1, keepdims=True)
+    mean_left, mean_right = weight @ left, weight @ right
+    covariance = weight @ (left * right) - mean_left * mean_right
+    variances = (weight @ left**2 - mean_left**2, weight @ right**2 - mean_right**2)
+    scale = np.sqrt(np.prod(np.maximum(variances, 0), axis=0))
+    return np.where(variances[1] > 1e-12, np.nan_to_num(_divide(covariance, scale)), np.nan)
 
 
 def squared_errors(predicted: Matrix, truth: Matrix, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -369,15 +416,25 @@ def squared_errors(predicted: Matrix, truth: Matrix, mean: np.ndarray) -> tuple[
 # ---------------------------------------------------------------------------------------------- pseudobulk
 
 
-def pseudobulk(matrix: Matrix, group: np.ndarray, n_groups: int) -> np.ndarray:
+def pseudobulk(
+    matrix: Matrix, group: np.ndarray, n_groups: int, *, weights: np.ndarray | None = None
+) -> np.ndarray:
     """Return the mean of each feature over the cells of each group [groups × features].
 
-    `group` holds each cell's group from 0 to `n_groups` − 1, or −1 for none. An empty group is NaN.
+    Parameters
+    ----------
+    matrix
+        Values [cells × features].
+    group
+        Each cell's group from 0 to `n_groups` − 1, or −1 for none. An empty group is NaN.
+    n_groups
+        Number of groups.
+    weights
+        How often each cell counts; once unless given.
     """
-    inside = group >= 0
-    members = sp.csr_matrix(
-        (np.ones(inside.sum()), (group[inside], np.flatnonzero(inside))), shape=(n_groups, len(group))
-    )
+    inside = np.flatnonzero(group >= 0)
+    weight = np.ones(len(inside)) if weights is None else weights[inside].astype(float)
+    members = sp.csr_matrix((weight, (group[inside], inside)), shape=(n_groups, len(group)))
     sums = np.zeros((n_groups, matrix.shape[1]))
     for part in blocks(matrix, 0):
         sums[:, part] = dense(members @ take(matrix, part, 0))
@@ -408,59 +465,44 @@ def log_fold_changes(means: np.ndarray, sizes: np.ndarray, offset: float | None)
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its bootstrap 95 % interval; `n` is how many features or cells it rests on."""
+    """A value with its 95 % interval; `n` is how many cells, features or types it is the mean of."""
 
     value: float
     low: float
     high: float
     n: int
 
-    @property
-    def defined(self) -> bool:
-        """Whether there was anything to average."""
-        return self.n > 0
+    @classmethod
+    def of(cls, value: float, draws: np.ndarray, n: int) -> Interval:
+        """Return value ± 1.96 standard errors, the standard error being the s.d. of the bootstrap `draws`."""
+        half = 1.96 * float(np.std(draws, ddof=1)) if len(draws) > 1 else float("nan")
+        return cls(float(value), float(value) - half, float(value) + half, int(n))
 
 
-def bootstrap_mean(
-    values: np.ndarray,
-    *,
-    rng: np.random.Generator,
-    weights: np.ndarray | None = None,
-    n_draws: int = 1000,
-    level: float = 0.95,
-) -> Interval:
-    """Return the mean with its percentile bootstrap interval; NaNs are left out.
+def resample_cells(n_cells: int, n_draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Return how often each cell is drawn when as many cells are drawn with replacement [draws × cells]."""
+    return rng.multinomial(n_cells, np.full(n_cells, 1 / n_cells), size=n_draws)
+
+
+def resampled_mean(
+    values: np.ndarray, counts: np.ndarray, weights: np.ndarray | None = None
+) -> tuple[float, np.ndarray]:
+    """Return the mean over cells, and the mean in each bootstrap draw [draws].
 
     Parameters
     ----------
     values
-        One score per feature or cell: what is resampled.
-    rng
-        Source of the resampling.
+        One per cell; NaNs are left out.
+    counts
+        What `resample_cells` gives.
     weights
-        If given, the value is the ratio sum(values) / sum(weights), resampled together.
-    n_draws
-        Number of resamplings.
-    level
-        Coverage of the interval.
-
-    Notes
-    -----
-    More than 5,000 entries are first put at random into 5,000 groups, which are resampled instead: the same
-    variance in expectation, at a bounded cost.
+        If given, sum(values) / sum(weights) in place of the mean.
     """
     weights = np.ones(len(values)) if weights is None else weights
-    keep = np.isfinite(values) & np.isfinite(weights)
-    values, weights = values[keep].astype(float), weights[keep].astype(float)
-    if not len(values):
-        return Interval(float("nan"), float("nan"), float("nan"), 0)
-    n_groups = min(len(values), 5000)
-    group = rng.permutation(len(values)) % n_groups
-    sums = np.stack([np.bincount(group, part, n_groups) for part in (values, weights)], axis=1)
-    counts = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_draws)
-    top, bottom = (counts @ sums).T
-    low, high = np.quantile(top / bottom, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.sum() / weights.sum()), float(low), float(high), len(values))
+    keep = np.isfinite(values)
+    sums = np.where(keep, [values, weights], 0.0)
+    value = _divide(sums[0].sum(), sums[1].sum())
+    return float(value), _divide(counts @ sums[0], counts @ sums[1])
 
 
 def _divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

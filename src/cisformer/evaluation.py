@@ -1,0 +1,494 @@
+"""Evaluate a prediction: its scores with intervals, beside those of baselines, and a plain verdict."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cisformer.baselines import ORACLE, Baselines, fit_baselines, mask_oracle
+from cisformer.comparison import METRICS, Comparison, Measured, Truth, compare, measure
+from cisformer.config import Direction
+from cisformer.errors import InputError
+from cisformer.matching import Case, case_of_files, case_of_store
+from cisformer.metrics import Matrix, correlation
+from cisformer.runtime import atomic_path, provenance
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from cisformer.model.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "cisformer-evaluation"
+FORMAT_VERSION = 1
+MODEL = "model"
+QUICK_CELLS, QUICK_FEATURES = 500, 5_000
+N_DETECTION_BINS = 12
+MOST_SCATTER_TYPES, MOST_SCATTER_POINTS = 12, 250
+TOLD_TYPES = "cell-type mean"
+"""The baseline that is told more than the model sees."""
+
+PACKAGES = ("numpy", "scipy", "scikit-learn", "anndata", "torch")
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Scores of a prediction and of baselines on the same cells.
+
+    Attributes
+    ----------
+    direction
+        Which modality is predicted.
+    verdict
+        Whether the model beats the baselines, in words.
+    standing
+        The same as one word: "better", "even", "mixed", "worse", or "alone" where there is no baseline.
+    scores
+        By method, then metric: value, low, high (95 % interval), n.
+    comparisons
+        The model against each baseline on each metric.
+    figures
+        The numbers behind the figures.
+    facts
+        What was evaluated and how.
+    """
+
+    direction: Direction
+    verdict: str
+    standing: str
+    scores: dict[str, dict[str, dict[str, float]]]
+    comparisons: list[dict[str, Any]]
+    figures: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything in types that JSON has; what is not defined is None."""
+        return _plain({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+
+    def write_json(self, path: str | Path) -> Path:
+        """Write `to_dict` as JSON, atomically."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False), encoding="utf-8")
+        return Path(path)
+
+    @property
+    def methods(self) -> list[str]:
+        """The model and the baselines, in the order of the table."""
+        return list(self.scores)
+
+    def outcome(self, metric: str, baseline: str) -> str:
+        """Return how the model does against a baseline: "better", "tie", "worse", or "" if not compared."""
+        found = (c for c in self.comparisons if c["metric"] == metric and c["baseline"] == baseline)
+        return next((c["outcome"] for c in found), "")
+
+    def table(self) -> str:
+        """Return the scores as text, one metric a line."""
+        return _text_table(self, [metric.key for metric in METRICS[self.direction]])
+
+
+def evaluate(
+    predicted: AnnData | str | Path,
+    truth: AnnData | str | Path,
+    *,
+    train_input: AnnData | str | Path | None = None,
+    train_target: AnnData | str | Path | None = None,
+    test_input: AnnData | str | Path | None = None,
+    direction: Direction | None = None,
+    cell_type: str | None = None,
+    training_log: str | Path | None = None,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Evaluate a prediction against what was measured, beside baselines fitted to the training cells.
+
+    Parameters
+    ----------
+    predicted
+        Probabilities of being open, or log1p-normalised expression (counts per 10,000) [cells × features]; by
+        any tool.
+    truth
+        Peaks or raw counts of the same cells, matched by barcode; features matched by name, id or region.
+    train_input, train_target, test_input
+        Raw counts or peaks of the training cells, and the input of the test cells. Baselines need all three.
+    direction
+        "rna2atac" or "atac2rna"; as the prediction's file says, or by its features' names, unless given.
+    cell_type
+        Column of `obs` with cell types; "cell_type" where there is one, unless given.
+    training_log
+        A training run's `metrics.jsonl`, for its curves.
+    seed
+        Of the bootstrap and of the baselines' choices.
+
+    Raises
+    ------
+    InputError
+        Files that do not fit together; values that are not in the units of the task.
+    """
+    started = time.perf_counter()
+    case = case_of_files(
+        predicted, truth, train_input=train_input, train_target=train_target, test_input=test_input,
+        direction=direction, cell_type=cell_type,
+    )  # fmt: skip
+    facts = {"prediction": _source(predicted), "truth": _source(truth)}
+    return evaluate_case(case, facts=facts, training_log=training_log, seed=seed, started=started)
+
+
+def evaluate_model(
+    data: str | Path,
+    model: Checkpoint | str | Path,
+    *,
+    split: str = "test",
+    cell_type: str | None = None,
+    quick: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> EvaluationReport:
+    """Predict a split of a preprocessed data set with a model, and evaluate it beside baselines.
+
+    Parameters
+    ----------
+    data
+        What `data_preprocess` wrote.
+    model
+        A checkpoint.
+    split
+        "test", or "val" for the cells that the checkpoint was chosen on.
+    cell_type
+        Column of the cells' annotation; "cell_type" where there is one, unless given.
+    quick
+        On at most 500 cells and 5,000 features, without figures: the short form after training.
+    seed
+        Of the bootstrap and of the baselines' choices.
+    options
+        For `cisformer.prediction.predict`, such as `device`.
+    """
+    from cisformer.model.checkpoint import Checkpoint, load_checkpoint
+
+    started = time.perf_counter()
+    checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model)
+    case = case_of_store(data, checkpoint, split=split, cell_type=cell_type, **options)
+    facts: dict[str, Any] = {"data": str(data), "split": split, "checkpoint": str(checkpoint.folder)}
+    facts |= {"configuration": checkpoint.config.model_dump(), "checkpoint_metrics": checkpoint.metrics}
+    log = None if checkpoint.folder is None else checkpoint.folder.parent / "metrics.jsonl"
+    log = log if log is not None and log.is_file() else None
+    return evaluate_case(case, facts=facts, training_log=log, seed=seed, quick=quick, started=started)
+
+
+def evaluate_case(
+    case: Case,
+    *,
+    others: Mapping[str, Matrix] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    training_log: str | Path | None = None,
+    seed: int = 0,
+    quick: bool = False,
+    started: float | None = None,
+) -> EvaluationReport:
+    """Score a matched prediction and baselines; the core of `evaluate` and `evaluate_model`.
+
+    Parameters
+    ----------
+    case
+        Prediction, truth and training cells.
+    others
+        Predictions of the same cells and features by other methods, by name.
+    facts
+        What to record beside the scores.
+    training_log
+        A training run's `metrics.jsonl`.
+    seed
+        Of the bootstrap and of the baselines' choices.
+    quick
+        See `evaluate_model`.
+    started
+        `time.perf_counter()` when work began.
+    """
+    started = time.perf_counter() if started is None else started
+    if quick:
+        case = case.sample(QUICK_CELLS, QUICK_FEATURES, seed)
+    baselines = _baselines(case, seed)
+    predictions: dict[str, Matrix] = {MODEL: case.predicted, **(others or {})}
+    if baselines is not None:
+        assert case.test_input is not None
+        predictions |= baselines.predict(case.test_input, case.labels)
+    if case.direction == "atac2rna":
+        predictions[ORACLE] = mask_oracle(case.truth)
+    truth = _truth(case, baselines, seed, quick)
+    measured = {}
+    for name, predicted in predictions.items():
+        logger.info("scoring %s", name)
+        measured[name] = measure(predicted, truth)
+    comparisons = _comparisons(measured, case.direction)
+    standing, verdict = judge(measured, comparisons, case.direction)
+    return EvaluationReport(
+        case.direction,
+        verdict,
+        standing,
+        {name: {key: asdict(m.interval(key)) for key in m.value} for name, m in measured.items()},
+        [{**asdict(c), "outcome": c.outcome} for c in comparisons],
+        {} if quick else _figures(measured, truth, training_log, seed),
+        _facts(case, baselines, facts, seed, started),
+    )
+
+
+def _baselines(case: Case, seed: int) -> Baselines | None:
+    if case.train_input is None or case.train_target is None:
+        return None
+    logger.info("fitting baselines to %d training cells", case.train_input.shape[0])
+    return fit_baselines(
+        case.train_input, case.train_target, direction=case.direction, labels=case.train_labels, seed=seed
+    )
+
+
+def _truth(case: Case, baselines: Baselines | None, seed: int, quick: bool) -> Truth:
+    mean = None if baselines is None else baselines.mean
+    return Truth(case.direction, case.truth, mean, case.labels, seed, n_recomputed=20 if quick else 50)
+
+
+def _comparisons(measured: Mapping[str, Measured], direction: Direction) -> list[Comparison]:
+    pairs = (
+        compare(measured[MODEL], other, name, metric)
+        for metric in METRICS[direction]
+        for name, other in measured.items()
+        if name not in (MODEL, ORACLE)
+    )
+    return [pair for pair in pairs if pair is not None]
+
+
+# ---------------------------------------------------------------------------------------------- verdict
+
+
+def judge(
+    measured: Mapping[str, Measured], comparisons: list[Comparison], direction: Direction
+) -> tuple[str, str]:
+    """Return the standing of the model among the baselines, as one word and in a sentence."""
+    headline = {metric.key: metric for metric in METRICS[direction] if metric.headline}
+    if not comparisons:
+        values = "; ".join(
+            f"{metric.name} {measured[MODEL].value[key]:.4f}"
+            for key, metric in headline.items()
+            if key in measured[MODEL].value
+        )
+        return "alone", f"Not compared with any baseline, for want of training data: {values}."
+    fair = [c for c in comparisons if c.baseline != TOLD_TYPES]
+    groups: dict[str, list[Comparison]] = {"better": [], "tie": [], "worse": []}
+    for key in headline:
+        against = [c for c in fair if c.metric == key]
+        if against:
+            hardest = min(against, key=lambda c: (-SEVERITY.index(c.outcome), c.gain))
+            groups[hardest.outcome].append(hardest)
+    standing, sentence = _sentence(
+        groups, {outcome: _phrases(group, measured, headline) for outcome, group in groups.items()}
+    )
+    told = [
+        c for c in comparisons if c.baseline == TOLD_TYPES and c.metric in headline and c.outcome == "worse"
+    ]
+    if told:
+        names = " and ".join(
+            f"{headline[c.metric].name} ({measured[TOLD_TYPES].value[c.metric]:.4f})" for c in told
+        )
+        sentence += f" The {TOLD_TYPES}, which is told the cell types, is better on {names}."
+    return standing, sentence
+
+
+SEVERITY = ("better", "tie", "worse")
+
+
+def _sentence(groups: dict[str, list[Comparison]], said: dict[str, str]) -> tuple[str, str]:
+    """Return the standing and the sentence that goes with it."""
+    parts = [
+        f"{words} {said[outcome]}"
+        for outcome, words in zip(SEVERITY, ("best on", "not to be told apart on", "worse on"), strict=True)
+        if groups[outcome]
+    ]
+    if groups["worse"]:
+        some = groups["better"] or groups["tie"]
+        standing, head = ("mixed", "The model does not beat every baseline") if some else (
+            "worse", "The model does not beat the baselines")  # fmt: skip
+    elif groups["tie"]:
+        standing, head = "even", "The model is beaten by no baseline"
+    else:
+        standing, head = "better", "The model beats every baseline"
+    return standing, f"{head}: {'; '.join(parts)}."
+
+
+def _phrases(group: list[Comparison], measured: Mapping[str, Measured], metrics: Mapping[str, Any]) -> str:
+    """Return "log-loss (0.1852 against 0.1853 of PCA-ridge) and …"."""
+    said = []
+    for c in group:
+        ours, theirs = measured[MODEL].value[c.metric], measured[c.baseline].value[c.metric]
+        article = "the " if c.baseline.islower() else ""
+        said.append(f"{metrics[c.metric].name} ({ours:.4f} against {theirs:.4f} of {article}{c.baseline})")
+    return ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1] if said else ""
+
+
+def short_summary(report: EvaluationReport) -> str:
+    """Return the headline scores and the verdict, a few lines, for use after training."""
+    keys = [metric.key for metric in METRICS[report.direction] if metric.headline]
+    return f"{_text_table(report, keys)}\n{report.verdict}"
+
+
+MARKS = {"better": "+", "tie": "=", "worse": "-", "": " "}
+
+
+def _text_table(report: EvaluationReport, keys: list[str]) -> str:
+    """One line per metric, one column per method; + = - say how the model does against it."""
+    metrics = [m for m in METRICS[report.direction] if m.key in keys and m.key in report.scores[MODEL]]
+    lines = [["", *report.methods]]
+    for metric in metrics:
+        cells = [_cell(report, metric.key, method) for method in report.methods]
+        lines.append([f"{metric.name} ({metric.better} is better)", *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(
+        [*rows, "+ the model is better, = no difference outside the 95 % interval, - it is worse"]
+    )
+
+
+def _cell(report: EvaluationReport, key: str, method: str) -> str:
+    score = report.scores[method].get(key)
+    if score is None or not np.isfinite(score["value"]):
+        return "–"
+    half = score["high"] - score["value"]
+    spread = f" ±{half:.4f}" if np.isfinite(half) and method == MODEL else ""
+    return f"{score['value']:.4f}{spread} {MARKS[report.outcome(key, method)]}".rstrip()
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def _figures(
+    measured: Mapping[str, Measured], truth: Truth, training_log: str | Path | None, seed: int
+) -> dict[str, Any]:
+    figures: dict[str, Any] = {"detection": _detection(measured, truth)}
+    if truth.direction == "rna2atac":
+        figures["reliability"] = {name: _reliability(m) for name, m in measured.items() if m.probabilities}
+    if truth.types[1]:
+        figures["pseudobulk"] = _scatter(measured[MODEL], truth, seed)
+    if training_log is not None:
+        figures["training"] = read_training_log(training_log)
+    return figures
+
+
+def _reliability(measured: Measured) -> dict[str, Any]:
+    """Mean prediction, share open and number of entries of each bin that has any."""
+    assert measured.probabilities is not None
+    count, predicted, observed = measured.probabilities.reliability
+    some = count > 0
+    return {"predicted": predicted[some], "observed": observed[some], "count": count[some]}
+
+
+def _detection(measured: Mapping[str, Measured], truth: Truth) -> dict[str, Any]:
+    """Quartiles of the score per feature, in bins of the share of cells in which the feature is detected."""
+    scored = np.flatnonzero(truth.scored)
+    rate = truth.n_detected[scored] / truth.values.shape[0]
+    if not len(scored):
+        return {"rate": [], "n": [], "methods": {}}
+    edges = np.unique(np.quantile(rate, np.linspace(0, 1, N_DETECTION_BINS + 1)))
+    index = np.clip(np.searchsorted(edges, rate, "right") - 1, 0, max(len(edges) - 2, 0))
+    bins = [np.flatnonzero(index == b) for b in np.unique(index)]
+    methods = {
+        name: np.array([_quartiles(m.per_feature[scored[members]]) for members in bins]).T
+        for name, m in measured.items()
+        if name != ORACLE
+    }
+    return {
+        "rate": np.array([rate[members].mean() for members in bins]),
+        "n": np.array([len(members) for members in bins]),
+        "methods": {
+            name: dict(zip(("low", "median", "high"), q, strict=True)) for name, q in methods.items()
+        },
+    }
+
+
+def _quartiles(values: np.ndarray) -> np.ndarray:
+    values = values[np.isfinite(values)]
+    return np.quantile(values, [0.25, 0.5, 0.75]) if len(values) else np.full(3, np.nan)
+
+
+def _scatter(measured: Measured, truth: Truth, seed: int) -> dict[str, Any]:
+    """True and predicted log fold changes of a sample of features, for the largest types."""
+    assert measured.fold_changes is not None
+    code, names = truth.types
+    sizes = np.bincount(code[code >= 0], minlength=len(names))
+    scored = np.flatnonzero(truth.scored)
+    true, predicted = truth.fold_changes(truth.values)[:, scored], measured.fold_changes[:, scored]
+    r = correlation(predicted, true, axis=1)
+    size = min(len(scored), MOST_SCATTER_POINTS)
+    shown = np.sort(np.random.default_rng([seed, 3]).choice(len(scored), size, replace=False))
+    return {
+        names[t]: {"n_cells": sizes[t], "r": r[t], "true": true[t, shown], "predicted": predicted[t, shown]}
+        for t in np.argsort(-sizes, kind="stable")[:MOST_SCATTER_TYPES]
+    }
+
+
+def read_training_log(path: str | Path) -> dict[str, list[Any]]:
+    """Return the columns of a `metrics.jsonl`: epoch, train_loss, val_loss and so on.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or it is something else.
+    """
+    try:
+        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+        keys = list(dict.fromkeys(key for record in records for key in record))
+        columns = {key: [record.get(key) for record in records] for key in keys}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not a training log: {error}", hint="give a run's metrics.jsonl"
+        ) from error
+    if not {"epoch", "val_loss"} <= columns.keys():
+        raise InputError(f"{path} has no epoch and val_loss", hint="give a run's metrics.jsonl")
+    return columns
+
+
+# ---------------------------------------------------------------------------------------------- facts
+
+
+def _facts(
+    case: Case, baselines: Baselines | None, facts: Mapping[str, Any] | None, seed: int, started: float
+) -> dict[str, Any]:
+    known = {
+        "test_cells": case.truth.shape[0],
+        "features": case.truth.shape[1],
+        "training_cells": None if case.train_input is None else case.train_input.shape[0],
+        "cell_types": None if case.labels is None else len(np.unique(case.labels.astype(str))),
+        "notes": list(case.notes),
+        "baseline_settings": {}
+        if baselines is None
+        else {k: v.settings for k, v in baselines.fitted.items()},
+        "seed": seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
+    }
+    return {**(facts or {}), **known, **provenance()}
+
+
+def _source(data: Any) -> str:
+    return str(data) if isinstance(data, str | Path) else "AnnData"
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` in types that JSON has; floats to six significant digits, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.6g}") if np.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
