@@ -12,7 +12,7 @@ import scipy.sparse as sp
 
 
 def write_10x(path: Path, rna: ad.AnnData, atac: ad.AnnData) -> None:
-    """Write a Cell Ranger ARC feature matrix: features x cells in CSC, one file for both; same cells, same order."""
+    """Write a Cell Ranger ARC feature matrix, features x cells in CSC; both with the same cells in order."""
     matrix = sp.csc_matrix(sp.hstack([rna.X, atac.X]).T).astype(np.int32)
     ids = [*rna.var.get("gene_id", pd.Series(rna.var_names, rna.var_names)), *atac.var_names]
     features = {

@@ -35,12 +35,12 @@ def test_the_examples_in_the_docstrings():
 
 @pytest.mark.parametrize("name", ["chr1:100-200", "chr1-100-200", "chr1_100_200"])
 def test_three_spellings_are_read(name: str):
-    assert parse_regions([name]).values.tolist() == [["chr1", 100, 200]]
+    assert parse_regions([name]).to_numpy().tolist() == [["chr1", 100, 200]]
 
 
 @pytest.mark.parametrize("chrom", ["chrUn_KI270742v1", "GL000194.1", "HLA-A*01:01", "1", "NA"])
 def test_odd_chromosome_names_survive(chrom: str):
-    assert parse_regions([f"{chrom}:5-9"]).values.tolist() == [[chrom, 5, 9]]
+    assert parse_regions([f"{chrom}:5-9"]).to_numpy().tolist() == [[chrom, 5, 9]]
 
 
 @pytest.mark.parametrize("bad", ["peak_1", "chr1:100", "chr1:200-100", "chr1:5-5", "", "chr1:1-2x"])
@@ -63,7 +63,7 @@ coordinates = st.tuples(
 @given(st.lists(coordinates, max_size=20))
 def test_text_form_round_trips(rows: list[tuple[str, int, int]]):
     frame = regions([(chrom, start, start + width) for chrom, start, width in rows])
-    assert parse_regions(region_names(frame)).values.tolist() == frame.values.tolist()
+    assert parse_regions(region_names(frame)).to_numpy().tolist() == frame.to_numpy().tolist()
 
 
 def test_tss_and_signed_distance_by_hand():

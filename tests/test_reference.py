@@ -133,14 +133,14 @@ def test_gtf_genes_are_read(packed: bool, tmp_path: Path):
     path.write_bytes(gzip.compress(GTF.encode()) if packed else GTF.encode())
     genes = read_gtf(path)
     assert list(genes.columns) == GENE_COLUMNS
-    assert genes.values.tolist() == GENES
+    assert genes.to_numpy().tolist() == GENES
 
 
 def test_gtf_without_gene_lines_gives_the_extent_of_each_gene(tmp_path: Path):
     path = tmp_path / "t.gtf"
     line = 'chr1\tX\texon\t{}\t{}\t.\t-\t.\tgene_id "G"; transcript_id "T";\n'
     path.write_text(line.format(301, 400) + line.format(101, 200))
-    assert read_gtf(path).values.tolist() == [["G", "G", "chr1", 100, 400, "-"]]
+    assert read_gtf(path).to_numpy().tolist() == [["G", "G", "chr1", 100, 400, "-"]]
 
 
 def test_a_reference_of_any_genome(tmp_path: Path):
@@ -148,7 +148,7 @@ def test_a_reference_of_any_genome(tmp_path: Path):
     (tmp_path / "p.bed").write_text("track name=x\n1\t10\t60\tpeak1\n2\t5\t9\n1\t10\t60\n")
     built = build_reference(tmp_path / "g.gtf", tmp_path / "p.bed", tmp_path / "worm")
     assert built.name == "worm"
-    assert built.ccres.values.tolist() == [["chr1", 10, 60], ["chr2", 5, 9]]  # spelt as the genes, once
+    assert built.ccres.to_numpy().tolist() == [["chr1", 10, 60], ["chr2", 5, 9]]  # spelt as the genes, once
     assert load_reference(tmp_path / "worm").fingerprint == built.fingerprint
     with pytest.raises(OutputExistsError):
         build_reference(tmp_path / "g.gtf", tmp_path / "p.bed", tmp_path / "worm")
@@ -181,9 +181,9 @@ def test_gene_identity_finds_ids_and_names():
     by_name = frame(["A", "B"], gene_ids=["ENSG00000000001.7", "ENSG00000000002"])
     by_id = frame(["ENSG00000000001.7", "ENSG00000000002"], feature_name=["A", "B"])
     expected = [["ENSG00000000001", "A"], ["ENSG00000000002", "B"]]
-    assert gene_identity(by_name).values.tolist() == expected
-    assert gene_identity(by_id).values.tolist() == expected
-    assert gene_identity(frame(["AL1.1", "B"])).values.tolist() == [["AL1.1", "AL1.1"], ["B", "B"]]
+    assert gene_identity(by_name).to_numpy().tolist() == expected
+    assert gene_identity(by_id).to_numpy().tolist() == expected
+    assert gene_identity(frame(["AL1.1", "B"])).to_numpy().tolist() == [["AL1.1", "AL1.1"], ["B", "B"]]
 
 
 def human_peaks(n: int = 300) -> list[str]:
@@ -202,10 +202,10 @@ def test_dataset_coordinates_from_var_from_interval_and_from_a_gtf(tmp_path: Pat
     peaks = frame(["chr1:10-20", "2-5-9", "chr1:10-20"])
     known = frame(["g"], chrom=["2"], start=[5], end=[50], strand=["-"])
     reference = dataset_reference(known, peaks)
-    assert reference.genes.values.tolist() == [["g", "g", "2", 5, 50, "-"]]
-    assert reference.ccres.values.tolist() == [["chr1", 10, 20], ["2", 5, 9]]
+    assert reference.genes.to_numpy().tolist() == [["g", "g", "2", 5, 50, "-"]]
+    assert reference.ccres.to_numpy().tolist() == [["chr1", 10, 20], ["2", 5, 9]]
     tenx = dataset_reference(frame(["g"], interval=["chr1:5-50"]), peaks)
-    assert tenx.genes.values.tolist() == [["g", "g", "chr1", 5, 50, ""]]
+    assert tenx.genes.to_numpy().tolist() == [["g", "g", "chr1", 5, 50, ""]]
     (tmp_path / "g.gtf").write_text(GTF)
     annotated = dataset_reference(frame(["AAA", "bbb"]), peaks, tmp_path / "g.gtf")
     assert annotated.genes["start"].tolist() == [1000, 500]

@@ -166,10 +166,10 @@ def test_damage_is_noticed(store: CellStore):
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
     shard.write_bytes(flipped)
-    with pytest.raises(StoreError, match="rna2atac_1.pt is damaged: its checksum differs"):
+    with pytest.raises(StoreError, match=r"rna2atac_1.pt is damaged: its checksum differs"):
         CellStore.open(store.path).verify()
     shard.unlink()
-    with pytest.raises(StoreError, match="rna2atac_1.pt is missing"):
+    with pytest.raises(StoreError, match=r"rna2atac_1.pt is missing"):
         CellStore.open(store.path)
 
 
@@ -182,7 +182,7 @@ def test_features_out_of_range_are_noticed(store: CellStore):
 
 
 def test_what_is_not_a_store(store: CellStore, tmp_path: Path):
-    with pytest.raises(StoreError, match="no manifest.json") as caught:
+    with pytest.raises(StoreError, match=r"no manifest.json") as caught:
         CellStore.open(tmp_path)
     assert "rna2atac_train" in caught.value.hint
     with pytest.raises(StoreError, match="not among the shards"):

@@ -177,10 +177,13 @@ def _announce(source: Source) -> None:
 
 def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> Source:
     kind = kind_of(file, label)
-    if kind == "10x h5":
-        return _of_10x(file["matrix"], modality, label, strict)
-    group = _modality_group(file, modality, label) if kind == "h5mu" else file
-    return _of_group(group, kind, modality, label, strict)
+    try:
+        if kind == "10x h5":
+            return _of_10x(file["matrix"], modality, label, strict)
+        group = _modality_group(file, modality, label) if kind == "h5mu" else file
+        return _of_group(group, kind, modality, label, strict)
+    except (OSError, KeyError) as error:  # a chunk that cannot be unpacked; a part that is not there
+        raise _damaged(label, error) from error
 
 
 @contextlib.contextmanager

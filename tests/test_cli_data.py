@@ -1,0 +1,159 @@
+"""The data commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import pytest
+from formats import write_10x
+
+from cisformer.data.store import CellStore
+from cisformer.simulation import SimulatedCells
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_preprocess_takes_every_flag_of_the_spec(command: Command, tiny_files: Path, tmp_path: Path):
+    arguments = ["data_preprocess", "--rna", tiny_files / "rna.h5ad", "--atac", tiny_files / "atac.h5ad"]
+    done = command(
+        *arguments, "--save_dir", tmp_path, "--cnt", "1e10", "--batch_size", 4, "--num_workers", 2, "--atac2rna",
+        "--manually", "--shuffle", "--species", "dataset",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {tmp_path / 'atac2rna_all'} (all: 160 cells)" in done.stdout
+    assert CellStore.open(tmp_path / "atac2rna_all" / "atac2rna_0.pt").n_cells == 160
+    again = command(*arguments, "-s", tmp_path, "--atac2rna", "--manually", "--reference", "dataset")
+    assert again.returncode == 1
+    assert again.stderr.startswith("error: ")
+    assert "--force" in again.stderr
+
+
+def test_the_split_does_not_depend_on_the_hash_seed(command: Command, tiny_files: Path, tmp_path: Path):
+    for seed in ("1", "2"):
+        done = command(
+            "data_preprocess", "-r", tiny_files / "rna.h5ad", "-a", tiny_files / "atac.h5ad", "-s", tmp_path / seed,
+            "--reference", "dataset", PYTHONHASHSEED=seed,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    for split in ("train", "val", "test"):
+        name = f"rna2atac_{split}/rna2atac_0.pt"
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_the_working_folder_and_its_config_are_the_defaults(
+    command: Command, tiny_files: Path, tmp_path: Path
+):
+    (tmp_path / "cisformer_config").mkdir()
+    (tmp_path / "cisformer_config" / "rna2atac_config.yaml").write_text("datapreprocess:\n  multiple: 9\n")
+    done = command(
+        "data_preprocess", "-r", tiny_files / "rna.h5ad", "-a", tiny_files / "atac.h5ad", "--species", "dataset",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert CellStore.open(tmp_path / "rna2atac_train").manifest["datapreprocess"]["multiple"] == 9
+
+
+def test_errors_are_one_line_and_a_hint(command: Command, tmp_path: Path):
+    done = command(
+        "data_preprocess", "-r", tmp_path / "none.h5ad", "-a", tmp_path / "none.h5ad", cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"error: {tmp_path / 'none.h5ad'} does not exist; wanted an .h5ad, .h5mu or 10x .h5 file",
+        "  hint: check the path",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_tells_what_files_are(command: Command, tiny_files: Path, tiny_data: dict[str, Path]):
+    files = [tiny_files / "rna.h5ad", tiny_files / "atac.h5ad", tiny_data["rna2atac"] / "rna2atac_train"]
+    done = command("inspect", "--json", "--verify", *files)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    rna, atac, store = report["files"]
+    assert (rna["modality"], rna["n_cells"], rna["n_features"], rna["values"]) == ("rna", 160, 150, "counts")
+    assert (atac["modality"], atac["genome"], atac["values"]) == ("atac", "hg38", "binary")
+    assert rna["share_found"] == atac["share_found"] == 1
+    assert (store["kind"], store["split"], store["checksums"]) == ("preprocessed cells", "train", "agree")
+    assert report["shared_barcodes"] == [{"rna": str(files[0]), "atac": str(files[1]), "n_shared": 160}]
+    text = command("inspect", *files).stdout
+    assert "160 barcodes shared by" in text
+    assert store["fingerprint"] in text
+
+
+def test_inspect_of_one_file_with_both_modalities(command: Command, tiny: SimulatedCells, tmp_path: Path):
+    write_10x(tmp_path / "both.h5", tiny.rna, tiny.atac[tiny.rna.obs_names])
+    report = json.loads(command("inspect", "--json", tmp_path / "both.h5").stdout)
+    assert [(file["kind"], file["modality"]) for file in report["files"]] == [
+        ("10x h5", "rna"),
+        ("10x h5", "atac"),
+    ]
+    assert report["shared_barcodes"][0]["n_shared"] == 160
+
+
+def test_inspect_shows_what_preprocess_would_refuse(command: Command, tiny: SimulatedCells, tmp_path: Path):
+    normalised = tiny.rna.copy()
+    normalised.X = normalised.X.log1p()
+    normalised.write_h5ad(tmp_path / "rna.h5ad")
+    (file,) = json.loads(command("inspect", "--json", tmp_path / "rna.h5ad").stdout)["files"]
+    assert file["values"] == "log-normalised"
+
+
+def test_inspect_of_a_folder_shows_the_data_sets_in_it(
+    command: Command, tiny_data: dict[str, Path], tmp_path: Path
+):
+    report = json.loads(command("inspect", "--json", tiny_data["atac2rna"]).stdout)
+    assert sorted(file["split"] for file in report["files"]) == ["test", "train", "val"]
+    done = command("inspect", tmp_path)
+    assert done.returncode == 1
+    assert "is a folder without" in done.stderr
+
+
+@pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])
+def test_inspect_reads_our_own_h5ad_and_checkpoints(
+    direction: str, command: Command, tiny_checkpoints: dict, tiny: SimulatedCells, tmp_path: Path
+):
+    from cisformer.data.io import write_h5ad
+
+    write_h5ad(tiny.rna.copy(), tmp_path / "ours.h5ad")
+    checkpoint = tiny_checkpoints[direction]
+    ours, model = json.loads(command("inspect", "--json", tmp_path / "ours.h5ad", checkpoint.folder).stdout)[
+        "files"
+    ]
+    assert ours["written_by_cisformer"]["package"] == "cisformer"
+    assert (model["kind"], model["direction"]) == ("checkpoint", direction)
+    assert model["fingerprint"] == checkpoint.reference.fingerprint
+    assert "dec_depth" in model["config"]
+
+
+def test_a_reference_is_built_and_used(
+    command: Command, tiny_files: Path, tiny_data: dict[str, Path], tmp_path: Path
+):
+    rna, atac = (ad.read_h5ad(tiny_files / f"{name}.h5ad", backed="r") for name in ("rna", "atac"))
+    genes, peaks = rna.var, atac.var_names.str.extract(r"(.+):(\d+)-(\d+)")
+    (tmp_path / "genes.gtf").write_text(
+        "".join(
+            f'{g.chrom}\tx\tgene\t{g.start + 1}\t{g.end}\t.\t{g.strand}\t.\tgene_id "{g.gene_id}"; gene_name "{name}";\n'
+            for name, g in genes.iterrows()
+        )
+    )
+    peaks.to_csv(tmp_path / "peaks.bed", sep="\t", header=False, index=False)
+    built = command("build_reference", "--gtf", tmp_path / "genes.gtf", "--peaks", tmp_path / "peaks.bed", "-o", "own",
+                    cwd=tmp_path)  # fmt: skip
+    assert "wrote own (own, hg38: 150 genes, 900 cCREs)" in built.stdout, built.stderr
+    done = command(
+        "data_preprocess", "-r", tiny_files / "rna.h5ad", "-a", tiny_files / "atac.h5ad", "-s", "out", "--reference", "own",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    store, same = (
+        CellStore.open(base / "rna2atac_val") for base in (tmp_path / "out", tiny_data["rna2atac"])
+    )
+    assert store.reference.name == "own"
+    assert store.barcodes.tolist() == same.barcodes.tolist()
+    assert (store.rna([0, 1]) != same.rna([0, 1])).nnz == 0
+    assert (store.atac([0, 1]) != same.atac([0, 1])).nnz == 0
