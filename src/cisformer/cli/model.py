@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from cisformer.cli.common import CONTEXT
+from cisformer.cli.common import CONTEXT, config_path
 
 if TYPE_CHECKING:
     from cisformer.config import Direction
@@ -36,12 +36,6 @@ def generate_default_config(preset: Any, force: bool) -> None:
         click.echo(f"wrote {CONFIG_DIR / name}")
 
 
-def _config_path(given: str | None, direction: Direction) -> Path | None:
-    """Return the config to use: the one given, the one of the working folder, or `None` for the defaults."""
-    default = CONFIG_DIR / f"{direction}_config.yaml"
-    return Path(given) if given else default if default.is_file() else None
-
-
 def _train(direction: Direction, accelerate_config: str | None, config_file: str | None, **options: Any) -> None:
     from cisformer.launch import relaunched
 
@@ -50,7 +44,7 @@ def _train(direction: Direction, accelerate_config: str | None, config_file: str
         return
     from cisformer.training import train
 
-    best = train(direction=direction, config=_config_path(config_file, direction), cpu=cpu, **options)
+    best = train(direction=direction, config=config_path(config_file, direction), cpu=cpu, **options)
     metrics = best.metrics
     click.echo(
         f"best: epoch {metrics['epoch']}, validation loss {metrics['val_loss']:.5f} "
@@ -152,3 +146,18 @@ def rna2atac_predict(
     """Predict chromatin accessibility from RNA."""
     output = Path(output_dir) / f"{name}.h5ad"
     _predict("rna2atac", model_parameters, config_file, output, data=rna_file, max_tokens=rna_len, **options)
+
+
+@click.command("demo", context_settings=CONTEXT)
+@click.option("-o", "--output_dir", default="./cisformer_demo", show_default=True, help="Output directory.")
+@click.option("--quick", is_flag=True, help="A tiny data set: does it run at all?")
+@click.option("--seed", default=0, show_default=True, help="Seed of the simulated cells.")
+@_FORCE
+def demo(output_dir: str, **options: Any) -> None:
+    """Run everything on simulated cells: preprocess, train, predict, evaluate, link."""
+    from cisformer.demo import run_demo
+
+    results = run_demo(output_dir, **options)
+    click.echo("results:")
+    for path in results:
+        click.echo(f"  {path}")
