@@ -20,9 +20,21 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def test_preprocess_takes_every_flag_of_the_spec(command: Command, tiny_files: Path, tmp_path: Path):
     arguments = ["data_preprocess", "--rna", tiny_files / "rna.h5ad", "--atac", tiny_files / "atac.h5ad"]
     done = command(
-        *arguments, "--save_dir", tmp_path, "--cnt", "1e10", "--batch_size", 4, "--num_workers", 2, "--atac2rna",
-        "--manually", "--shuffle", "--species", "dataset",
-    )  # fmt: skip
+        *arguments,
+        "--save_dir",
+        tmp_path,
+        "--cnt",
+        "1e10",
+        "--batch_size",
+        4,
+        "--num_workers",
+        2,
+        "--atac2rna",
+        "--manually",
+        "--shuffle",
+        "--species",
+        "dataset",
+    )
     assert done.returncode == 0, done.stderr
     assert f"wrote {tmp_path / 'atac2rna_all'} (all: 160 cells)" in done.stdout
     assert CellStore.open(tmp_path / "atac2rna_all" / "atac2rna_0.pt").n_cells == 160
@@ -35,9 +47,17 @@ def test_preprocess_takes_every_flag_of_the_spec(command: Command, tiny_files: P
 def test_the_split_does_not_depend_on_the_hash_seed(command: Command, tiny_files: Path, tmp_path: Path):
     for seed in ("1", "2"):
         done = command(
-            "data_preprocess", "-r", tiny_files / "rna.h5ad", "-a", tiny_files / "atac.h5ad", "-s", tmp_path / seed,
-            "--reference", "dataset", PYTHONHASHSEED=seed,
-        )  # fmt: skip
+            "data_preprocess",
+            "-r",
+            tiny_files / "rna.h5ad",
+            "-a",
+            tiny_files / "atac.h5ad",
+            "-s",
+            tmp_path / seed,
+            "--reference",
+            "dataset",
+            PYTHONHASHSEED=seed,
+        )
         assert done.returncode == 0, done.stderr
     for split in ("train", "val", "test"):
         name = f"rna2atac_{split}/rna2atac_0.pt"
@@ -50,9 +70,15 @@ def test_the_working_folder_and_its_config_are_the_defaults(
     (tmp_path / "cisformer_config").mkdir()
     (tmp_path / "cisformer_config" / "rna2atac_config.yaml").write_text("datapreprocess:\n  multiple: 9\n")
     done = command(
-        "data_preprocess", "-r", tiny_files / "rna.h5ad", "-a", tiny_files / "atac.h5ad", "--species", "dataset",
+        "data_preprocess",
+        "-r",
+        tiny_files / "rna.h5ad",
+        "-a",
+        tiny_files / "atac.h5ad",
+        "--species",
+        "dataset",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert CellStore.open(tmp_path / "rna2atac_train").manifest["datapreprocess"]["multiple"] == 9
 
@@ -137,18 +163,35 @@ def test_a_reference_is_built_and_used(
     genes, peaks = rna.var, atac.var_names.str.extract(r"(.+):(\d+)-(\d+)")
     (tmp_path / "genes.gtf").write_text(
         "".join(
-            f'{g.chrom}\tx\tgene\t{g.start + 1}\t{g.end}\t.\t{g.strand}\t.\tgene_id "{g.gene_id}"; gene_name "{name}";\n'
-            for name, g in genes.iterrows()
+            f"{gene.chrom}\tx\tgene\t{gene.start + 1}\t{gene.end}\t.\t{gene.strand}\t.\t"
+            f'gene_id "{gene.gene_id}"; gene_name "{name}";\n'
+            for name, gene in genes.iterrows()
         )
     )
     peaks.to_csv(tmp_path / "peaks.bed", sep="\t", header=False, index=False)
-    built = command("build_reference", "--gtf", tmp_path / "genes.gtf", "--peaks", tmp_path / "peaks.bed", "-o", "own",
-                    cwd=tmp_path)  # fmt: skip
+    built = command(
+        "build_reference",
+        "--gtf",
+        tmp_path / "genes.gtf",
+        "--peaks",
+        tmp_path / "peaks.bed",
+        "-o",
+        "own",
+        cwd=tmp_path,
+    )
     assert "wrote own (own, hg38: 150 genes, 900 cCREs)" in built.stdout, built.stderr
     done = command(
-        "data_preprocess", "-r", tiny_files / "rna.h5ad", "-a", tiny_files / "atac.h5ad", "-s", "out", "--reference", "own",
+        "data_preprocess",
+        "-r",
+        tiny_files / "rna.h5ad",
+        "-a",
+        tiny_files / "atac.h5ad",
+        "-s",
+        "out",
+        "--reference",
+        "own",
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     store, same = (
         CellStore.open(base / "rna2atac_val") for base in (tmp_path / "out", tiny_data["rna2atac"])

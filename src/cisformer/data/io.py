@@ -73,8 +73,8 @@ def _read(data: str | Path | AnnData, modality: Modality) -> AnnData:
     with open_rows(data, modality) as source:
         blocks = [block.astype(np.float32) for block in source.blocks(_BLOCK)]
         matrix = sp.csr_matrix(sp.vstack(blocks, format="csr"))
+        matrix.sum_duplicates()
         matrix.eliminate_zeros()
-        matrix.sort_indices()
         return AnnData(matrix, obs=source.obs.copy(), var=source.var.copy())
 
 

@@ -111,6 +111,10 @@ def preprocess(
     task = config if isinstance(config, Config) else load_config(config, direction)
     if min(cnt, batch_size, num_workers) < 1:
         raise InputError("cnt, batch_size and num_workers must be at least 1")
+    if manually and split_by is not None:
+        raise InputError(
+            "there is no split to keep groups together in", hint="leave out --manually or --split-by"
+        )
     splits: tuple[SplitName, ...] = ("all",) if manually else ("train", "val", "test")
     folders = {split: folder / f"{direction}_{split}" for split in splits}
     for path in folders.values():

@@ -267,7 +267,11 @@ def _with_shared_obs(obs: pd.DataFrame, shared: pd.DataFrame) -> pd.DataFrame:
 def _of_anndata(adata: AnnData, modality: Modality, label: str, strict: bool) -> Source:
     adata = adata.to_memory() if adata.isbacked else adata
     raw = adata.raw
-    nodes = {"layers/counts": adata.layers.get("counts"), "raw/X": raw.X if raw else None, "X": adata.X}
+    nodes = {
+        "layers/counts": adata.layers.get("counts"),
+        "raw/X": None if raw is None else raw.X,
+        "X": adata.X,
+    }
     nodes = {name: node for name, node in nodes.items() if node is not None}
     slot, values = _choose_slot(nodes, modality, label, strict)
     var = raw.var if slot == "raw/X" else adata.var

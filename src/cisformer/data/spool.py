@@ -13,7 +13,7 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from io import FileIO
+from io import BufferedRandom
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,8 @@ class Spool:
         self._lengths: list[NDArray[np.int64]] = []
         self.max_value = 1
 
-    def _open(self, folder: Path) -> FileIO:
-        return self._files.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+    def _open(self, folder: Path) -> BufferedRandom:
+        return self._files.enter_context(tempfile.TemporaryFile(dir=folder))
 
     def __enter__(self) -> Spool:
         return self
@@ -77,7 +77,7 @@ class Spool:
 
 
 def _read_rows(
-    file: FileIO, lengths: NDArray[np.int64], rows: NDArray[np.int64]
+    file: BufferedRandom, lengths: NDArray[np.int64], rows: NDArray[np.int64]
 ) -> Iterator[NDArray[np.int32]]:
     """Yield the int32 entries of `rows`; neighbours in the file are read in one go."""
     starts = np.cumsum(lengths) - lengths
