@@ -134,9 +134,13 @@ def test_inspect_of_a_folder_shows_the_data_sets_in_it(
 ):
     report = json.loads(command("inspect", "--json", tiny_data["atac2rna"]).stdout)
     assert sorted(file["split"] for file in report["files"]) == ["test", "train", "val"]
-    done = command("inspect", tmp_path)
-    assert done.returncode == 1
-    assert "is a folder without" in done.stderr
+    for missing, message in (
+        (tmp_path, "is a folder without"),
+        (tiny_data["atac2rna"] / "x", "does not exist"),
+    ):
+        done = command("inspect", missing)
+        assert done.returncode == 1
+        assert message in done.stderr
 
 
 @pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import sys
 from pathlib import Path
 
 import anndata as ad
@@ -115,7 +116,7 @@ def test_explicit_zeros_are_not_open():
 def test_missing_and_foreign_files(tmp_path: Path):
     with pytest.raises(InputError, match=r"no.h5ad does not exist"):
         read_rna(tmp_path / "no.h5ad")
-    with pytest.raises(InputError, match="is a folder"):
+    with pytest.raises(InputError, match=r"is a folder without matrix\.mtx"):
         read_rna(tmp_path)
     (tmp_path / "text.h5ad").write_text("hello")
     with pytest.raises(InputError, match="is not an HDF5 file"):
@@ -184,6 +185,43 @@ def test_10x_h5_is_read_as_scanpy_reads_it(tmp_path: Path):
         wanted = expected.X.toarray() if kind == "Gene Expression" else expected.X.toarray() > 0
         assert np.array_equal(read.X.toarray(), wanted)
         assert read.var["gene_ids"].tolist() == expected.var["gene_ids"].tolist()
+
+
+def write_mtx(folder: Path) -> None:
+    import gzip
+
+    import scipy.io
+
+    folder.mkdir()
+    scipy.io.mmwrite(folder / "matrix.mtx", sp.csr_matrix(np.hstack([COUNTS, COUNTS]).T.astype(int)))
+    (folder / "matrix.mtx.gz").write_bytes(gzip.compress((folder / "matrix.mtx").read_bytes()))
+    lines = [f"ENSG{i:011d}\t{name}\tGene Expression\n" for i, name in enumerate(GENES)]
+    lines += [f"{name}\t{name}\tPeaks\n" for name in PEAKS]
+    (folder / "features.tsv.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    (folder / "barcodes.tsv.gz").write_bytes(gzip.compress(b"c0-1\nc1-1\nc2-1\nc3-1\n"))
+
+
+def test_10x_folder_is_read(tmp_path: Path):
+    write_mtx(tmp_path / "filtered")
+    assert np.array_equal(read_rna(tmp_path / "filtered").X.toarray(), COUNTS)
+    assert read_atac(tmp_path / "filtered").var_names.tolist() == PEAKS
+
+
+def test_10x_folder_without_scanpy_names_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_mtx(tmp_path / "filtered")
+    monkeypatch.setitem(sys.modules, "scanpy", None)
+    with pytest.raises(InputError, match="takes scanpy, which is not installed") as caught:
+        read_rna(tmp_path / "filtered")
+    assert 'pip install "cisformer[io]"' in caught.value.hint
+
+
+def test_h5mu_and_10x_h5_need_neither_mudata_nor_scanpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_h5mu(tmp_path / "x.h5mu", cells(), cells(names=PEAKS))
+    write_10x(tmp_path / "x.h5", cells(), cells(names=PEAKS))
+    for name in ("scanpy", "mudata"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("x.h5mu", "x.h5"):
+        assert np.array_equal(read_rna(tmp_path / name).X.toarray(), COUNTS)
 
 
 def test_blocks_are_read_one_at_a_time(tmp_path: Path):

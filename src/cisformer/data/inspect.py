@@ -22,7 +22,14 @@ from cisformer.data.reference import (
     load_reference,
     peak_regions,
 )
-from cisformer.data.sources import FEATURE_TYPE_COLUMNS, Modality, Source, open_hdf5, open_rows
+from cisformer.data.sources import (
+    FEATURE_TYPE_COLUMNS,
+    Modality,
+    Source,
+    is_10x_folder,
+    open_hdf5,
+    open_rows,
+)
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
 
@@ -32,6 +39,18 @@ OWN_MANIFESTS = {
     "reference.json": "reference",
 }
 """Files that tell what a folder of ours is."""
+
+OWN_SUFFIXES = (".pt", ".json", ".yaml", ".safetensors")
+OWN_KEYS = (
+    "direction",
+    "split",
+    "n_cells",
+    "format_version",
+    "metrics",
+    "datapreprocess",
+    "seed",
+    "split_by",
+)
 
 _SAMPLE_CELLS = 500
 
@@ -79,47 +98,40 @@ def inspect(
 
 def _own_folders(path: Path) -> list[tuple[Path, str]]:
     """Return each data set, checkpoint or reference that `path` is, is in, or holds, and its manifest."""
-    if path.is_file() and path.suffix not in (".pt", ".json", ".yaml", ".safetensors"):
+    if is_10x_folder(path) or not (path.is_dir() or (path.is_file() and path.suffix in OWN_SUFFIXES)):
         return []
     folder = path if path.is_dir() else path.parent
-    for candidates in ([folder], sorted(child for child in folder.iterdir() if child.is_dir())):
-        own = [(child, name) for child in candidates for name in OWN_MANIFESTS if (child / name).is_file()]
-        if own:
-            return [(path, own[0][1])] if candidates == [folder] else own
-    if path.is_dir():
+    own = next(((path, name) for name in OWN_MANIFESTS if (folder / name).is_file()), None)
+    if own is not None or path.is_file():
+        return [own] if own else []
+    inside = [
+        (child, name)
+        for child in sorted(path.iterdir())
+        for name in OWN_MANIFESTS
+        if (child / name).is_file()
+    ]
+    if not inside:
         raise InputError(
             f"{path} is a folder without {', '.join(OWN_MANIFESTS.values())}",
             hint="give a file, or a folder that cisformer wrote",
         )
-    return []
+    return inside
 
 
 def _describe_own(path: Path, name: str, verify: bool) -> Record:
     folder = path if path.is_dir() else path.parent
-    manifest = json.loads((folder / name).read_text())
-    record: Record = {"path": str(path), "kind": OWN_MANIFESTS[name]}
-    reference = manifest.get("reference", manifest)
-    keys = (
-        "direction",
-        "split",
-        "n_cells",
-        "format_version",
-        "metrics",
-        "datapreprocess",
-        "seed",
-        "split_by",
-    )
-    record |= {key: manifest[key] for key in keys if manifest.get(key) is not None}
-    record |= {
-        "package_version": manifest.get("provenance", manifest).get(
+    try:
+        manifest = json.loads((folder / name).read_text())
+        reference = manifest.get("reference", manifest)
+        record: Record = {"path": str(path), "kind": OWN_MANIFESTS[name]}
+        record |= {key: manifest[key] for key in OWN_KEYS if manifest.get(key) is not None}
+        record["package_version"] = manifest.get("provenance", {}).get(
             "version", manifest.get("package_version")
-        ),
-        "reference": reference["name"],
-        "genome": reference["genome"],
-        "n_genes": reference["n_genes"],
-        "n_ccres": reference["n_ccres"],
-        "fingerprint": reference["fingerprint"],
-    }
+        )
+        record["reference"] = reference["name"]
+        record |= {key: reference[key] for key in ("genome", "n_genes", "n_ccres", "fingerprint")}
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{folder / name} is damaged: {error}", hint="make it again") from error
     if name == "manifest.json":
         store = CellStore.open(path)
         record |= {"n_cells": store.n_cells, "n_shards": len(manifest["shards"])}
@@ -211,6 +223,8 @@ def _written_by_us(path: Path) -> Record:
     """Return what an h5ad that cisformer wrote says of itself."""
     from anndata.io import read_elem
 
+    if path.is_dir():
+        return {}
     with open_hdf5(path) as file:
         if "uns" not in file or "cisformer" not in file["uns"]:
             return {}

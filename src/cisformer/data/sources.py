@@ -142,8 +142,9 @@ def open_rows(
     ----------
     data
         Path of an ``.h5ad``, an ``.h5mu`` (the modality ``rna`` or ``atac`` of it), or a 10x
-        ``filtered_feature_bc_matrix.h5`` (its Gene Expression or Peaks); or an AnnData. Names do not matter,
-        contents do. An h5ad or AnnData with both modalities is told apart by ``var["feature_types"]``.
+        ``filtered_feature_bc_matrix.h5`` (its Gene Expression or Peaks); the 10x folder of that name, loaded
+        whole; or an AnnData. Names do not matter, contents do. Where an h5ad or AnnData holds both
+        modalities, ``var["feature_types"]`` tells them apart.
     modality
         Which modality to read.
     label
@@ -158,7 +159,9 @@ def open_rows(
         RNA is in no slot as counts.
     """
     with contextlib.ExitStack() as stack:
-        if isinstance(data, str | Path):
+        if isinstance(data, str | Path) and Path(data).is_dir():
+            source = _of_anndata(_read_mtx(Path(data)), modality, str(data), strict)
+        elif isinstance(data, str | Path):
             source = _of_file(stack.enter_context(open_hdf5(data)), modality, str(data), strict)
         else:
             source = _of_anndata(data, modality, label or f"the {modality.upper()} AnnData", strict)
@@ -186,6 +189,29 @@ def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> S
         raise _damaged(label, error) from error
 
 
+def is_10x_folder(folder: Path) -> bool:
+    """Tell whether `folder` holds a 10x matrix in text form."""
+    return any((folder / name).is_file() for name in ("matrix.mtx.gz", "matrix.mtx"))
+
+
+def _read_mtx(folder: Path) -> AnnData:
+    """Load a 10x folder of matrix.mtx, features.tsv and barcodes.tsv, all features."""
+    if not is_10x_folder(folder):
+        raise InputError(
+            f"{folder} is a folder without matrix.mtx; wanted an .h5ad, .h5mu or 10x .h5 file",
+            hint="give the file in it",
+        )
+    try:
+        import scanpy
+    except ImportError as error:
+        raise InputError(
+            f"reading the 10x folder {folder} takes scanpy, which is not installed",
+            hint='pip install "cisformer[io]", or give the .h5 file that Cell Ranger writes beside it',
+        ) from error
+    logger.info("%s: a 10x folder, loaded whole", folder)
+    return scanpy.read_10x_mtx(folder, gex_only=False)
+
+
 @contextlib.contextmanager
 def open_hdf5(path: str | Path) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading; `InputError` where it is missing, damaged, or something else."""
@@ -193,8 +219,9 @@ def open_hdf5(path: str | Path) -> Iterator[h5py.File]:
 
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"{path} {what}; wanted an .h5ad, .h5mu or 10x .h5 file", hint="check the path")
+        raise InputError(
+            f"{path} does not exist; wanted an .h5ad, .h5mu or 10x .h5 file", hint="check the path"
+        )
     if not h5py.is_hdf5(path):
         raise InputError(
             f"{path} is not an HDF5 file; wanted .h5ad, .h5mu or 10x .h5",
