@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +95,38 @@ def test_errors_are_one_line_and_a_hint(command: Command, tmp_path: Path):
         "  hint: check the path",
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [2_000, 20_000])
+def test_a_full_disk_leaves_the_old_data(limit: int, tiny_files: Path, tmp_path: Path):
+    arguments = [
+        "data_preprocess",
+        "-r",
+        "rna.h5ad",
+        "-a",
+        "atac.h5ad",
+        "-s",
+        str(tmp_path),
+        "--species",
+        "dataset",
+    ]
+    run = [sys.executable, "-m", "cisformer", *arguments]
+    subprocess.run(run, cwd=tiny_files, check=True, capture_output=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    full = subprocess.run(
+        [*run, "--force", "--seed", "1"],
+        cwd=tiny_files,
+        check=False,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(
+            resource.RLIMIT_FSIZE, (limit, limit)
+        ),  # EFBIG, as ENOSPC would be
+    )
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-2].startswith("error: ")
+    assert "disk has room" in full.stderr.splitlines()[-1]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_inspect_tells_what_files_are(command: Command, tiny_files: Path, tiny_data: dict[str, Path]):

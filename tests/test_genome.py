@@ -8,7 +8,7 @@ import bioframe
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cisformer.data import genome
@@ -60,6 +60,7 @@ coordinates = st.tuples(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(coordinates, max_size=20))
 def test_text_form_round_trips(rows: list[tuple[str, int, int]]):
     frame = regions([(chrom, start, start + width) for chrom, start, width in rows])
@@ -77,6 +78,7 @@ def test_tss_and_signed_distance_by_hand():
 small = st.tuples(st.sampled_from(["chr1", "chr2", ""]), st.integers(0, 60), st.integers(1, 25))
 
 
+@settings(deadline=None)
 @given(st.lists(small, max_size=12), st.lists(small, max_size=12))
 def test_overlaps_agree_with_brute_force(left_rows: list, right_rows: list):
     left, right = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cisformer.data.pairing import pair_barcodes, split_cells
@@ -42,6 +42,7 @@ def test_no_shared_barcode_is_explained(rna: list[str], atac: list[str], hint: s
     assert hint in caught.value.hint
 
 
+@settings(deadline=None)
 @given(st.integers(3, 500), st.integers(0, 5))
 def test_splits_cover_all_cells_once_in_the_documented_shares(n_cells: int, seed: int):
     split = split_cells(n_cells, seed)
@@ -58,6 +59,7 @@ def test_another_seed_gives_another_split():
     assert not np.array_equal(split_cells(100, 0).test, split_cells(100, 1).test)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=3, max_size=12), st.integers(0, 3))
 def test_groups_are_kept_whole(sizes: list[int], seed: int):
     groups = np.repeat([f"donor{i}" for i in range(len(sizes))], sizes).astype(object)

@@ -19,10 +19,19 @@ def main() -> None:
     except CisformerError as error:
         if debug:
             raise
-        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
-        if error.hint:
-            print(f"  hint: {error.hint}", file=sys.stderr)  # noqa: T201
-        sys.exit(1)
+        _give_up(error.message, error.hint)
+    except OSError as error:  # a full disk, a file that vanished
+        if debug:
+            raise
+        _give_up(str(error), "check that the disk has room, and that you may read and write there")
+
+
+def _give_up(message: str, hint: str) -> None:
+    """Print what is wrong and the next step; exit with code 1."""
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    if hint:
+        print(f"  hint: {hint}", file=sys.stderr)  # noqa: T201
+    sys.exit(1)
 
 
 def _speak(debug: bool) -> None:
