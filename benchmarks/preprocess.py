@@ -3,8 +3,8 @@
     python benchmarks/preprocess.py WORK --data DIR [--peer PEER/bin/cisformer]
     python benchmarks/preprocess.py WORK --cells 10000 100000 [--compression gzip]
 
-With `--data`, a folder with ``rna.h5ad``, ``atac.h5ad`` and ``cisformer_config/`` goes through both directions,
-by ours and, if given, by the published tool. With `--cells`, sets of simulated cells of that size do, in one
+With `--data`, a folder with ``rna.h5ad``, ``atac.h5ad`` and ``cisformer_config/`` goes through both
+directions, by ours and, if given, by the published tool. With `--cells`, sets of simulated cells of that size do, in one
 direction: each cell has about 2,000 of 20,000 human genes and 6,000 open peaks of 100,000. Prints markdown
 tables. CPU time is that of all threads, peak memory the largest resident set of the process, without the page
 cache.
@@ -65,7 +65,7 @@ def preprocess(command: list[str], data: Path, out: Path, *flags: str) -> tuple[
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     shutil.copytree(data / "cisformer_config", out / "cisformer_config", dirs_exist_ok=True)
-    inputs = ["-r", str(data / "rna.h5ad"), "-a", str(data / "atac.h5ad")]
+    inputs = ["-r", str(data / "rna.h5ad"), "-a", str(data / "atac.h5ad"), "--species", "human"]
     took = run([*command, "data_preprocess", *inputs, "-s", str(out / "cells"), *flags], out)
     written = sum(path.stat().st_size for path in (out / "cells").rglob("*") if path.is_file())
     return took, written / 1e6

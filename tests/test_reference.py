@@ -20,6 +20,7 @@ from cisformer.data.reference import (
     gene_identity,
     guess_genome,
     load_reference,
+    peak_regions,
     read_gtf,
     save_reference,
 )
@@ -212,6 +213,28 @@ def test_dataset_coordinates_from_var_from_interval_and_from_a_gtf(tmp_path: Pat
     assert annotated.genes["chrom"].tolist() == ["chr1", "2"]  # spelt as the peaks
 
 
+def test_coordinates_in_var_may_be_incomplete():
+    peaks = frame(["chr1:10-20"])
+    genes = frame(
+        ["a", "b", "c"], chrom=["chr1", None, "chr1"], start=[5.0, 3, None], end=[9, 4, 8], strand=[-1, 1, 1]
+    )
+    assert dataset_reference(genes, peaks).genes.iloc[:, 2:].to_numpy().tolist() == [
+        ["chr1", 5, 9, "-"],
+        ["", -1, -1, ""],
+        ["", -1, -1, ""],
+    ]
+    tenx = dataset_reference(frame(["a", "b"], interval=["chr1:5-9", ""]), peaks).genes
+    assert tenx.iloc[:, 2:].to_numpy().tolist() == [["chr1", 5, 9, ""], ["", -1, -1, ""]]
+
+
+def test_peaks_may_have_their_regions_in_columns():
+    expected = [["chr1", 5, 9]]
+    assert peak_regions(frame(["p"], chrom=["chr1"], start=[5], end=[9])).to_numpy().tolist() == expected
+    assert peak_regions(frame(["p"], interval=["chr1:5-9"])).to_numpy().tolist() == expected
+    with pytest.raises(InputError, match="'p' is not a region"):
+        peak_regions(frame(["p"], chrom=["chr1"], start=[None], end=[9]))
+
+
 def test_genome_is_guessed_from_peaks():
     mouse = load_reference("mouse").ccres.iloc[::400].reset_index(drop=True)
     assert guess_genome(mouse) == "mm39"
@@ -225,7 +248,6 @@ def test_genome_is_guessed_from_peaks():
      ("k562_chr22_95", "hg38"), ("scicar_a549_2641", "")],
 )  # fmt: skip
 def test_genome_of_real_data(folder: str, genome: str, shared: Path):
-    from cisformer.data.reference import peak_regions
     from cisformer.data.sources import open_rows
 
     with open_rows(shared / "data" / folder / "atac.h5ad", "atac") as source:

@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "start", "end", "strand"]
 CCRE_COLUMNS = ["chrom", "start", "end"]
 NAME_COLUMNS = ("gene_name", "gene_names", "gene_symbol", "gene_symbols", "feature_name", "symbol", "name")
+STRANDS = {"+": "+", "-": "-", "1": "+", "-1": "-", "1.0": "+", "-1.0": "-"}
 ENSEMBL = r"^(ENS[A-Z]*G\d{11})(?:\.\d+)?$"
 
 
@@ -202,7 +203,9 @@ def _load_folder(folder: Path) -> Reference:
         about = json.loads((folder / "reference.json").read_text())
         with open(folder / "genes.tsv.gz", "rb") as handle:
             genes = _read_genes(handle)
-        ccres = pd.read_csv(folder / "ccres.bed.gz", sep="\t", names=CCRE_COLUMNS, dtype={"chrom": str})
+        ccres = pd.read_csv(
+            folder / "ccres.bed.gz", sep="\t", names=CCRE_COLUMNS, dtype={"chrom": str}, keep_default_na=False
+        )
         reference = Reference(about["name"], about["genome"], genes, ccres)
     except (OSError, EOFError, ValueError, KeyError) as error:
         raise InputError(
@@ -352,21 +355,47 @@ def gene_identity(var: pd.DataFrame) -> pd.DataFrame:
 
 
 def peak_regions(var: pd.DataFrame) -> pd.DataFrame:
-    """Find the regions of peaks in `var`: its index, or 10x ``interval``, or ``chrom, start, end``."""
+    """Find the regions of peaks in `var`: its index, or 10x ``interval``, or ``chrom, start, end``.
+
+    Raises
+    ------
+    InputError
+        Naming a peak that is no region and has no coordinates.
+    """
     try:
         return parse_regions(var.index)
     except InputError:
-        if "interval" in var:
-            return parse_regions(var["interval"])
-        if not set(CCRE_COLUMNS) <= set(var.columns):
+        found = stated_coordinates(var)[CCRE_COLUMNS]
+        if (found["start"] < 0).any():
             raise
-        return _coordinate_columns(var, CCRE_COLUMNS)
+        return found
 
 
-def _coordinate_columns(var: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    frame = var[columns].reset_index(drop=True)
-    text = {column: str if column in ("chrom", "strand") else np.int64 for column in columns}
-    return frame.astype(text)
+def stated_coordinates(var: pd.DataFrame) -> pd.DataFrame:
+    """Read the columns ``chrom, start, end, strand`` of `var`, or 10x ``interval``.
+
+    Returns
+    -------
+    These columns, one row per feature; ``"", -1, -1, ""`` where `var` does not say, and ``""`` for strands
+    other than ``+, -, 1, -1``.
+    """
+    columns = set(var.columns)
+    if "interval" in columns and not set(CCRE_COLUMNS) <= columns:
+        parts = pd.Series(var["interval"].to_numpy()).astype(str).str.extract(r"^(.+):(\d+)-(\d+)$")
+    else:
+        parts = var.reindex(columns=CCRE_COLUMNS).reset_index(drop=True)
+    chrom, start, end = (parts[column] for column in parts)
+    start, end = pd.to_numeric(start, errors="coerce"), pd.to_numeric(end, errors="coerce")
+    known = chrom.notna() & start.notna() & end.notna()
+    strand = var.reindex(columns=["strand"])["strand"].astype(str).map(STRANDS).fillna("")
+    return pd.DataFrame(
+        {
+            "chrom": chrom.astype(str).where(known, ""),
+            "start": start.where(known, -1).astype(np.int64),
+            "end": end.where(known, -1).astype(np.int64),
+            "strand": np.where(known, strand, "").astype(object),
+        }
+    )
 
 
 def dataset_reference(
@@ -380,8 +409,8 @@ def dataset_reference(
         `var` of both modalities. Features given twice are one.
     gtf
         Gene annotation of the data's genome. Without it, gene coordinates come from ``chrom, start, end,
-        strand`` of `rna_var`, else from the built-in annotation by id, then name, where the peaks look like
-        its genome, else from the 10x column ``interval`` (whose strand is unknown).
+        strand`` of `rna_var`; without a strand there, from the built-in annotation by id, then name, where
+        the peaks look like its genome; where that has none, from ``chrom, start, end`` or 10x ``interval``.
 
     Returns
     -------
@@ -405,25 +434,17 @@ def dataset_reference(
 def _gene_coordinates(
     var: pd.DataFrame, genes: pd.DataFrame, genome: str, gtf: str | Path | None
 ) -> pd.DataFrame:
-    wanted = GENE_COLUMNS[2:]
+    """Return ``chrom, start, end, strand`` of each gene; see `dataset_reference` for where they come from."""
     if gtf is not None:
         return look_up_genes(genes, read_gtf(gtf))
-    if set(wanted) <= set(var.columns):
-        return _coordinate_columns(var, wanted)
-    found = pd.DataFrame({"chrom": "", "start": -1, "end": -1, "strand": ""}, index=genes.index)
+    stated = stated_coordinates(var)
     species = next((name for name, built_in in BUILT_IN.items() if built_in == genome), None)
-    if species is not None:
-        found = look_up_genes(genes, load_reference(species).genes)
-    missing = (found["start"] < 0).to_numpy()
-    for columns in (["interval"], CCRE_COLUMNS):
-        if missing.any() and set(columns) <= set(var.columns):
-            rows = var.loc[missing]
-            given = (
-                parse_regions(rows["interval"]) if len(columns) == 1 else _coordinate_columns(rows, columns)
-            )
-            found.loc[missing, CCRE_COLUMNS] = given.to_numpy()
-            break
-    return found.astype({"start": np.int64, "end": np.int64})
+    if "strand" in var or species is None:
+        return stated
+    found = look_up_genes(genes, load_reference(species).genes)
+    missing = found["start"] < 0
+    found[missing] = stated[missing]
+    return found
 
 
 def look_up_genes(genes: pd.DataFrame, annotation: pd.DataFrame) -> pd.DataFrame:
