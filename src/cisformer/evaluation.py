@@ -148,6 +148,8 @@ def evaluate_model(
     *,
     split: str = "test",
     cell_type: str | None = None,
+    direction: Direction | None = None,
+    training_log: str | Path | None = None,
     quick: bool = False,
     seed: int = 0,
     **options: Any,
@@ -164,6 +166,10 @@ def evaluate_model(
         "test", or "val" for the cells that the checkpoint was chosen on.
     cell_type
         Column of the cells' annotation; "cell_type" where there is one, unless given.
+    direction
+        What the checkpoint has to be for, where given.
+    training_log
+        `metrics.jsonl` of the training run; looked for beside the checkpoint unless given.
     quick
         On at most 500 cells and 5,000 features, without figures: the short form after training.
     seed
@@ -174,13 +180,16 @@ def evaluate_model(
     from cisformer.model.checkpoint import Checkpoint, load_checkpoint
 
     started = time.perf_counter()
-    checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model)
+    checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, direction)
     case = case_of_store(data, checkpoint, split=split, cell_type=cell_type, **options)
     facts: dict[str, Any] = {"data": str(data), "split": split, "checkpoint": str(checkpoint.folder)}
     facts |= {"configuration": checkpoint.config.model_dump(), "checkpoint_metrics": checkpoint.metrics}
-    log = None if checkpoint.folder is None else checkpoint.folder.parent / "metrics.jsonl"
-    log = log if log is not None and log.is_file() else None
-    return evaluate_case(case, facts=facts, training_log=log, seed=seed, quick=quick, started=started)
+    if training_log is None and checkpoint.folder is not None:
+        beside = checkpoint.folder.parent / "metrics.jsonl"
+        training_log = beside if beside.is_file() else None
+    return evaluate_case(
+        case, facts=facts, training_log=training_log, seed=seed, quick=quick, started=started
+    )
 
 
 def evaluate_case(
@@ -278,7 +287,7 @@ def judge(
             for key, metric in headline.items()
             if key in measured[MODEL].value
         )
-        return "alone", f"Not compared with any baseline, for want of training data: {values}."
+        return "alone", f"Not compared with any baseline. That needs training data; alone: {values}."
     fair = [c for c in comparisons if c.baseline != TOLD_TYPES]
     groups: dict[str, list[Comparison]] = {"better": [], "tie": [], "worse": []}
     for key in headline:
@@ -307,7 +316,9 @@ def _sentence(groups: dict[str, list[Comparison]], said: dict[str, str]) -> tupl
     """Return the standing and the sentence that goes with it."""
     parts = [
         f"{words} {said[outcome]}"
-        for outcome, words in zip(SEVERITY, ("best on", "not to be told apart on", "worse on"), strict=True)
+        for outcome, words in zip(
+            SEVERITY, ("is best on", "cannot be told apart on", "is worse on"), strict=True
+        )
         if groups[outcome]
     ]
     if groups["worse"]:
@@ -318,7 +329,7 @@ def _sentence(groups: dict[str, list[Comparison]], said: dict[str, str]) -> tupl
         standing, head = "even", "The model is beaten by no baseline"
     else:
         standing, head = "better", "The model beats every baseline"
-    return standing, f"{head}: {'; '.join(parts)}."
+    return standing, f"{head}. It {'; it '.join(parts)}."
 
 
 def _phrases(group: list[Comparison], measured: Mapping[str, Measured], metrics: Mapping[str, Any]) -> str:

@@ -139,9 +139,10 @@ def case_of_files(
     case, seen = _add_training(
         case, prediction.var, train_input, train_target, test_input, source, target, cell_type
     )
-    if seen is None and "seen_in_training" in prediction.var:
-        seen = prediction.var["seen_in_training"].to_numpy(dtype=bool)
-    return _scored(case, covered if seen is None else covered & seen)
+    kept = covered if seen is None else covered & seen
+    if "seen_in_training" in prediction.var:
+        kept = kept & prediction.var["seen_in_training"].to_numpy(dtype=bool)
+    return _scored(case, kept)
 
 
 def _add_training(
