@@ -65,12 +65,11 @@ def shaken(tiny_data, tiny_config):
 
 def dense_cis(model, batch, h_BR):
     """The cis path as a masked dense softmax over all (gene, cCRE) pairs of each cell, in float64."""
-    path = model.cis.double()
-    n_input, n_target = len(path.window_indptr) - 1, len(path.gene.weight)
+    path, ccre_PR = model.cis.double(), model.encoder.token.weight.double()
+    n_input, n_target = len(ccre_PR), len(path.gene.weight)
     mask = torch.zeros(n_target, n_input, dtype=torch.bool)
     mask[path.window_gene, path.window_ccre] = True
-    q, o = (f(path.gene.weight).unflatten(-1, (path.heads, -1)) for f in (path.query, path.out))
-    k, v = (f(path.ccre.weight).unflatten(-1, (path.heads, -1)) for f in (path.key, path.value))
+    product_GPR = path.gene.weight[:, None] * ccre_PR
     bias = torch.zeros(n_target, n_input, path.heads, dtype=torch.float64)
     bias[path.window_gene, path.window_ccre] = path.distance_bias(path.window_bin)
     single = torch.zeros(n_target, n_input, dtype=torch.float64)
@@ -79,13 +78,12 @@ def dense_cis(model, batch, h_BR):
     for cell in range(batch.n_cells):
         is_open = torch.zeros(n_input, dtype=torch.bool)
         is_open[batch.index[batch.indptr[cell] : batch.indptr[cell + 1]]] = True
-        state = path.cell_query(h_BR[cell].double()).unflatten(-1, (path.heads, -1))
-        score = torch.einsum("ghd,phd->gph", q + state, k) * path.head_dim**-0.5 + bias
+        query_HK = path.cell_query(h_BR[cell].double()).unflatten(-1, (path.heads, -1)) / 4
+        score = path.pair_score(product_GPR) + path.cell_key(ccre_PR) @ query_HK.T + bias
         score = score.masked_fill(~(mask & is_open)[..., None], -torch.inf)
         null = path.null.expand(n_target, 1, path.heads)
         weight = torch.cat([score, null], dim=1).softmax(dim=1)[:, :-1]
-        value = torch.einsum("ghd,phd->gph", o, v)
-        outputs.append((weight * value).sum(dim=(1, 2)) + (single * is_open).sum(dim=1))
+        outputs.append((weight * path.pair_value(product_GPR)).sum(dim=(1, 2)) + (single * is_open).sum(dim=1))
     path.float()
     return torch.stack(outputs).detach()
 
@@ -94,9 +92,11 @@ def test_ragged_cis_attention_equals_a_dense_masked_softmax(shaken):
     store, layout, model = shaken
     batch = batch_of(store, layout, np.arange(6))
     h_BR = model.encoder(batch, model.projection(batch))
-    ours = model.cis(batch, h_BR, len(model.prior), None).detach()
+    ours = model.cis(batch, h_BR, model.encoder.token.weight, None).detach()
     torch.testing.assert_close(ours.double(), dense_cis(model, batch, h_BR), rtol=1e-4, atol=1e-4)
     assert ours.abs().max() > 0.05
+    with torch.no_grad():  # the way of prediction, with all pairs computed ahead
+        torch.testing.assert_close(model.cis(batch, h_BR, model.encoder.token.weight, None), ours)
 
 
 def test_drawn_targets_get_what_they_get_among_all(shaken):
@@ -116,13 +116,13 @@ def test_the_effect_of_closing_a_ccre_is_exact(shaken):
     batch = batch_of(store, layout, rows)
     attention = model.cis_attention(batch)
     h_BR = model.encoder(batch, model.projection(batch))
-    whole = model.cis(batch, h_BR, len(model.prior), None)
+    whole = model.cis(batch, h_BR, model.encoder.token.weight, None)
     for edge in range(0, len(attention.gene), max(1, len(attention.gene) // 12)):
         kept = batch.index != attention.ccre[edge]
         from dataclasses import replace
 
         without = replace(batch, index=batch.index[kept], value=batch.value[kept], indptr=torch.tensor([0, kept.sum()]))
-        change = (model.cis(without, h_BR, len(model.prior), None) - whole)[0, attention.gene[edge]]
+        change = (model.cis(without, h_BR, model.encoder.token.weight, None) - whole)[0, attention.gene[edge]]
         torch.testing.assert_close(attention.effect[edge], change, rtol=1e-3, atol=1e-5)
 
 

@@ -78,7 +78,7 @@ def predict(
     *,
     output: str | Path | None = None,
     direction: Direction | None = None,
-    batch_size: int = 64,
+    batch_size: int = 16,
     num_workers: int = 2,
     max_tokens: int | None = None,
     min_prob: float = MIN_PROB,

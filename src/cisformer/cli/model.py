@@ -111,7 +111,7 @@ _WORKERS = click.option("--num_workers", default=2, show_default=True, help="Num
 @_OUTPUT
 @click.option("-n", "--name", default="cisformer_predicted_rna", show_default=True, help="Output name.")
 @_CONFIG
-@click.option("--batch_size", default=64, show_default=True, help="Batch size.")
+@click.option("--batch_size", default=16, show_default=True, help="Batch size.")
 @_WORKERS
 @_FORCE
 def atac2rna_predict(

@@ -25,6 +25,10 @@ from cisformer.model.linear import LinearStart, Projection, link_loss
 from cisformer.model.local import DISTANCE_EDGES_BP, LocalStart, Windows
 LOADING_STD = 0.05
 """Of loadings beyond the linear start, where only h reaches them."""
+CELL_KEY_DIM = 16
+"""Width in which a cell's state meets the cCREs; narrow, since every open cCRE of a batch carries it."""
+PAIRS_AT_ONCE = 200_000
+"""Gene–cCRE pairs whose embeddings are multiplied in one go outside training; bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -127,21 +131,24 @@ class CisPath(nn.Module):
     """What the open cCREs near a gene add to it.
 
     Two terms: a sum of one weight per (gene, cCRE) pair over the open ones, started in closed form (`local`), and
-    attention of the gene to them, started at zero. An attention score is <q_gene + q_cell, k_cCRE> plus a bias of the
-    signed distance; a value is <o_gene, v_cCRE>. Products of gene and cCRE are taken once per distinct pair of a
-    batch, so that an edge costs only its softmax.
+    attention of the gene to them, its values started at zero. Per head h,
+
+        score[i, g, p] = <a_h, gene[g] * ccre[p]> + <q_h(cell i), K ccre[p]> + bias_h[signed distance bin]
+        value[g, p]    = <b_h, gene[g] * ccre[p]>
+
+    and a null slot takes the attention that no open cCRE deserves. What depends on the pair alone is computed once
+    per distinct pair of a batch (in eval mode: once), so that an edge costs only its softmax.
     """
 
-    def __init__(self, n_input: int, n_target: int, windows: Windows, model: Model) -> None:
+    def __init__(self, n_target: int, windows: Windows, model: Model) -> None:
         super().__init__()
         width, heads = model.emb_rank, model.dec_heads
-        self.heads, self.head_dim = heads, max(8, width // heads)
-        inner = heads * self.head_dim
-        self.ccre = nn.Embedding(n_input, width)
+        self.heads = heads
         self.gene = nn.Embedding(n_target, width)
-        self.key, self.value = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
-        self.query, self.out = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
-        self.cell_query = nn.Linear(width, inner, bias=False)
+        self.pair_score = nn.Linear(width, heads, bias=False)
+        self.pair_value = nn.Linear(width, heads, bias=False)
+        self.cell_query = nn.Linear(width, heads * CELL_KEY_DIM, bias=False)
+        self.cell_key = nn.Linear(width, CELL_KEY_DIM, bias=False)
         self.distance_bias = nn.Embedding(2 * len(DISTANCE_EDGES_BP) + 1, heads)
         self.null = nn.Parameter(torch.zeros(heads))
         self.pair_weight = nn.Parameter(torch.zeros(len(windows.gene)))
@@ -149,65 +156,80 @@ class CisPath(nn.Module):
         self.window_gene: Tensor
         self.window_ccre: Tensor
         self.window_bin: Tensor
-        for name, array in (
-            ("indptr", windows.indptr),
-            ("gene", windows.gene),
-            ("ccre", windows.ccre),
-            ("bin", windows.distance_bin),
-        ):
-            self.register_buffer(f"window_{name}", torch.from_numpy(array), persistent=False)
-        for embedding in (self.ccre, self.gene):
-            nn.init.normal_(embedding.weight, std=0.5)
+        for name in ("indptr", "gene", "ccre", "distance_bin"):
+            array = torch.from_numpy(getattr(windows, name))
+            self.register_buffer(f"window_{name.removeprefix('distance_')}", array, persistent=False)
+        self._all_pairs: tuple[Tensor, Tensor] | None = None
         nn.init.zeros_(self.distance_bias.weight)
-        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.pair_value.weight)
 
-    def forward(self, batch: Batch, h_BR: Tensor, n_columns: int, column: Tensor | None) -> Tensor:
+    def train(self, mode: bool = True) -> CisPath:
+        """Switch between training and eval mode; forgets what was computed for all pairs."""
+        self._all_pairs = None
+        return super().train(mode)
+
+    def forward(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor, column: Tensor | None) -> Tensor:
         """Return cis, float [B, S]; `column` [F] gives the place of each target among the drawn ones, or −1."""
-        edges = self.edges(batch, h_BR, column)
+        edges = self.edges(batch, h_BR, ccre_PR, column)
+        n_columns = len(self.gene.weight) if column is None else int(column.max()) + 1
         place = edges.gene if column is None else column[edges.gene]
         out = h_BR.new_zeros(batch.n_cells * n_columns)
         return out.index_add(0, edges.cell * n_columns + place, edges.contribution).reshape(batch.n_cells, n_columns)
 
-    def edges(self, batch: Batch, h_BR: Tensor, column: Tensor | None) -> CisAttention:
-        """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn."""
-        token_E, pair_E = self._window_edges(batch)
-        if column is not None:
-            drawn = column[self.window_gene[pair_E]] >= 0
-            token_E, pair_E = token_E[drawn], pair_E[drawn]
-        pair_W, slot_E = _distinct(pair_E, len(self.pair_weight))
-        score_WH, value_WH = self._pair_terms(pair_W)
-        ccre_U, slot_N = _distinct(batch.index, len(self.window_indptr) - 1)
+    def edges(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor, column: Tensor | None) -> CisAttention:
+        """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn.
+
+        `ccre_PR` are the cCREs' embeddings, shared with the encoder.
+        """
+        token_E, pair_E = self._window_edges(batch, column)
         cell_N = ragged_rows(batch.indptr, len(batch.index))
-        key_UHD = self._heads(self.key(self.ccre(ccre_U)))
-        state_NH = (self._heads(self.cell_query(h_BR))[cell_N] * key_UHD[slot_N]).sum(dim=-1) * self.head_dim**-0.5
+        state_NH = self._cell_scores(batch, h_BR, ccre_PR)
+        score_WH, value_WH, slot_E = self._pair_terms(pair_E, ccre_PR)
         cell_E, gene_E = cell_N[token_E], self.window_gene[pair_E]
-        segment_E = cell_E * len(self.gene.weight) + gene_E
-        score_EH = score_WH[slot_E] + state_NH[token_E]
-        weight_EH = segment_softmax(score_EH.float(), segment_E, batch.n_cells * len(self.gene.weight), self.null)
+        segment_E, n_segments = cell_E * len(self.gene.weight) + gene_E, batch.n_cells * len(self.gene.weight)
+        score_EH = (score_WH[slot_E] + state_NH[token_E]).float()
+        weight_EH = segment_softmax(score_EH, segment_E, n_segments, self.null)
         return CisAttention(
             cell_E, gene_E, batch.index[token_E], pair_E, weight_EH, value_WH[slot_E], self.pair_weight[pair_E]
         )
 
-    def _pair_terms(self, pair_W: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the score (without the cell's share) and the value of distinct pairs, float [W, H] each."""
-        gene_W, ccre_W = self.window_gene[pair_W], self.window_ccre[pair_W]
-        embedding_WR, gene_GR = self.ccre(ccre_W), self.gene.weight
-        query_WHD, key_WHD = self._heads(self.query(gene_GR)[gene_W]), self._heads(self.key(embedding_WR))
-        out_WHD, value_WHD = self._heads(self.out(gene_GR)[gene_W]), self._heads(self.value(embedding_WR))
-        score_WH = (query_WHD * key_WHD).sum(dim=-1) * self.head_dim**-0.5 + self.distance_bias(self.window_bin[pair_W])
-        return score_WH, (out_WHD * value_WHD).sum(dim=-1)
-
-    def _window_edges(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return token number and pair number of every (open cCRE, gene near it); int64 [E] each."""
+    def _window_edges(self, batch: Batch, column: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return token number and pair number of every (open cCRE, drawn gene near it); int64 [E] each."""
         start, stop = self.window_indptr[batch.index], self.window_indptr[batch.index + 1]
+        drawn_pairs = None
+        if column is not None:
+            is_drawn = column[self.window_gene] >= 0
+            drawn_pairs = is_drawn.nonzero().squeeze(1)
+            before = F.pad(torch.cumsum(is_drawn, 0), (1, 0))
+            start, stop = before[start], before[stop]
         count = stop - start
-        first = torch.cumsum(count, 0) - count
         total = int(count.sum())
         token = torch.repeat_interleave(torch.arange(len(count), device=count.device), count, output_size=total)
-        return token, torch.arange(total, device=count.device) - first[token] + start[token]
+        pair = torch.arange(total, device=count.device) + (start - (torch.cumsum(count, 0) - count))[token]
+        return token, pair if drawn_pairs is None else drawn_pairs[pair]
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, self.head_dim))
+    def _cell_scores(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor) -> Tensor:
+        """Return the share of each open cCRE's scores that depends on the cell, float [N, H]."""
+        query_BHK = self.cell_query(h_BR).unflatten(-1, (self.heads, -1)) * CELL_KEY_DIM**-0.5
+        of_cells = self.cell_key(ccre_PR)[batch.index].split(batch.indptr.diff().tolist())
+        return torch.cat([key_TK @ query_HK.T for key_TK, query_HK in zip(of_cells, query_BHK, strict=True)])
+
+    def _pair_terms(self, pair_E: Tensor, ccre_PR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return score and value of distinct pairs, float [W, H] each, and which of them each edge is."""
+        if torch.is_grad_enabled() or self.training:
+            pair_W, slot_E = _distinct(pair_E, len(self.pair_weight))
+            return *self._score_pairs(pair_W, ccre_PR), slot_E
+        if self._all_pairs is None:
+            everything = torch.arange(len(self.pair_weight), device=pair_E.device)
+            parts = [self._score_pairs(part, ccre_PR) for part in everything.split(PAIRS_AT_ONCE)]
+            scores, values = zip(*parts, strict=True) if parts else ((), ())
+            empty = ccre_PR.new_zeros(0, self.heads)
+            self._all_pairs = torch.cat([empty, *scores]), torch.cat([empty, *values])
+        return *self._all_pairs, pair_E
+
+    def _score_pairs(self, pair_W: Tensor, ccre_PR: Tensor) -> tuple[Tensor, Tensor]:
+        product_WR = self.gene.weight[self.window_gene[pair_W]] * ccre_PR[self.window_ccre[pair_W]]
+        return self.pair_score(product_WR) + self.distance_bias(self.window_bin[pair_W]), self.pair_value(product_WR)
 
 
 def _distinct(number: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -237,7 +259,7 @@ class CisModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(n_target))
         self.loadings = nn.Parameter(torch.randn(n_target, model.emb_rank) * LOADING_STD)
         self.encoder = CellEncoder(n_input, rank, layout.input_modality == "rna", model)
-        self.cis = None if windows is None else CisPath(n_input, n_target, windows, model)
+        self.cis = None if windows is None else CisPath(n_target, windows, model)
 
     @classmethod
     def from_start(
@@ -271,7 +293,7 @@ class CisModel(nn.Module):
         eta_BS = torch.addmm(prior_S, place_BR, self.loadings[columns].T)
         if self.cis is None:
             return eta_BS
-        return eta_BS + self.cis(batch, h_BR, len(prior_S), self._places(batch))
+        return eta_BS + self.cis(batch, h_BR, self.encoder.token.weight, self._places(batch))
 
     def _places(self, batch: Batch) -> Tensor | None:
         if batch.columns is None:
@@ -304,4 +326,4 @@ class CisModel(nn.Module):
         """Return each edge's attention and value (in units of `scale`); ATAC→RNA only."""
         assert self.cis is not None
         h_BR = self.encoder(batch, self.projection(batch))
-        return self.cis.edges(batch, h_BR, None)
+        return self.cis.edges(batch, h_BR, self.encoder.token.weight, None)
