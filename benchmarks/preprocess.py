@@ -4,10 +4,10 @@
     python benchmarks/preprocess.py WORK --cells 10000 100000 [--compression gzip]
 
 With `--data`, a folder with ``rna.h5ad``, ``atac.h5ad`` and ``cisformer_config/`` goes through both
-directions, by ours and, if given, by the published tool. With `--cells`, sets of simulated cells of that size do, in one
-direction: each cell has about 2,000 of 20,000 human genes and 6,000 open peaks of 100,000. Prints markdown
-tables. CPU time is that of all threads, peak memory the largest resident set of the process, without the page
-cache.
+directions, by ours and, if given, by the published tool. With `--cells`, sets of simulated cells of that size
+do, in one direction: each cell has about 2,000 of 20,000 human genes and 6,000 open peaks of 100,000. Prints
+markdown tables. CPU time is that of all threads, peak memory the largest resident set of the process, without
+the page cache.
 """
 
 from __future__ import annotations

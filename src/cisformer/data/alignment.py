@@ -170,7 +170,7 @@ def describe_genes(names: pd.Series) -> tuple[str, str]:
         human, mouse = names.str.match("ENSG").mean() > 0.5, names.str.match("ENSMUSG").mean() > 0.5
         species = "human" if human else "mouse" if mouse else ""
         return f"{species or 'other'} Ensembl ids", species
-    if names.str.match(r"[A-Z][A-Z0-9]*[A-Z0-9.\-orf]*$").mean() > 0.5:
+    if names.str.match(r"[A-Z][A-Z0-9.\-orf]*$").mean() > 0.5:
         return "human gene symbols", "human"
     if names.str.match(r"[A-Z][a-z0-9]+").mean() > 0.5:
         return "mouse gene symbols", "mouse"

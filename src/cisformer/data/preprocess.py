@@ -211,50 +211,57 @@ def _align(
     """Read both modalities in blocks, align the blocks in threads, and park them in order."""
     batch_size, num_workers = workers
     n_threads = min(num_workers, os.cpu_count() or 1)
-    n_rows = batch_size * num_workers
-    total = sum(source.n_cells for source in sources)
-    with ThreadPoolExecutor(n_threads) as pool:
-        blocks = (
-            block
-            for source, found, spool in zip(sources, maps, spools, strict=True)
-            for block in _parked_blocks(source, found, spool, n_rows, n_threads, pool, seconds)
-        )
-        for _ in progress(blocks, total=total, desc="aligning", unit="cells", size=lambda n_cells: n_cells):
-            pass
+    for source, found, spool in zip(sources, maps, spools, strict=True):
+        with ThreadPoolExecutor(n_threads) as pool:
+            blocks = _timed_blocks(source.blocks(batch_size * num_workers), seconds)
+            aligned = _aligned_blocks(blocks, found, pool, n_threads, seconds)
+            what = f"aligning {source.modality.upper()}"
+            for block in progress(aligned, total=source.n_cells, desc=what, unit="cells", size=_n_rows):
+                start = time.perf_counter()
+                spool.append(block)
+                seconds["write"] += time.perf_counter() - start
 
 
-def _parked_blocks(
-    source: Source,
-    found: FeatureMap,
-    spool: Spool,
-    n_rows: int,
-    n_threads: int,
-    pool: ThreadPoolExecutor,
-    seconds: Seconds,
-) -> Iterator[int]:
-    """Align and park the blocks of one modality; yield the number of cells after each."""
-    waiting: deque[Future[tuple[sp.csr_matrix, float]]] = deque()
-    blocks = source.blocks(n_rows)
+def _timed_blocks(blocks: Iterator[sp.csr_matrix], seconds: Seconds) -> Iterator[sp.csr_matrix]:
     while True:
         start = time.perf_counter()
         block = next(blocks, None)
         seconds["read"] += time.perf_counter() - start
-        if block is not None:
-            waiting.append(pool.submit(_timed_apply, found, block))
-        while waiting and (block is None or len(waiting) > n_threads):
-            aligned, spent = waiting.popleft().result()
-            start = time.perf_counter()
-            spool.append(aligned)
-            seconds["write"] += time.perf_counter() - start
-            seconds["align"] += spent
-            yield aligned.shape[0]
         if block is None:
             return
+        yield block
+
+
+def _aligned_blocks(
+    blocks: Iterator[sp.csr_matrix],
+    found: FeatureMap,
+    pool: ThreadPoolExecutor,
+    n_waiting: int,
+    seconds: Seconds,
+) -> Iterator[sp.csr_matrix]:
+    """Yield aligned blocks in order, while `n_waiting` more are in work."""
+    waiting: deque[Future[tuple[sp.csr_matrix, float]]] = deque()
+
+    def oldest() -> sp.csr_matrix:
+        aligned, spent = waiting.popleft().result()
+        seconds["align"] += spent
+        return aligned
+
+    for block in blocks:
+        waiting.append(pool.submit(_timed_apply, found, block))
+        if len(waiting) > n_waiting:
+            yield oldest()
+    while waiting:
+        yield oldest()
 
 
 def _timed_apply(found: FeatureMap, block: sp.csr_matrix) -> tuple[sp.csr_matrix, float]:
     start = time.perf_counter()
     return found.apply(block), time.perf_counter() - start
+
+
+def _n_rows(block: sp.csr_matrix) -> int:
+    return block.shape[0]
 
 
 def _join_obs(
