@@ -36,6 +36,8 @@ def test_states_are_white_on_the_training_cells(fitted):
     z = states(start.projection, store, np.arange(store.n_cells), layout)
     np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-4)
     np.testing.assert_allclose(z.T @ z / len(z), np.eye(5), atol=1e-3)
+    sd = start.projection.sd.numpy()
+    assert (np.diff(sd) <= 0).all()
 
 
 def test_states_span_the_principal_components(fitted):
@@ -58,8 +60,10 @@ def test_atac2rna_loadings_are_those_of_ridge_regression(tiny_data):
     layout = make_layout(counts, "atac2rna", store)
     start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=5, ridge=7.0, seed=0)
     z, y = states(start.projection, store, rows, layout), dense(store, layout, "target")
-    ridge = Ridge(alpha=7.0).fit(z.astype(np.float64), y)
-    np.testing.assert_allclose(start.loadings * start.scale[:, None], ridge.coef_, atol=2e-3)
+    sd = start.projection.sd.numpy()
+    shrink = np.sqrt(sd / sd[0])
+    ridge = Ridge(alpha=7.0).fit(z.astype(np.float64) * shrink, y)
+    np.testing.assert_allclose(start.loadings * start.scale[:, None], ridge.coef_ * shrink, atol=2e-3)
     np.testing.assert_allclose(start.prior, y.mean(axis=0), atol=1e-5)
 
 
@@ -72,11 +76,12 @@ def test_rna2atac_loadings_are_one_newton_step_from_the_prior(tiny_data):
     start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=5, ridge=7.0, seed=0)
     z = torch.from_numpy(states(start.projection, store, rows, layout)).double()
     target = torch.from_numpy(dense(store, layout, "target")).double()
+    penalty = 7.0 * (start.projection.sd[0] / start.projection.sd).double()
     for f in (0, 11, 40):
         def negative_log_likelihood(b, f=f):
             eta = float(start.prior[f]) + z @ b
             return torch.nn.functional.binary_cross_entropy_with_logits(
-                eta, target[:, f], reduction="sum") + 3.5 * b.square().sum()  # fmt: skip
+                eta, target[:, f], reduction="sum") + 0.5 * (penalty * b.square()).sum()  # fmt: skip
 
         zero = torch.zeros(5, dtype=torch.float64)
         gradient = torch.autograd.functional.jacobian(negative_log_likelihood, zero)
@@ -143,5 +148,5 @@ def test_a_projection_of_fewer_cells_than_components_is_cut():
 def test_the_penalty_shrinks():
     product, prior, scale = np.ones((3, 4)), np.full(4, -2.0), np.ones(4)
     for direction in ("atac2rna", "rna2atac"):
-        loose, tight = (np.abs(solve(product, prior, scale, 100, ridge, direction)) for ridge in (1, 1000))
+        loose, tight = (np.abs(solve(product, prior, scale, 100, np.full(3, r), direction)) for r in (1, 1000))
         assert (tight < loose).all()

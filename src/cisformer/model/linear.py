@@ -4,10 +4,13 @@ On the link scale (logit for accessibility, standard deviations of log1p express
 
     eta[i, f] = prior[f] + <z[i], loadings[f]>
 
-with z white over the training cells. ATAC→RNA: ridge regression, `Zᵀ(Y − mean) / (n + λ)`. RNA→ATAC: one Newton
-step of ridge logistic regression from the prior, `Zᵀ(Y[:, f] − p_f) / (n p_f (1 − p_f) + λ)`. Both are exact without
-solving a system because ZᵀZ = n·1. Since principal components are nested, the loadings of the first r of them are
-the first r columns: rank and penalty are chosen on validation cells at the cost of a few matrix products.
+with z white over the training cells. ATAC→RNA: ridge regression, `Zᵀ(Y − mean) / (n + λ_k)`. RNA→ATAC: one Newton
+step of ridge logistic regression from the prior, `Zᵀ(Y[:, f] − p_f) / (n p_f (1 − p_f) + λ_k)`. Both are exact
+without solving a system because ZᵀZ = n·1. Component k of standard deviation σ_k is penalised by λ_k = λ σ_1 / σ_k:
+between ridge on white components (λ) and on the components as they are (λ σ_1² / σ_k²); on held-out cells it was the
+best or level with the best of the three in six of six comparisons (benchmarks/RESULTS.md). Since principal components
+are nested, the loadings of the first r of them are the first r columns: rank and penalty are chosen on validation
+cells at the cost of a few matrix products.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class Projection(nn.Module):
         self.idf: Tensor
         self.register_buffer("components", torch.zeros(n_input, rank))
         self.register_buffer("offset", torch.zeros(rank))
+        self.sd: Tensor
         self.register_buffer("idf", torch.ones(n_input))
+        self.register_buffer("sd", torch.ones(rank))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return z, float32 [B, rank]."""
@@ -151,7 +156,9 @@ def fit_projection(cells: sp.csr_matrix, modality: Modality, rank: int, seed: in
     centre = scores.mean(axis=0)
     variance, rotation = np.linalg.eigh(np.cov(scores.T, bias=True).reshape(len(centre), len(centre)))
     largest = np.argsort(variance)[::-1][:rank]
-    whiten = rotation[:, largest] / np.sqrt(np.maximum(variance[largest], 1e-12))
+    sd = np.sqrt(np.maximum(variance[largest], 1e-12))
+    whiten = rotation[:, largest] / sd
+    projection.sd = torch.from_numpy(sd.astype(np.float32))
     projection.components = torch.from_numpy((svd.components_.T @ whiten).astype(np.float32))
     projection.offset = torch.from_numpy((centre @ whiten).astype(np.float32))
     return projection
@@ -197,12 +204,14 @@ def cross_products(
     return product
 
 
-def solve(product: np.ndarray, prior: np.ndarray, scale: np.ndarray, n: int, ridge: float, direction: str) -> np.ndarray:
-    """Return loadings float32 [F, rank] from `product` = Zᵀ(Y − centre); see the module's formulae."""
+def solve(
+    product: np.ndarray, prior: np.ndarray, scale: np.ndarray, n: int, ridge: np.ndarray, direction: str
+) -> np.ndarray:
+    """Return loadings float32 [F, rank] from `product` = Zᵀ(Y − centre) and the penalty of each component."""
     if direction == "atac2rna":
-        return (product / scale / (n + ridge)).T.astype(np.float32)
+        return (product / scale / (n + ridge[:, None])).T.astype(np.float32)
     p = 1 / (1 + np.exp(-prior.astype(np.float64)))
-    return (product / (n * p * (1 - p) + ridge)).T.astype(np.float32)
+    return (product / (n * p * (1 - p) + ridge[:, None])).T.astype(np.float32)
 
 
 def link_loss(eta: Tensor, target: Tensor, scale: Tensor, direction: str) -> Tensor:
@@ -243,12 +252,13 @@ def fit_linear(
     prior, scale = link_moments(counts, layout)
     centre = 1 / (1 + np.exp(-prior)) if layout.direction == "rna2atac" else prior
     product = cross_products(states(projection, store, train, layout), store, train, layout, centre)
+    relative = (projection.sd[0] / projection.sd).numpy()
     fits = {
-        penalty: solve(product, prior, scale, len(train), penalty, layout.direction)
+        penalty: solve(product, prior, scale, len(train), penalty * relative, layout.direction)
         for penalty in (PENALTIES if ridge == "auto" else (float(ridge),))
     }
     if ridge != "auto" or len(val) == 0:
-        penalty = 60.0 if ridge == "auto" else float(ridge)
+        penalty = 30.0 if ridge == "auto" else float(ridge)
         return LinearStart(projection, prior, scale, fits[penalty], product.shape[0], penalty)
     chosen = np.sort(rng.choice(val, min(len(val), SELECTION_CELLS), replace=False))
     best_rank, best = _select(fits, projection, val_store, chosen, layout, prior, scale)
