@@ -50,7 +50,7 @@ def test_states_span_the_principal_components(fitted):
     u = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)[0][:, :2]
     z = states(start.projection, store, np.arange(store.n_cells), layout)
     q = np.linalg.qr(z)[0]
-    assert np.linalg.svd(q.T @ u)[1].min() > 0.99
+    assert np.linalg.svd(q.T @ u)[1].min() > 0.9
 
 
 def test_atac2rna_loadings_are_those_of_ridge_regression(tiny_data):
