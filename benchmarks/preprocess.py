@@ -6,8 +6,8 @@
 With `--data`, a folder with ``rna.h5ad``, ``atac.h5ad`` and ``cisformer_config/`` goes through both
 directions, by ours and, if given, by the published tool. With `--cells`, sets of simulated cells of that size
 do, in one direction: each cell has about 2,000 of 20,000 human genes and 6,000 open peaks of 100,000. Prints
-markdown tables. CPU time is that of all processes and threads; peak memory that of all processes together (their
-shares of it, sampled five times a second) or of the largest alone, whichever is more; without the page cache.
+markdown tables. CPU time is that of all processes and threads; peak memory that of all processes together
+(their shares of it, sampled five times a second) or of the largest alone, whichever is more.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run(command: list[str], cwd: Path) -> Run:
 
 
 def memory_kb(pid: int) -> int:
-    """Return the memory of a process and all below it: proportional set sizes, in kB; 0 where it has ended."""
+    """Return the memory of a process and all below it: proportional set sizes, kB; 0 where it has ended."""
     try:
         children = [
             int(child)
