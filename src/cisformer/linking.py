@@ -1,0 +1,423 @@
+"""Link cCREs to genes, cell type by cell type, from a trained ATAC→RNA model and paired cells.
+
+Cells are read three times, in blocks: for their states and depths; for what expression and accessibility
+share beyond these (coupling); and type by type, for attention, effect and p-values. Only sums over pairs
+are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+
+from cisformer.data.batches import Batch, Layout, encode_input, read_modality, select_columns
+from cisformer.data.store import CellStore
+from cisformer.errors import CheckpointError, InputError
+from cisformer.link_formats import FormatName
+from cisformer.link_statistics import (
+    Pairs,
+    PartialCorrelation,
+    activity_contact,
+    associate,
+    combine,
+    false_discovery_rate,
+    orthonormal,
+    two_way_rank,
+)
+from cisformer.links_io import FOLDER, Links, LinkWriter, TypeLinks, check_cell_types, read_cell_types
+from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
+from cisformer.model.cis import CisModel
+from cisformer.model.linear import TFIDF_SCALE, blocks
+from cisformer.runtime import atomic_folder, progress, refuse_existing
+
+logger = logging.getLogger(__name__)
+WINDOW_BP = 250_000
+BATCH_CELLS = 16
+BLOCK_CELLS = 256
+FAINT_STATE = 1e-3
+"""States of which genes make less than this share of what they make of the strongest one are left out."""
+
+
+def score_links(
+    checkpoint: Checkpoint | str | Path,
+    data: CellStore | str | Path,
+    cell_types: pd.Series | str | Path,
+    *,
+    window_bp: int = WINDOW_BP,
+    max_cells: int | None = None,
+    covariates: Sequence[str] = (),
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Links:
+    """Score the link of every gene with every cCRE near it, in each cell type.
+
+    Parameters
+    ----------
+    checkpoint
+        A trained ATAC→RNA model, or where one is.
+    data
+        Preprocessed cells: a store, or where one is.
+    cell_types
+        Cell type by barcode (a Series indexed by barcode), or a two-column table without header.
+    window_bp
+        Most bases between gene body and cCRE.
+    max_cells, seed
+        Most cells per type, and the seed by which they are drawn; `None` takes all.
+    covariates
+        Columns of the store's `cell_info` to adjust p-values and coupling for, beside depth.
+    device
+        Where the model runs.
+
+    Returns
+    -------
+    Links of the types that have cells, sorted by name; see `Links`. A pair is listed where the cCRE is open
+    and the gene expressed in at least one of the type's cells, and both were seen in training.
+
+    Raises
+    ------
+    CheckpointError, ReferenceMismatchError, StoreError, InputError
+        The parts do not belong together, or no cell has a type.
+    """
+    scorer = _prepare(checkpoint, data, cell_types, window_bp, max_cells, covariates, seed, device)
+    return Links(scorer.store.reference, window_bp, list(scorer.types()), scorer.cell_num)
+
+
+def link(
+    checkpoint: Checkpoint | str | Path,
+    data: CellStore | str | Path,
+    cell_types: pd.Series | str | Path,
+    output_dir: str | Path = "output",
+    *,
+    window_bp: int = WINDOW_BP,
+    max_cells: int | None = None,
+    covariates: Sequence[str] = (),
+    seed: int = 0,
+    formats: Iterable[FormatName] = (),
+    device: str | torch.device = "cpu",
+    force: bool = False,
+) -> Path:
+    """Score links and write them type by type; return the folder, `<output_dir>/cisformer_link`.
+
+    Parameters
+    ----------
+    checkpoint, data, cell_types, window_bp, max_cells, covariates, seed, device
+        As of `score_links`.
+    output_dir
+        Where the folder goes.
+    formats
+        Genome browser files to write as well, of each gene's strongest links.
+    force
+        Replace an existing folder.
+
+    Raises
+    ------
+    OutputExistsError
+        If the folder has something in it and `force` is not given; and what `score_links` raises.
+    """
+    folder = Path(output_dir) / FOLDER
+    refuse_existing(folder, force=force)
+    scorer = _prepare(checkpoint, data, cell_types, window_bp, max_cells, covariates, seed, device)
+    with (
+        atomic_folder(folder, force=force) as temporary,
+        LinkWriter(temporary, scorer.store.reference, window_bp, formats, scorer.record) as writer,
+    ):
+        for links in scorer.types():
+            writer.add(links)
+        writer.finish(scorer.cell_num)
+    return folder
+
+
+def _prepare(
+    checkpoint: Checkpoint | str | Path,
+    data: CellStore | str | Path,
+    cell_types: pd.Series | str | Path,
+    window_bp: int,
+    max_cells: int | None,
+    covariates: Sequence[str],
+    seed: int,
+    device: str | torch.device,
+) -> _Scorer:
+    """Check that the parts belong together and choose the cells."""
+    for name, value in (("distance", window_bp), ("number of cells", 1 if max_cells is None else max_cells)):
+        if value < 1:
+            raise InputError(f"the {name} is {value}", hint="give a number above 0")
+    if isinstance(cell_types, str | Path):
+        types, source = read_cell_types(cell_types), str(cell_types)
+    else:
+        types, source = check_cell_types(cell_types, "cell_types"), "cell_types"
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint, "atac2rna")
+    if checkpoint.direction != "atac2rna" or not isinstance(checkpoint.model, CisModel):
+        raise CheckpointError(
+            f"links need an atac2rna model of architecture cis; this one is {checkpoint.direction}, "
+            f"{checkpoint.config.model.architecture}",
+            hint="train one with cisformer atac2rna_train",
+        )
+    store = data if isinstance(data, CellStore) else CellStore.open(data)
+    check_reference(checkpoint.reference, store.reference, "the checkpoint")
+    if window_bp > checkpoint.config.model.cis_window:
+        logger.warning(
+            "links beyond the model's own window of %d bp have no attention and no effect",
+            checkpoint.config.model.cis_window,
+        )
+    members = choose_cells(store.barcodes, types, source, max_cells, seed)
+    record: dict[str, object] = {
+        "checkpoint": checkpoint.folder,
+        "data": store.path,
+        "seed": seed,
+        "max_cells": max_cells,
+    }
+    adjust = _covariates(store, covariates)
+    return _Scorer(
+        checkpoint.model.to(device), store, members, window_bp, adjust, record, torch.device(device)
+    )
+
+
+def choose_cells(
+    barcodes: np.ndarray, types: pd.Series, source: str, max_cells: int | None, seed: int
+) -> dict[str, np.ndarray]:
+    """Return the ascending rows of each type's cells, types sorted by name.
+
+    Cells and types are joined by barcode. Which cells of a large type are drawn depends on them and `seed`
+    alone, not on the order of `types` or on other types.
+    """
+    row = pd.Index(barcodes).get_indexer(types.index)
+    known = row >= 0
+    if not known.any():
+        raise InputError(
+            f"none of the {len(types)} barcodes in {source} is in the data: "
+            f"{_some(types.index)} against {_some(barcodes)}",
+            hint="give the barcodes as in the data set's barcodes.txt",
+        )
+    if not known[0] and known[1:].all() and len(types) > 1 and (types == types.iloc[0]).sum() == 1:
+        raise InputError(
+            f"line 1 of {source} looks like a header: {types.index[0]!r}, {types.iloc[0]!r}",
+            hint="remove it: the table has no header",
+        )
+    if not known.all():
+        logger.info("%d of %d barcodes in %s are not in this data", (~known).sum(), len(types), source)
+    if (unnamed := len(barcodes) - known.sum()) > 0:
+        logger.info("%d of %d cells have no type in %s and are left out", unnamed, len(barcodes), source)
+    members = {}
+    for name in sorted(types.unique()):
+        rows = np.sort(row[known & (types == name).to_numpy()])
+        if len(rows) == 0:
+            logger.warning("cell type %r has no cells in this data: no links are written for it", name)
+        if max_cells is not None and len(rows) > max_cells:
+            rows = np.sort(np.random.default_rng(seed).choice(rows, max_cells, replace=False))
+        members[name] = rows
+    return members
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(list(names)[:3])
+
+
+def _covariates(store: CellStore, names: Sequence[str]) -> np.ndarray:
+    """Return columns of `cell_info` as numbers [n_cells, k]; text becomes a column per value but one."""
+    info = store.cell_info
+    columns = [np.zeros((store.n_cells, 0))]
+    for name in names:
+        found = next((c for c in (name, f"{name}_rna", f"{name}_atac") if c in info.columns), None)
+        if found is None:
+            raise InputError(
+                f"there is no column {name!r} in the cell_info.tsv of {store.path}",
+                hint=f"there are: {', '.join(map(str, info.columns)) or 'none'}",
+            )
+        column = info[found]
+        if pd.api.types.is_numeric_dtype(column) and not column.isna().any():
+            columns.append(column.to_numpy(np.float64)[:, None])
+        else:
+            columns.append(pd.get_dummies(column, drop_first=True, dummy_na=True).to_numpy(np.float64))
+    return np.hstack(columns)
+
+
+@dataclass
+class _Scorer:
+    """All that it takes to score links type by type; genes and cCREs are numbered as the model knows them."""
+
+    model: CisModel
+    store: CellStore
+    members: dict[str, np.ndarray]
+    window_bp: int
+    covariates: np.ndarray
+    record: dict[str, object]
+    device: torch.device
+
+    @property
+    def layout(self) -> Layout:
+        return self.model.layout
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.layout.target_index), len(self.layout.input_index)
+
+    @property
+    def cell_num(self) -> dict[str, int]:
+        return {name: len(rows) for name, rows in self.members.items()}
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        layout = self.layout
+        return Pairs.of(self.store.reference, layout.target_index, layout.input_index, self.window_bp)
+
+    def cells(self, rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, sp.csr_matrix, sp.csr_matrix]]:
+        """Yield blocks of cells: their rows, known expression and known open cCREs."""
+        for part in blocks(rows, size):
+            rna, atac = read_modality(self.store, part, "rna"), read_modality(self.store, part, "atac")
+            yield (
+                part,
+                select_columns(rna, self.layout.target_index),
+                select_columns(atac, self.layout.input_index),
+            )
+
+    @cached_property
+    def used(self) -> np.ndarray:
+        return np.sort(np.concatenate(list(self.members.values())))
+
+    @cached_property
+    def cell_table(self) -> tuple[np.ndarray, np.ndarray]:
+        """States [n, K] and log depths (RNA, ATAC) [n, 2] of the used cells."""
+        states, depths = [], []
+        for part in blocks(self.used, BLOCK_CELLS):
+            atac = self.store.atac(part)
+            batch = encode_input(atac, self.layout, None, None).to(self.device)
+            states.append(self.model.cell_states(batch).double().cpu().numpy())
+            counts = [self.store.rna(part).sum(axis=1), atac.sum(axis=1)]
+            depths.append(np.log1p(np.hstack([np.asarray(total).reshape(-1, 1) for total in counts])))
+        return np.concatenate(states), np.concatenate(depths)
+
+    def adjusted(self, rows: np.ndarray, *others: np.ndarray) -> np.ndarray:
+        """Return a basis of depths, covariates and `others` of the cells in `rows`."""
+        place = np.searchsorted(self.used, rows)
+        return orthonormal(self.cell_table[1][place], self.covariates[rows], *others)
+
+    @cached_property
+    def coupling(self) -> np.ndarray:
+        """What expression and accessibility share beyond states, types and depths: z of each pair."""
+        which = np.zeros(len(self.used), dtype=np.int64)
+        for number, rows in enumerate(self.members.values()):
+            which[np.searchsorted(self.used, rows)] = number
+        types = np.eye(len(self.members))[which]
+        test = PartialCorrelation(self.pairs, self.adjusted(self.used, types, self.cell_table[0]), self.shape)
+        total = -(-len(self.used) // BLOCK_CELLS)
+        for _, rna, atac in progress(
+            self.cells(self.used, BLOCK_CELLS), total=total, desc="coupling", unit="blocks"
+        ):
+            test.add(rna, atac)
+        return test.z()
+
+    @cached_property
+    def association(self) -> np.ndarray:
+        """Conditional association over the model's states; see `associate`."""
+        gene, ccre = state_profiles(self.model, float(np.exp(np.median(self.cell_table[1][:, 1]))))
+        return associate(self.pairs, gene, ccre)
+
+    def types(self) -> Iterator[TypeLinks]:
+        """Yield the links of each type that has cells."""
+        for name, rows in self.members.items():
+            if len(rows):
+                yield self.of_type(name, rows)
+
+    def of_type(self, name: str, rows: np.ndarray) -> TypeLinks:
+        """Score the links of one type from its cells."""
+        test = PartialCorrelation(self.pairs, self.adjusted(rows), self.shape)
+        attended = _AttentionSums(self.model, self.pairs)
+        total = -(-len(rows) // BATCH_CELLS)
+        blocks_ = self.cells(rows, BATCH_CELLS)
+        for part, rna, atac in progress(blocks_, total=total, desc=f"links of {name}", unit="batches"):
+            test.add(rna, atac)
+            attended.add(encode_input(self.store.atac(part), self.layout, None, None).to(self.device))
+        gene, ccre = self.pairs.gene, self.pairs.ccre
+        n_open = test.n_open[ccre]
+        kept = (n_open > 0) & (test.n_expressed[gene] > 0)
+        share = activity_contact(self.pairs, test.n_open / len(rows))
+        p_value = test.p_value()[kept]
+        scale = self.model.scale.double().cpu().numpy()[gene]
+        evidence = {
+            "attention": attended.attention / len(rows),
+            "effect": attended.effect * scale / np.maximum(n_open, 1),
+            "association": self.association,
+            "coupling": self.coupling,
+            "activity_contact": share,
+            "n_open": n_open,
+        }
+        values = {key: value[kept].astype(np.float32) for key, value in evidence.items()}
+        values["score"] = combine(share[kept], self.association[kept], self.coupling[kept])
+        values["p_value"], values["fdr"] = (
+            x.astype(np.float32) for x in (p_value, false_discovery_rate(p_value))
+        )
+        return TypeLinks(
+            cell_type=name,
+            n_cells=len(rows),
+            gene=self.layout.target_index[gene[kept]],
+            ccre=self.layout.input_index[ccre[kept]],
+            distance=self.pairs.distance[kept],
+            evidence=values,
+        )
+
+
+def state_profiles(model: CisModel, n_open: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return how genes [G, K] and cCREs [P, K] change with the model's white cell states.
+
+    cCREs: with z = x V / s for normalised accessibility x, principal axes V and their standard deviations
+    s, the regression of x on z is V s; the projection holds V / s, of which the length of each column is 1
+    / s. Genes: the linear path's loadings, and what its weights of single cCREs add, since these change
+    with the states as well.
+
+    Parameters
+    ----------
+    model
+        An ATAC→RNA model.
+    n_open
+        Open cCREs of a typical cell, which says what x of an open cCRE is.
+    """
+    components = model.projection.components.double().cpu().numpy()
+    ccre = components / np.maximum(np.square(components).sum(axis=0), 1e-30)
+    gene = model.loadings.detach().double().cpu().numpy()[:, : components.shape[1]]
+    assert model.cis is not None
+    unit = np.log1p(TFIDF_SCALE * model.projection.idf.double().cpu().numpy() / n_open)
+    weight = model.cis.pair_weight.detach().double().cpu().numpy()
+    where = (model.cis.window_gene.cpu().numpy(), model.cis.window_ccre.cpu().numpy())
+    gene = gene + sp.csr_matrix((weight, where), shape=(len(gene), len(ccre))) @ (ccre / unit[:, None])
+    strength = np.square(gene).sum(axis=0)
+    in_use = strength > FAINT_STATE * strength.max(initial=0)
+    return gene[:, in_use], ccre[:, in_use]
+
+
+class _AttentionSums:
+    """Sums over cells of rank-normalised attention and of in-silico effects, by pair."""
+
+    def __init__(self, model: CisModel, pairs: Pairs) -> None:
+        self.model = model
+        assert model.cis is not None
+        gene, ccre = model.cis.window_gene.cpu().numpy(), model.cis.window_ccre.cpu().numpy()
+        self.shape = len(model.layout.target_index), len(model.layout.input_index)
+        key, wanted = pairs.gene * self.shape[1] + pairs.ccre, gene * self.shape[1] + ccre
+        place = np.searchsorted(key, wanted)
+        inside = place < len(key)
+        inside[inside] = key[place[inside]] == wanted[inside]
+        self.place = np.where(inside, place, -1)
+        self.attention, self.effect = np.zeros(len(pairs)), np.zeros(len(pairs))
+
+    def add(self, batch: Batch) -> None:
+        """Add the cells of a batch."""
+        edges = self.model.cis_attention(batch)
+        cell, gene, ccre = (x.cpu().numpy() for x in (edges.cell, edges.gene, edges.ccre))
+        place = self.place[edges.pair.cpu().numpy()]
+        kept = place >= 0
+        weight = edges.weight.mean(dim=1).cpu().numpy()
+        rank = two_way_rank(
+            weight, cell, gene, ccre, *map(len, (self.model.prior, self.model.projection.idf))
+        )
+        n = len(self.attention)
+        self.attention += np.bincount(place[kept], rank[kept], n)
+        self.effect += np.bincount(place[kept], edges.effect.double().cpu().numpy()[kept], n)
