@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
+from cisformer.model.full_task import FullTask, choose_genes
 from cisformer.model.linear import blocks
 from cisformer.runtime import progress, provenance, refuse_existing
 
@@ -83,6 +84,7 @@ def predict(
     max_tokens: int | None = None,
     min_prob: float = MIN_PROB,
     binarize: bool = False,
+    genes: str | Path = "expressed_in_training",
     device: str | torch.device | None = None,
     force: bool = False,
 ) -> AnnData | Path:
@@ -106,6 +108,9 @@ def predict(
     binarize
         RNA→ATAC: 1 for as many of a cell's likeliest cCREs as its probabilities sum up to, in place of
         probabilities. A threshold of 0.5 would close nearly all: few cCREs are open in more than half of the cells.
+    genes
+        ATAC→RNA, architecture full: which genes to predict: "expressed_in_training" (all that the model knows),
+        "all" of the reference, or a file of ids or names. Never those that a cell expresses: that is the answer.
     device
         Where to compute; the CPU unless given.
     force
@@ -128,6 +133,8 @@ def predict(
         checkpoint = load_checkpoint(checkpoint, direction)
     if not 0 <= min_prob < 1:
         raise InputError(f"min_prob is {min_prob}", hint="it is a probability: at least 0, below 1")
+    if genes != "expressed_in_training":
+        checkpoint = _with_genes(checkpoint, genes)
     cells = InputCells.open(data, checkpoint.layout.input_modality, checkpoint.reference)
     limit = max_tokens if max_tokens is not None else checkpoint.config.datapreprocess.enc_max_len
     results = _predict_blocks(
@@ -146,6 +153,16 @@ def predict(
             writer.append(block, cells.obs.iloc[start : start + block.shape[0]])
             start += block.shape[0]
     return Path(output)
+
+
+def _with_genes(checkpoint: Checkpoint, genes: str | Path) -> Checkpoint:
+    if checkpoint.direction != "atac2rna" or not isinstance(checkpoint.model, FullTask):
+        raise InputError(
+            "a choice of genes is for ATAC→RNA models of architecture full",
+            hint="leave it out: all genes known from training are predicted",
+        )
+    rows = choose_genes(genes, checkpoint.layout, checkpoint.reference)
+    return replace(checkpoint, model=checkpoint.model.with_targets(rows))
 
 
 def _predict_blocks(

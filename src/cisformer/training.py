@@ -35,6 +35,7 @@ from cisformer.data.store import CellStore, SplitName, find_split
 from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
+from cisformer.model.full_task import FullTask
 from cisformer.model.linear import FeatureCounts, blocks, count_features, fit_linear
 from cisformer.model.local import Windows, fit_local
 from cisformer.runtime import atomic_path, progress
@@ -242,6 +243,9 @@ class Run:
         store, rows, model = self.cells.train, self.cells.train_rows, self.config.model
         counts = count_features(store, rows, self.direction)
         layout = make_layout(counts, self.direction, store)
+        if model.architecture == "full":
+            task = FullTask.from_start(self.config, layout, store, rows, counts)
+            return Checkpoint(task, self.config, store.reference, {"linear_rank": 0, "linear_ridge": 0.0})
         start = fit_linear(
             store, rows, self.cells.val, self.cells.val_rows, layout, counts,
             rank=min(model.linear_rank, model.emb_rank), ridge=model.linear_ridge, seed=self.settings.SEED,
@@ -263,8 +267,10 @@ class Run:
         )
         self.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, self.settings.gamma_step, self.settings.gamma)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # The documented architecture sees each cell `multiple` times an epoch, with new draws.
+        repeats = self.config.datapreprocess.multiple if self.config.model.architecture == "full" else 1
         self.batches = TrainingBatches(
-            self.cells.train, self.layout, self.config, self.cells.train_rows,
+            self.cells.train, self.layout, self.config, np.repeat(self.cells.train_rows, repeats),
             self.accelerator.num_processes, self.accelerator.process_index,
         )  # fmt: skip
         if self.settings.tracker != "none":

@@ -21,6 +21,8 @@ from cisformer.data.batches import Layout
 from cisformer.data.reference import Reference, load_reference, save_reference
 from cisformer.errors import CheckpointError, ReferenceMismatchError
 from cisformer.model.cis import CisModel
+from cisformer.model.full import load_published
+from cisformer.model.full_task import FullTask
 from cisformer.model.local import Windows
 from cisformer.runtime import atomic_folder, provenance, sha256_file
 
@@ -46,7 +48,7 @@ class Checkpoint:
         Where it was loaded from or saved to; `None` for one that was never on disk.
     """
 
-    model: CisModel
+    model: CisModel | FullTask
     config: Config
     reference: Reference
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +96,7 @@ def _manifest(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
             "n_genes": reference.n_genes,
             "n_ccres": reference.n_ccres,
         },
-        "linear_rank": checkpoint.model.projection.components.shape[1],
+        "linear_rank": checkpoint.model.rank,
         "sha256": sha256,
         "metrics": checkpoint.metrics,
         "provenance": provenance(seed=checkpoint.config.training.SEED),
@@ -113,7 +115,8 @@ def load_checkpoint(
     Parameters
     ----------
     path
-        The folder, a file in it, or a training run's folder (its `best` is taken).
+        The folder, a file in it, or a training run's folder (its `best` is taken); or published weights
+        (`pytorch_model.bin`), which need `direction` and `config`.
     direction, config, reference
         What the checkpoint has to agree with, where given.
 
@@ -124,6 +127,8 @@ def load_checkpoint(
     ReferenceMismatchError
         Made with another reference.
     """
+    if Path(path).suffix in (".bin", ".safetensors") and not (Path(path).parent / MANIFEST).is_file():
+        return _load_published(Path(path), direction, config, reference)
     folder = _folder_of(Path(path))
     manifest = _read_manifest(folder)
     _check_direction(manifest, direction, folder)
@@ -210,7 +215,9 @@ def _load_reference(manifest: dict[str, Any], folder: Path) -> Reference:
     return reference
 
 
-def _load_model(folder: Path, manifest: dict[str, Any], config: Config, reference: Reference) -> CisModel:
+def _load_model(
+    folder: Path, manifest: dict[str, Any], config: Config, reference: Reference
+) -> CisModel | FullTask:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -221,14 +228,42 @@ def _load_model(folder: Path, manifest: dict[str, Any], config: Config, referenc
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}", hint="copy the checkpoint again") from None
     layout = _layout(manifest["direction"], reference, tensors)
-    windows = Windows.of(reference, layout, config.model.cis_window) if layout.direction == "atac2rna" else None
-    model = CisModel(config, layout, manifest["linear_rank"], windows)
+    model = _new_model(config, layout, manifest["linear_rank"], reference)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder} does not fit its own config: {reason}", hint="copy it again") from None
     return model.eval()
+
+
+def _new_model(config: Config, layout: Layout, rank: int, reference: Reference) -> CisModel | FullTask:
+    if config.model.architecture == "full":
+        return FullTask(config, layout)
+    windows = Windows.of(reference, layout, config.model.cis_window) if layout.direction == "atac2rna" else None
+    return CisModel(config, layout, rank, windows)
+
+
+def _load_published(
+    path: Path, direction: Direction | None, config: Config | None, reference: Reference | None
+) -> Checkpoint:
+    """Make a checkpoint of published weights: of all features, with nothing known of their training."""
+    if direction is None or config is None:
+        raise CheckpointError(
+            f"{path} holds bare weights, which say neither their direction nor their configuration",
+            hint="give the config.yaml it was trained with (-c)",
+        )
+    reference = reference or load_reference("human")
+    if config.model.total_gene != reference.n_genes:
+        raise ReferenceMismatchError(
+            f"{path} was trained with {config.model.total_gene} genes, reference '{reference.name}' has "
+            f"{reference.n_genes}",
+            hint="give the configuration and the reference that it was trained with",
+        )
+    network = load_published(path, config.model.model_dump(), direction, config.model.mask_padding)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"architecture": "full"})})
+    model = FullTask.from_published(config, network, reference.n_genes, reference.n_ccres)
+    return Checkpoint(model.eval(), config, reference, {}, path.parent)
 
 
 def _layout(direction: Direction, reference: Reference, tensors: dict[str, torch.Tensor]) -> Layout:

@@ -279,6 +279,11 @@ class CisModel(nn.Module):
                 model.cis.pair_weight.copy_(torch.from_numpy(local.weight))
         return model
 
+    @property
+    def rank(self) -> int:
+        """Components of the linear path."""
+        return self.projection.components.shape[1]
+
     def cell_states(self, batch: Batch) -> Tensor:
         """Return z, white principal components of the input; float [B, K]."""
         return self.projection(batch)

@@ -86,7 +86,7 @@ class FeedForward(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, queries: Lengths, keys: Lengths, heads: int) -> Tensor:
-    """Return softmax attention of each cell's queries to its own keys, [M, H·D]; zero for cells without keys.
+    """Return attention of each cell's queries to its own keys, [M, H·D]; zero for cells without keys.
 
     Cells of one size are one call of the kernel. Others are taken one by one on a CPU, where padding would
     cost more than it saves, and padded and masked elsewhere.
@@ -96,14 +96,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Lengths, keys: Lengths, hea
     if q.device.type == "cpu":
         cells = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
         return torch.cat([_attend_equal(*cell, 1, heads) for cell in cells])
-    q_BHLD, k_BHTD, v_BHTD = (
-        _split_heads(pad_sequence(x.split(n), batch_first=True), heads)
-        for x, n in ((q, queries), (k, keys), (v, keys))
-    )
-    # A cell without keys may look at its padding, which is zero.
-    visible = _mask([max(1, n) for n in keys], q.device)[:, None, None]
-    out_BLC = attention(q_BHLD, k_BHTD, v_BHTD, visible).transpose(1, 2).flatten(2)
-    return out_BLC[_mask(queries, q.device)]
+    return _attend_padded(q, k, v, queries, keys, heads)
 
 
 def _attend_equal(q: Tensor, k: Tensor, v: Tensor, n_cells: int, heads: int) -> Tensor:
@@ -112,6 +105,18 @@ def _attend_equal(q: Tensor, k: Tensor, v: Tensor, n_cells: int, heads: int) -> 
         return q * 0
     q, k, v = (_split_heads(x.unflatten(0, (n_cells, -1)), heads) for x in (q, k, v))
     return attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _attend_padded(q: Tensor, k: Tensor, v: Tensor, queries: Lengths, keys: Lengths, heads: int) -> Tensor:
+    """Return [M, H·D] for cells of any sizes, in one call of the kernel."""
+    q_BHLD, k_BHTD, v_BHTD = (
+        _split_heads(pad_sequence(x.split(n), batch_first=True), heads)
+        for x, n in ((q, queries), (k, keys), (v, keys))
+    )
+    # A cell without keys may look at its padding, which is zero.
+    visible = _mask([max(1, n) for n in keys], q.device)[:, None, None]
+    out_BLC = attention(q_BHLD, k_BHTD, v_BHTD, visible).transpose(1, 2).flatten(2)
+    return out_BLC[_mask(queries, q.device)]
 
 
 def _split_heads(x_BLC: Tensor, heads: int) -> Tensor:
@@ -156,7 +161,7 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What queries look at: keys and values of every layer ([N, H·D] each), and the number of tokens by cell."""
+    """What queries look at: keys and values of every layer ([N, H·D] each), and how many tokens by cell."""
 
     keys_values: list[tuple[Tensor, Tensor]]
     lengths: Lengths

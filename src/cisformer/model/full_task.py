@@ -83,10 +83,12 @@ class FullTask(nn.Module):
         self.n_drawn = n_targets if limit == "whole" else min(limit, n_targets)
         classes = (config.model.max_express + 1,)
         self.prior: Tensor
+        self.level: Tensor
         self.class_value: Tensor
         self.input_row: Tensor
         self.target_row: Tensor
         self.register_buffer("prior", torch.zeros(n_targets, *classes * (layout.direction == "atac2rna")))
+        self.register_buffer("level", torch.zeros(()))
         self.register_buffer("class_value", torch.zeros(classes))
         self.register_buffer("input_row", torch.from_numpy(layout.input_index), persistent=False)
         self.register_buffer("target_row", torch.from_numpy(layout.target_index), persistent=False)
@@ -99,11 +101,26 @@ class FullTask(nn.Module):
         task = cls(config, layout)
         if layout.direction == "rna2atac":
             task.prior.copy_(torch.from_numpy(link_moments(counts, layout)[0]))
+            task.level.copy_(task.prior.sigmoid().mean().logit())
         else:
             task._count_classes(store, rows)
         if config.model.prior:
             nn.init.zeros_(task.network.to_out.weight)
             nn.init.zeros_(task.network.to_out.bias)
+        return task
+
+    @classmethod
+    def from_published(cls, config: Config, network: FullModel, n_genes: int, n_ccres: int) -> FullTask:
+        """Return a model of all features around published weights, of whose training nothing is known.
+
+        ATAC→RNA then gives log1p counts relative to the cell's maximum (middles of bins, between 0 and 1),
+        and RNA→ATAC the probability in a half-open half-closed sample.
+        """
+        genes, ccres = np.arange(n_genes), np.arange(n_ccres)
+        source, target = (ccres, genes) if network.direction == "atac2rna" else (genes, ccres)
+        task = cls(config, Layout(network.direction, source, target, len(source), len(target)), network)
+        n_bins = config.model.max_express
+        task.class_value[1:] = (torch.arange(n_bins) + 0.5) / n_bins
         return task
 
     def _count_classes(self, store: CellStore, rows: np.ndarray) -> None:
@@ -125,11 +142,12 @@ class FullTask(nn.Module):
     @property
     def base(self) -> Tensor:
         """What is added to the logits of known targets: their prior, or the log-odds over all cCREs."""
-        if self.config.model.prior:
-            return self.prior
-        if self.layout.direction == "atac2rna":
-            return torch.zeros_like(self.prior)
-        return self.prior.sigmoid().mean().logit().expand_as(self.prior)
+        return self.prior if self.config.model.prior else self.level.expand_as(self.prior)
+
+    @property
+    def rank(self) -> int:
+        """Components of the linear path: there is none."""
+        return 0
 
     # ---- training
 
@@ -185,7 +203,7 @@ class FullTask(nn.Module):
         cell, n_bins = ragged_rows(indptr, len(value)), len(self.class_value) - 1
         level = counts_of(value, indptr).log1p()
         top = level.new_zeros(len(indptr) - 1).scatter_reduce(0, cell, level, "amax")
-        return (level / top[cell] * n_bins).ceil().long().clamp(1, n_bins)
+        return (level / top[cell] * n_bins - 1e-4).ceil().long().clamp(1, n_bins)
 
     # ---- prediction
 
@@ -272,6 +290,7 @@ class FullTask(nn.Module):
         known = torch.from_numpy(self.layout.target_index[place] == rows)
         task.prior.copy_(self.prior.mean(dim=0))
         task.prior[known] = self.prior[torch.from_numpy(place)][known]
+        task.level.copy_(self.level)
         task.class_value.copy_(self.class_value)
         return task.train(self.training)
 
