@@ -9,7 +9,7 @@ import contextlib
 import csv
 import gzip
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Literal
 
@@ -257,26 +257,31 @@ def read_links(path: str | Path, *, score: str | None = None) -> pd.DataFrame:
         If the file is missing, or a column cannot be found.
     """
     path = Path(path)
-    if path.name.removesuffix(".gz").endswith(".bedpe"):
-        return _read_bedpe(path)
+    if is_bedpe(path):
+        return read_bedpe(path)
     table = read_any_table(path)
     places = {str(name).lower(): name for name in table.columns}
-    found = _regions_of(table, places, path)
-    gene = _first(places, GENE_NAMES)
+    found = regions_of(table, places, path)
+    gene = first_column(places, GENE_NAMES)
     if gene is None:
         raise _no_column(path, "a gene", GENE_NAMES, table)
-    column = score if score is not None else _first(places, SCORE_NAMES)
+    column = score if score is not None else first_column(places, SCORE_NAMES)
     if column is None or column not in table.columns:
         raise _no_column(path, "a score" if score is None else f"a column {score!r}", SCORE_NAMES, table)
     found["gene"] = table[gene].astype(str)
     found["score"] = pd.to_numeric(table[column], errors="coerce")
     for name, known in (("gene_id", ("gene_id",)), ("cell_type", TYPE_NAMES)):
-        if (source := _first(places, known)) is not None:
+        if (source := first_column(places, known)) is not None:
             found[name] = table[source].astype(str)
     for name in ("distance", "activity_contact"):
         if name in places:
             found[name] = pd.to_numeric(table[places[name]], errors="coerce")
     return found
+
+
+def is_bedpe(path: Path) -> bool:
+    """Return whether a file is named as BEDPE is."""
+    return path.name.removesuffix(".gz").endswith(".bedpe")
 
 
 def read_any_table(path: Path) -> pd.DataFrame:
@@ -292,7 +297,8 @@ def read_any_table(path: Path) -> pd.DataFrame:
         ) from None
 
 
-def _read_bedpe(path: Path) -> pd.DataFrame:
+def read_bedpe(path: Path) -> pd.DataFrame:
+    """Read BEDPE links: element, gene (the name before `|`), score (1 where there is none)."""
     names = ["chrom", "start", "end", "chrom2", "start2", "end2", "name", "score"]
     try:
         table = pd.read_csv(path, sep="\t", comment="#", header=None, usecols=range(8), names=names)
@@ -306,7 +312,8 @@ def _read_bedpe(path: Path) -> pd.DataFrame:
     return table[["chrom", "start", "end", "gene", "score"]]
 
 
-def _regions_of(table: pd.DataFrame, places: dict[str, str], path: Path) -> pd.DataFrame:
+def regions_of(table: pd.DataFrame, places: Mapping[str, str], path: Path) -> pd.DataFrame:
+    """Return the elements of a table as chrom, start, end; `places`: lower-case column name → column."""
     for chrom, start, end in (
         ("chrom", "start", "end"),
         ("chrom", "chromstart", "chromend"),
@@ -316,13 +323,14 @@ def _regions_of(table: pd.DataFrame, places: dict[str, str], path: Path) -> pd.D
             regions = table[[places[chrom], places[start], places[end]]].copy()
             regions.columns = pd.Index(["chrom", "start", "end"])
             return regions
-    column = _first(places, ELEMENT_NAMES)
+    column = first_column(places, ELEMENT_NAMES)
     if column is None:
         raise _no_column(path, "a cCRE", ("chrom, start, end", *ELEMENT_NAMES), table)
     return parse_regions(table[column])
 
 
-def _first(places: dict[str, str], names: Sequence[str]) -> str | None:
+def first_column(places: Mapping[str, str], names: Sequence[str]) -> str | None:
+    """Return the first of some columns that a table has; `places`: lower-case column name → column."""
     return next((places[name] for name in names if name in places), None)
 
 

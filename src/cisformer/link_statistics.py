@@ -1,6 +1,6 @@
 """The evidence for a link, in numbers: contact, association, coupling, p-values, and how they add up.
 
-A link is a pair of a gene and a cCRE in its window. Its odds are those of a prior times what the evidence says:
+A link is a pair of a gene and a cCRE in its window. Its odds are those of a prior times the evidence:
 
     odds = 4.5 · share · exp(18 · association + 0.6 · coupling)
 
