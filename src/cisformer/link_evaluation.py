@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -116,10 +117,11 @@ class LinkEvaluation:
     def describe(self) -> str:
         """Return the result as lines of text."""
         c = self.coverage
+        pair_share, link_share = c["pairs_scored"] / c["pairs"], c["links_scored"] / c["links"]
         lines = [
             f"{c['pairs']:,} pairs, {c['links']:,} of them links",
-            f"scored: {c['pairs_scored']:,} pairs ({c['pairs_scored'] / max(c['pairs'], 1):.0%}), "
-            f"{c['links_scored']:,} links ({c['links_scored'] / max(c['links'], 1):.0%}); the rest ranks last",
+            f"scored: {c['pairs_scored']:,} pairs ({pair_share:.0%}), {c['links_scored']:,} links "
+            f"({link_share:.0%}); the rest ranks last",
             f"{'AUPRC':<18}" + "".join(f"{name:>24}" for name in self.table["distance_bin"].unique()),
         ]
         for method, rows in self.table.groupby("method", sort=False):
@@ -140,6 +142,7 @@ def evaluate_links(
     score: str | None = None,
     cell_type: str | None = None,
     reference: Reference | None = None,
+    min_distance_bp: int = 0,
     n_bootstrap: int = N_BOOTSTRAP,
     seed: int = 0,
 ) -> LinkEvaluation:
@@ -157,6 +160,8 @@ def evaluate_links(
         Use the links of this type only; otherwise a pair has its highest score of all types.
     reference
         Where genes are, to fill in distances that the truth does not give.
+    min_distance_bp
+        Leave nearer pairs out, such as promoters.
     n_bootstrap, seed
         Draws for the intervals, and their seed.
 
@@ -175,6 +180,7 @@ def evaluate_links(
             raise InputError(f"{pairs.source} holds links only", hint="give a table of scored pairs")
         table = _universe(table, predicted)
     table = _with_distance(table, reference)
+    table = table[~(table["distance"] < min_distance_bp)].reset_index(drop=True)
     methods = _baselines(table)
     scored = np.zeros(len(table), dtype=bool)
     if predicted is not None:
@@ -215,11 +221,11 @@ def read_truth(path: str | Path) -> TruePairs:
     path
         One of, told apart by their columns:
 
-        - tested pairs, such as the CRISPRi benchmark of Gschwind et al.: chrom, chromStart, chromEnd (or start,
-          end), a gene, and Regulated (or significant, label, …); distance and DHS.RPM are used where present;
-        - fine-mapped eQTL: chrom, pos (or variant_id chr_pos_ref_alt), a gene, and pip, 0.5 or more being a link;
-        - links only: BEDPE, or a table with a cCRE and a gene such as the true_links.tsv of `simulate`. All other
-          pairs of the same genes in the evaluated table then count as no link.
+        - tested pairs, such as the CRISPRi benchmark of Gschwind et al.: chrom, chromStart, chromEnd (or
+          start, end), a gene, and Regulated (or significant, label, …); distance and DHS.RPM are used;
+        - fine-mapped eQTL: chrom, pos (or variant_id chr_pos_ref_alt), a gene, and pip: 0.5 is a link;
+        - links only: BEDPE, or a table with a cCRE and a gene such as the true_links.tsv of `simulate`. All
+          other pairs of the same genes in the evaluated table then count as no link.
 
     Raises
     ------
@@ -291,7 +297,7 @@ def _universe(links: pd.DataFrame, predicted: pd.DataFrame) -> pd.DataFrame:
 
 
 def match_scores(pairs: pd.DataFrame, predicted: pd.DataFrame) -> np.ndarray:
-    """Return each pair's score: the highest of overlapping predicted elements of the same gene, NaN if none."""
+    """Return the highest score of predicted elements that overlap a pair's, for its gene; NaN if none."""
     column = "gene_id" if "gene_id" in pairs and "gene_id" in predicted else "gene"
     left, right = _same_pairs(pairs, predicted, column)
     best = np.full(len(pairs), -np.inf)
@@ -319,8 +325,9 @@ def _with_distance(table: pd.DataFrame, reference: Reference | None) -> pd.DataF
         genes = reference.genes
         column = "gene_id" if "gene_id" in table else "gene"
         names = genes["gene_id"] if column == "gene_id" else genes["gene_name"]
-        row = pd.Series(np.arange(len(genes)), index=names.to_numpy())
-        row = row[~row.index.duplicated()].reindex(table[column].to_numpy()[missing]).to_numpy(np.float64)
+        first = pd.Series(np.arange(len(genes)), index=names.to_numpy())
+        first = first[~first.index.duplicated()]
+        row = first.reindex(table[column].to_numpy()[missing]).to_numpy(np.float64)
         known = ~np.isnan(row)
         where, gene = missing[known], row[known].astype(np.int64)
         same = genes["chrom"].to_numpy()[gene] == table["chrom"].to_numpy()[where]
@@ -355,7 +362,7 @@ def _score_bins(
     gene = pd.factorize(table["gene"])[0]
     bins: dict[str, np.ndarray] = {"all": np.ones(len(table), dtype=bool)}
     distance = table["distance"].to_numpy(np.float64)
-    for low, high in zip(DISTANCE_BINS_BP, DISTANCE_BINS_BP[1:], strict=False):
+    for low, high in pairwise(DISTANCE_BINS_BP):
         inside = (distance >= low) & (distance < high)
         if inside.any():
             bins[_bin_name(low, high)] = inside
@@ -374,7 +381,7 @@ def _bin_name(low: float, high: float) -> str:
 
 
 def average_precision(is_link: np.ndarray, score: np.ndarray) -> float:
-    """Return the area under the precision-recall curve by steps; ties count as one step. NaN without a link."""
+    """Return the area under the precision-recall curve by steps, ties being one; NaN without a link."""
     return _average_precision(is_link.astype(np.float64), *_order(score), np.ones(len(is_link)))
 
 

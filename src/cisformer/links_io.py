@@ -26,7 +26,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from cisformer.data.genome import region_names
-from cisformer.data.io import storable, storable_frame
+from cisformer.data.io import storable, storable_frame, write_elements
 from cisformer.data.reference import Reference
 from cisformer.errors import InputError
 from cisformer.link_formats import FORMATS, FormatName, strongest, text_writer, write_format
@@ -216,8 +216,6 @@ class LinkWriter:
 def write_matrix(path: Path, links: TypeLinks, reference: Reference, record: dict[str, Any]) -> None:
     """Write genes × cCREs as h5ad: `X` is the score, layers are the components and the distance."""
     import h5py
-
-    from cisformer.data.io import write_elements
 
     shape = (reference.n_genes, reference.n_ccres)
     indptr = np.searchsorted(links.gene, np.arange(shape[0] + 1))

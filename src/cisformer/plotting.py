@@ -1,0 +1,285 @@
+"""Draw the links of one gene: accessibility of each cell type, arcs to the cCREs, the genes of the locus."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from cisformer.data.genome import tss
+from cisformer.errors import InputError
+from cisformer.gene_links import GeneLinks, gene_links, read_gene_links
+from cisformer.links_io import Links
+from cisformer.runtime import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+FIGURE_WIDTH_IN, TRACK_HEIGHT_IN, GENE_ROW_HEIGHT_IN = 7.2, 0.62, 0.17
+MOST_LABELS, MARGIN = 14, 0.04
+INK, FAINT, BAR = "#222222", "#9a9a9a", "#5b7a99"
+COLOUR_MAP = "viridis_r"
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 7,
+    "axes.linewidth": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cisformer",
+    "pdf.fonttype": 42,
+}
+CLONE = re.compile(r"^(?:[A-Z]{2}\d{6}|ENSG|ENSMUSG|RNU|RNA5|Y_RNA|MIR\d|SNOR|Gm\d)|P\d*$")
+
+
+@dataclass(frozen=True)
+class Locus:
+    """A stretch of a chromosome, in bp."""
+
+    chrom: str
+    start: int
+    end: int
+
+
+def plot_links(
+    links: Links | str | Path,
+    gene: str,
+    *,
+    output: str | Path | None = None,
+    cell_types: Sequence[str] = (),
+    min_score: float = 0.0,
+    top: int = 10,
+    locus: Locus | None = None,
+) -> Figure:
+    """Draw the locus of a gene.
+
+    Parameters
+    ----------
+    links
+        What `score_links` returned, or the `cisformer_link` folder that it was written to.
+    gene
+        Name or id.
+    output
+        Write the figure to this .png, .svg or .pdf.
+    cell_types
+        Which types to draw, in this order; all by name otherwise.
+    min_score, top
+        Draw links of at least this score, and at most so many per type.
+    locus
+        What to show; as far as the drawn links reach, otherwise.
+
+    Raises
+    ------
+    InputError
+        If there is no such gene or cell type, or `output` is of another format.
+    """
+    if output is not None and Path(output).suffix.lower() not in SUFFIXES:
+        raise InputError(f"cannot write a figure to {output}", hint=f"end its name in {', '.join(SUFFIXES)}")
+    found = gene_links(links, gene) if isinstance(links, Links) else read_gene_links(links, gene)
+    found = found.select(cell_types)
+    drawn = {name: _strongest(table, min_score, top) for name, table in found.tables.items()}
+    locus = locus if locus is not None else _reach(found, drawn)
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        figure = _draw(found, drawn, locus)
+        if output is not None:
+            with atomic_path(output) as temporary:
+                figure.savefig(temporary, dpi=300, metadata=_no_date(Path(output).suffix.lower()))
+    return figure
+
+
+def _no_date(suffix: str) -> dict[str, None]:
+    return {} if suffix == ".png" else {"CreationDate" if suffix == ".pdf" else "Date": None}
+
+
+def _strongest(table: pd.DataFrame, min_score: float, top: int) -> pd.DataFrame:
+    return table[table["score"] >= min_score].nlargest(top, "score")
+
+
+def _reach(found: GeneLinks, drawn: dict[str, pd.DataFrame]) -> Locus:
+    """Return the gene and all drawn links, with a margin."""
+    starts = [found.start, *(table["start"].min() for table in drawn.values() if len(table))]
+    ends = [found.end, *(table["end"].max() for table in drawn.values() if len(table))]
+    low, high = int(min(starts)), int(max(ends))
+    margin = int(MARGIN * (high - low)) + 1_000
+    return Locus(found.chrom, max(low - margin, 0), high + margin)
+
+
+def _draw(found: GeneLinks, drawn: dict[str, pd.DataFrame], locus: Locus) -> Figure:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    rows = _pack(_neighbours(found, locus), locus)
+    n_rows = 1 + max((row for row, *_ in rows), default=0)
+    heights = [TRACK_HEIGHT_IN] * len(drawn) + [GENE_ROW_HEIGHT_IN * (n_rows + 0.6)]
+    above, below = 0.34, 0.42
+    height = sum(heights) + above + below
+    figure = Figure(figsize=(FIGURE_WIDTH_IN, height))
+    grid = figure.add_gridspec(
+        len(heights), 1, height_ratios=heights, left=0.15, right=0.9, hspace=0.0,
+        top=1 - above / height, bottom=below / height,
+    )  # fmt: skip
+    highest = max((table["score"].max() for table in drawn.values() if len(table)), default=0.0)
+    colours = ScalarMappable(Normalize(0, max(float(highest), 0.1)), COLOUR_MAP)
+    most_open = max((_open_share(found, name, locus).max(initial=0) for name in drawn), default=0.0) or 1.0
+    for number, name in enumerate(drawn):
+        axes = figure.add_subplot(grid[number])
+        _draw_type(axes, found, name, drawn[name], locus, colours, most_open)
+        if number == 0:
+            axes.set_title(found.gene, fontsize=9, fontstyle="italic", color=INK, pad=8)
+            axes.text(
+                1, 1.04, f"0–{most_open:.0%} of cells", transform=axes.transAxes, ha="right", color=FAINT
+            )
+    axes = figure.add_subplot(grid[-1])
+    _draw_genes(axes, found, rows, n_rows, locus)
+    bar_axes = figure.add_axes((0.915, 0.5 - 0.6 / height, 0.012, 1.2 / height))
+    bar = figure.colorbar(colours, cax=bar_axes)
+    bar.outline.set_linewidth(0.4)
+    bar.set_label("link score")
+    bar_axes.tick_params(width=0.4, length=2)
+    return figure
+
+
+def _open_share(found: GeneLinks, name: str, locus: Locus) -> np.ndarray:
+    """Return the share of a type's cells in which each cCRE in view is open."""
+    table = found.tables[name]
+    seen = (table["end"] > locus.start) & (table["start"] < locus.end)
+    return (table["n_open"][seen] / max(found.n_cells[name], 1)).to_numpy(np.float64)
+
+
+def _draw_type(
+    axes: Axes,
+    found: GeneLinks,
+    name: str,
+    drawn: pd.DataFrame,
+    locus: Locus,
+    colours: ScalarMappable,
+    most_open: float,
+) -> None:
+    """Bars of accessibility above the line, arcs from the TSS below it, coloured and as wide as their score."""
+    table = found.tables[name]
+    table = table[(table["end"] > locus.start) & (table["start"] < locus.end)]
+    widest = (locus.end - locus.start) / 400
+    width = np.maximum(table["end"] - table["start"], widest)
+    axes.bar(
+        (table["start"] + table["end"]) / 2,
+        _open_share(found, name, locus) / most_open,
+        width,
+        color=BAR,
+        lw=0,
+    )
+    axes.axhline(0, color=INK, lw=0.5)
+    longest = max(locus.end - found.tss, found.tss - locus.start)
+    drawn = drawn.sort_values("score")
+    middle, score = ((drawn["start"] + drawn["end"]) / 2).to_numpy(float), drawn["score"].to_numpy(float)
+    for target, colour, height in zip(
+        middle, colours.to_rgba(score), np.asarray(colours.norm(score), float), strict=True
+    ):
+        x, y = _arc(found.tss, target, longest)
+        axes.plot(x, y, color=colour, lw=0.5 + 1.6 * height)
+    axes.set_xlim(locus.start, locus.end)
+    axes.set_ylim(-1.15, 1.15)
+    axes.set_axis_off()
+    axes.text(-0.012, 0.62, name, transform=axes.transAxes, ha="right", va="center", color=INK, fontsize=7.5)
+    axes.text(
+        -0.012,
+        0.36,
+        f"{found.n_cells[name]:,} cells",
+        transform=axes.transAxes,
+        ha="right",
+        va="center",
+        color=FAINT,
+    )
+
+
+def _arc(left: float, right: float, longest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return a half ellipse below the line; longer ones hang lower, by the square root."""
+    angle = np.linspace(0, np.pi, 60)
+    depth = 0.25 + 0.75 * np.sqrt(abs(right - left) / max(longest, 1))
+    return (left + right) / 2 + (left - right) / 2 * np.cos(angle), -depth * np.sin(angle)
+
+
+def _neighbours(found: GeneLinks, locus: Locus) -> pd.DataFrame:
+    """Return genes in view, the gene itself first, then long ones; names of clones and the like left out."""
+    genes = found.genes
+    seen = (genes["chrom"] == locus.chrom) & (genes["end"] > locus.start) & (genes["start"] < locus.end)
+    genes = genes[seen]
+    own = (genes["gene_id"] == found.gene_id).to_numpy()
+    named = ~genes["gene_name"].astype(str).str.contains(CLONE).to_numpy()
+    order = np.argsort((genes["start"] - genes["end"]).to_numpy(), kind="stable")
+    chosen = [*np.flatnonzero(own), *(i for i in order if named[i] and not own[i])]
+    return genes.iloc[chosen[:MOST_LABELS]]
+
+
+def _pack(genes: pd.DataFrame, locus: Locus) -> list[tuple[int, pd.Series]]:
+    """Put genes into rows so that neither bodies nor names overlap; return (row, gene)."""
+    per_letter = (locus.end - locus.start) * 0.0115
+    taken: list[list[tuple[float, float]]] = []
+    placed = []
+    for _, gene in genes.iterrows():
+        left = max(gene["start"], locus.start)
+        half = per_letter * len(str(gene["gene_name"])) / 2
+        middle = (left + min(gene["end"], locus.end)) / 2
+        span = (
+            min(left, middle - half) - per_letter,
+            max(min(gene["end"], locus.end), middle + half) + per_letter,
+        )
+        row = next(
+            (n for n, spans in enumerate(taken) if all(span[1] < a or span[0] > b for a, b in spans)),
+            len(taken),
+        )
+        if row == len(taken):
+            taken.append([])
+        taken[row].append(span)
+        placed.append((row, gene))
+    return placed
+
+
+def _draw_genes(
+    axes: Axes, found: GeneLinks, rows: list[tuple[int, pd.Series]], n_rows: int, locus: Locus
+) -> None:
+    """Gene bodies with the direction of transcription, names, and the scale of the chromosome."""
+    step = (locus.end - locus.start) / 60
+    for row, gene in rows:
+        own = gene["gene_id"] == found.gene_id
+        colour = INK if own else FAINT
+        left, right = max(gene["start"], locus.start), min(gene["end"], locus.end)
+        axes.plot([left, right], [row, row], color=colour, lw=2.4 if own else 1.4, solid_capstyle="butt")
+        marks = np.arange(left + step / 2, right, step)
+        if len(marks):
+            marker = "<" if gene["strand"] == "-" else ">"
+            axes.plot(
+                marks, np.full(len(marks), row), marker, ms=1.8, mew=0, color="white" if own else colour
+            )
+        start = int(tss(gene.to_frame().T)[0])
+        if locus.start <= start <= locus.end:
+            direction = -1 if gene["strand"] == "-" else 1
+            axes.annotate(
+                "", (start + direction * step * 0.9, row - 0.42), (start, row - 0.42),
+                arrowprops={"arrowstyle": "-|>", "lw": 0.6, "color": colour, "mutation_scale": 5,
+                            "shrinkA": 0, "shrinkB": 0},
+            )  # fmt: skip
+            axes.plot([start, start], [row, row - 0.42], color=colour, lw=0.6)
+        middle = float(np.clip((left + right) / 2, locus.start, locus.end))
+        axes.text(middle, row + 0.18, gene["gene_name"], ha="center", va="top", color=colour, style="italic",
+                  fontsize=7 if own else 6, clip_on=True)  # fmt: skip
+    axes.set_ylim(n_rows - 0.1, -0.75)
+    axes.set_xlim(locus.start, locus.end)
+    axes.set_yticks([])
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.locator_params(axis="x", nbins=6)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.{_digits(locus)}f}")
+    axes.tick_params(length=2.5, width=0.6)
+    axes.set_xlabel(f"{locus.chrom} (Mb)", labelpad=2)
+
+
+def _digits(locus: Locus) -> int:
+    return int(np.clip(2 - np.floor(np.log10(max(locus.end - locus.start, 1) / 1e6)), 1, 5))
