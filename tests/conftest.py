@@ -85,7 +85,9 @@ def tiny_checkpoints(
 
     save = tmp_path_factory.mktemp("tiny_save")
     return {
-        direction: train(tiny_data[direction], direction, direction=direction, save=save, config=tiny_config(direction))
+        direction: train(
+            tiny_data[direction], direction, direction=direction, save=save, config=tiny_config(direction)
+        )
         for direction in DIRECTIONS
     }
 

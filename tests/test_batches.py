@@ -23,7 +23,9 @@ from cisformer.data.store import CellStore, find_split
 @pytest.fixture
 def counts():
     rng = np.random.default_rng(0)
-    return sp.random_array((7, 30), density=0.4, rng=rng, format="csr", data_sampler=lambda size: rng.integers(1, 9, size))
+    return sp.random_array(
+        (7, 30), density=0.4, rng=rng, format="csr", data_sampler=lambda size: rng.integers(1, 9, size)
+    )
 
 
 def test_normalisation_is_that_of_scanpy(counts):
@@ -63,7 +65,9 @@ def test_a_batch_holds_the_known_features(counts):
     dense[ragged_rows(batch.indptr, len(batch.index)), batch.index] = batch.value
     np.testing.assert_allclose(dense.numpy(), cells.toarray()[:, layout_of().input_index], rtol=1e-6)
     batch = add_targets(batch, cells, layout_of())
-    np.testing.assert_allclose(dense_targets(batch, 4), cells.toarray()[:, layout_of().target_index], rtol=1e-6)
+    np.testing.assert_allclose(
+        dense_targets(batch, 4), cells.toarray()[:, layout_of().target_index], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("direction", ["rna2atac", "atac2rna"])
@@ -127,7 +131,9 @@ def test_workers_change_nothing(store, tiny_config, num_workers):
 
 def test_targets_are_drawn_where_there_are_more_than_wanted(store, tiny_config):
     config = tiny_config("rna2atac")
-    few = config.model_copy(update={"datapreprocess": config.datapreprocess.model_copy(update={"dec_max_len": 5})})
+    few = config.model_copy(
+        update={"datapreprocess": config.datapreprocess.model_copy(update={"dec_max_len": 5})}
+    )
     batches = batches_of(store, few)
     first, second = batches.draw(1, 0), batches.draw(1, 1)
     assert len(first.columns) == 5 * few.datapreprocess.multiple

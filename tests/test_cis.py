@@ -29,7 +29,9 @@ def started(direction, tiny_data, config):
 
 def batch_of(store, layout, rows, targets=False):
     batch = encode_input(read_modality(store, rows, layout.input_modality), layout, None, None)
-    return add_targets(batch, read_modality(store, rows, layout.target_modality), layout) if targets else batch
+    return (
+        add_targets(batch, read_modality(store, rows, layout.target_modality), layout) if targets else batch
+    )
 
 
 @pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])
@@ -83,7 +85,9 @@ def dense_cis(model, batch, h_BR):
         score = score.masked_fill(~(mask & is_open)[..., None], -torch.inf)
         null = path.null.expand(n_target, 1, path.heads)
         weight = torch.cat([score, null], dim=1).softmax(dim=1)[:, :-1]
-        outputs.append((weight * path.pair_value(product_GPR)).sum(dim=(1, 2)) + (single * is_open).sum(dim=1))
+        outputs.append(
+            (weight * path.pair_value(product_GPR)).sum(dim=(1, 2)) + (single * is_open).sum(dim=1)
+        )
     path.float()
     return torch.stack(outputs).detach()
 
@@ -121,7 +125,9 @@ def test_the_effect_of_closing_a_ccre_is_exact(shaken):
         kept = batch.index != attention.ccre[edge]
         from dataclasses import replace
 
-        without = replace(batch, index=batch.index[kept], value=batch.value[kept], indptr=torch.tensor([0, kept.sum()]))
+        without = replace(
+            batch, index=batch.index[kept], value=batch.value[kept], indptr=torch.tensor([0, kept.sum()])
+        )
         change = (model.cis(without, h_BR, model.encoder.token.weight, None) - whole)[0, attention.gene[edge]]
         torch.testing.assert_close(attention.effect[edge], change, rtol=1e-3, atol=1e-5)
 
@@ -157,10 +163,20 @@ def test_every_weight_gets_a_gradient(direction, tiny_data, tiny_config):
 
 
 @pytest.mark.parametrize(
-    "key", ["dim", "dec_depth", "dec_heads", "dec_ff_mult", "dec_dim_head", "num_latents", "emb_rank", "max_express"]
+    "key",
+    [
+        "dim",
+        "dec_depth",
+        "dec_heads",
+        "dec_ff_mult",
+        "dec_dim_head",
+        "num_latents",
+        "emb_rank",
+        "max_express",
+    ],
 )
 def test_every_shape_key_shapes_the_model(key, tiny_data, tiny_config):
-    store, layout, start, _, model = started("rna2atac", tiny_data, tiny_config("rna2atac"))
+    _, layout, start, _, model = started("rna2atac", tiny_data, tiny_config("rna2atac"))
     config = tiny_config("rna2atac")
     value = getattr(config.model, key) + (7 if key == "dim" else 1)
     other = config.model_copy(update={"model": config.model.model_copy(update={key: value})})

@@ -58,8 +58,13 @@ def test_default_configs_are_written_with_names_and_values_of_the_documentation(
 
 def test_the_written_accelerate_config_is_one_that_accelerate_reads(command, tmp_path):
     command("generate_default_config", cwd=tmp_path)
-    code = "from accelerate.commands.config.config_args import load_config_from_file as f; print(f('cisformer_config/accelerate_config.yaml').num_processes)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    code = (
+        "from accelerate.commands.config.config_args import load_config_from_file;"
+        "print(load_config_from_file('cisformer_config/accelerate_config.yaml').num_processes)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) >= 1
 
 
@@ -70,7 +75,9 @@ def test_training_writes_what_the_documentation_says(trained):
 
 
 def test_prediction_of_rna_from_a_shard(trained, workplace, command):
-    done = command("atac2rna_predict", "-d", "data/atac2rna_test/atac2rna_0.pt", "-m", trained["atac2rna"], cwd=workplace)
+    done = command(
+        "atac2rna_predict", "-d", "data/atac2rna_test/atac2rna_0.pt", "-m", trained["atac2rna"], cwd=workplace
+    )
     assert done.returncode == 0, done.stderr
     written = ad.read_h5ad(workplace / "output/cisformer_predicted_rna.h5ad")
     assert written.n_obs == 32
@@ -79,7 +86,9 @@ def test_prediction_of_rna_from_a_shard(trained, workplace, command):
 
 def test_prediction_of_atac_from_an_h5ad(trained, workplace, command):
     best = trained["rna2atac"] / "best" / "model.safetensors"
-    done = command("rna2atac_predict", "-r", "rna.h5ad", "-m", best, "-n", "mine", "--rna_len", "100", cwd=workplace)
+    done = command(
+        "rna2atac_predict", "-r", "rna.h5ad", "-m", best, "-n", "mine", "--rna_len", "100", cwd=workplace
+    )
     assert done.returncode == 0, done.stderr
     written = ad.read_h5ad(workplace / "output/mine.h5ad")
     assert written.shape == (160, 900)
@@ -87,13 +96,22 @@ def test_prediction_of_atac_from_an_h5ad(trained, workplace, command):
 
 
 BAD = [
-    (["rna2atac_predict", "-r", "rna.h5ad", "-m", "{atac2rna}"], "predicts atac2rna, this command needs rna2atac"),
+    (
+        ["rna2atac_predict", "-r", "rna.h5ad", "-m", "{atac2rna}"],
+        "predicts atac2rna, this command needs rna2atac",
+    ),
     (["rna2atac_predict", "-r", "nowhere.h5ad", "-m", "{rna2atac}"], "nowhere.h5ad"),
     (["atac2rna_predict", "-d", "data/atac2rna_test", "-m", "nowhere"], "checkpoint nowhere does not exist"),
-    (["rna2atac_predict", "-r", "rna.h5ad", "-m", "{rna2atac}", "-c", "wide.yaml"], "model.dim = 14, the config says 28"),
+    (
+        ["rna2atac_predict", "-r", "rna.h5ad", "-m", "{rna2atac}", "-c", "wide.yaml"],
+        "model.dim = 14, the config says 28",
+    ),
     (["atac2rna_train", "-d", "data", "-n", "x", "-c", "typo.yaml"], "did you mean 'batch_size'"),
     (["atac2rna_train", "-d", "nowhere", "-n", "x"], "nowhere"),
-    (["rna2atac_train", "-t", "data/rna2atac_train", "-v", "data/rna2atac_train", "-n", "x"], "training and the validation"),
+    (
+        ["rna2atac_train", "-t", "data/rna2atac_train", "-v", "data/rna2atac_train", "-n", "x"],
+        "training and the validation",
+    ),
 ]
 
 
@@ -134,7 +152,8 @@ def test_devices_that_are_not_there_give_a_warning_and_the_cpu(workplace, comman
     }  # fmt: skip
     path = tmp_path / "accelerate.yaml"
     path.write_text(json.dumps(config))
-    done = command("rna2atac_train", "-t", "data/rna2atac_train", "-v", "data/rna2atac_val", "-n", "gpu", "-s", tmp_path,
+    done = command("rna2atac_train", "-t", "data/rna2atac_train", "-v", "data/rna2atac_val", "-n", "gpu",
+                   "-s", tmp_path,
                    "--accelerate_config", path, cwd=workplace)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "asks for GPU 1, 2, this machine has no GPU: running on the CPU" in done.stderr
@@ -142,7 +161,11 @@ def test_devices_that_are_not_there_give_a_warning_and_the_cpu(workplace, comman
 
 def test_two_processes_learn_what_one_learns(workplace, command, tmp_path):
     """The same global batch shared by two processes under `accelerate launch` gives the same losses."""
-    alone = (workplace / "cisformer_config/rna2atac_config.yaml").read_text().replace("_dropout: 0.1", "_dropout: 0.0")
+    alone = (
+        (workplace / "cisformer_config/rna2atac_config.yaml")
+        .read_text()
+        .replace("_dropout: 0.1", "_dropout: 0.0")
+    )
     shared = alone.replace("batch_size: 16", "batch_size: 8")
     losses = []
     for name, text, processes in (("one", alone, 1), ("two", shared, 2)):
@@ -154,14 +177,17 @@ def test_two_processes_learn_what_one_learns(workplace, command, tmp_path):
         }  # fmt: skip
         (tmp_path / f"{name}_accelerate.yaml").write_text(json.dumps(accelerate))
         done = command(
-            "rna2atac_train", "-t", workplace / "data/rna2atac_train", "-v", workplace / "data/rna2atac_val", "-n", name,
+            "rna2atac_train", "-n", name,
+            "-t", workplace / "data/rna2atac_train", "-v", workplace / "data/rna2atac_val",
             "-s", tmp_path / "save", "-c", tmp_path / f"{name}.yaml",
             "--accelerate_config", tmp_path / f"{name}_accelerate.yaml", cwd=tmp_path, OMP_NUM_THREADS="1",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("wrote") == 1
         run = next((tmp_path / "save").glob(f"*_{name}"))
-        losses.append([json.loads(line)["val_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()])
+        losses.append(
+            [json.loads(line)["val_loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        )
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4)
 
 

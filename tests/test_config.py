@@ -51,13 +51,17 @@ def test_a_written_file_reads_back_the_same(direction, preset, tmp_path):
 def test_every_key_has_a_comment_in_the_file():
     lines = dump_config(default_config("atac2rna")).splitlines()
     keys = [i for i, line in enumerate(lines) if line.startswith("  ") and not line.strip().startswith("#")]
-    n_fields = sum(len(section.model_fields) for section in map(type, dict(default_config("atac2rna")).values()))
+    n_fields = sum(
+        len(section.model_fields) for section in map(type, dict(default_config("atac2rna")).values())
+    )
     assert len(keys) == n_fields
     assert all(lines[i - 1].strip().startswith("# ") for i in keys)
 
 
 def test_the_documents_own_yaml_text_is_read_as_numbers():
-    text = "training:\n  lr: 5e-4\n  batch_size: 96\ndatapreprocess:\n  enc_max_len: 1e4\n  dec_max_len: whole\n"
+    text = (
+        "training:\n  lr: 5e-4\n  batch_size: 96\ndatapreprocess:\n  enc_max_len: 1e4\n  dec_max_len: whole\n"
+    )
     content = yaml.safe_load(text)
     assert content["training"]["lr"] == "5e-4"  # what PyYAML makes of it
     config = parse_config(content, "atac2rna")
@@ -84,7 +88,9 @@ def test_a_wrong_config_is_refused_in_one_line(content, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not a YAML file"), ("- 1", "holds a list"), (None, "does not exist")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not a YAML file"), ("- 1", "holds a list"), (None, "does not exist")]
+)
 def test_an_unreadable_file_is_named(text, message, tmp_path):
     path = tmp_path / "config.yaml"
     if text is not None:

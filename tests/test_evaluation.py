@@ -191,5 +191,5 @@ def test_training_log_is_read_or_refused(tmp_path):
     assert read_training_log(good) == {"epoch": [0, 1], "val_loss": [0.5, 0.4], "train_loss": [None, 0.6]}
     for text in ("not json", '{"loss": 1}', "[1]"):
         bad.write_text(text)
-        with pytest.raises(InputError, match="is not a training log|has no epoch"):
+        with pytest.raises(InputError, match=r"is not a training log|has no epoch"):
             read_training_log(bad)

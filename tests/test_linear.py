@@ -6,7 +6,7 @@ import scipy.sparse as sp
 import torch
 from sklearn.linear_model import Ridge
 
-from cisformer.data.batches import encode_input, read_modality, select_columns
+from cisformer.data.batches import encode_input, read_modality
 from cisformer.data.store import CellStore, find_split
 from cisformer.model.linear import count_features, fit_linear, fit_projection, link_loss, solve, states
 from cisformer.training import make_layout
@@ -78,6 +78,7 @@ def test_rna2atac_loadings_are_one_newton_step_from_the_prior(tiny_data):
     target = torch.from_numpy(dense(store, layout, "target")).double()
     penalty = 7.0 * (start.projection.sd[0] / start.projection.sd).double()
     for f in (0, 11, 40):
+
         def negative_log_likelihood(b, f=f):
             eta = float(start.prior[f]) + z @ b
             return torch.nn.functional.binary_cross_entropy_with_logits(
@@ -131,7 +132,10 @@ def test_projection_does_not_depend_on_the_batch(fitted):
 
 def test_losses_are_the_textbook_ones():
     rng = np.random.default_rng(0)
-    eta, y = torch.from_numpy(rng.normal(size=(4, 6))), torch.from_numpy(rng.integers(0, 2, (4, 6)).astype(float))
+    eta, y = (
+        torch.from_numpy(rng.normal(size=(4, 6))),
+        torch.from_numpy(rng.integers(0, 2, (4, 6)).astype(float)),
+    )
     p = 1 / (1 + np.exp(-eta.numpy()))
     log_loss = -(y.numpy() * np.log(p) + (1 - y.numpy()) * np.log(1 - p)).mean(axis=1)
     np.testing.assert_allclose(link_loss(eta, y, torch.ones(6), "rna2atac"), log_loss)
@@ -148,5 +152,7 @@ def test_a_projection_of_fewer_cells_than_components_is_cut():
 def test_the_penalty_shrinks():
     product, prior, scale = np.ones((3, 4)), np.full(4, -2.0), np.ones(4)
     for direction in ("atac2rna", "rna2atac"):
-        loose, tight = (np.abs(solve(product, prior, scale, 100, np.full(3, r), direction)) for r in (1, 1000))
+        loose, tight = (
+            np.abs(solve(product, prior, scale, 100, np.full(3, r), direction)) for r in (1, 1000)
+        )
         assert (tight < loose).all()

@@ -70,12 +70,17 @@ def test_permuted_rna_of_the_test_cells_gives_the_identical_rna_prediction(
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 7, "num_workers": 0}, {"num_workers": 3}])
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 1}, {"batch_size": 7, "num_workers": 0}, {"num_workers": 3}]
+)
 def test_batch_size_and_workers_change_nothing(direction, options, sources, tiny_checkpoints):
     store, _ = sources[direction]
     expected = predict(tiny_checkpoints[direction], store.path)
     np.testing.assert_allclose(
-        predict(tiny_checkpoints[direction], store.path, **options).X.toarray(), expected.X.toarray(), rtol=1e-4, atol=1e-5
+        predict(tiny_checkpoints[direction], store.path, **options).X.toarray(),
+        expected.X.toarray(),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -83,7 +88,10 @@ def test_batch_size_and_workers_change_nothing(direction, options, sources, tiny
 def test_the_order_of_cells_is_kept(direction, sources, tiny_checkpoints):
     _, adata = sources[direction]
     order = np.random.default_rng(0).permutation(adata.n_obs)
-    straight, mixed = predict(tiny_checkpoints[direction], adata), predict(tiny_checkpoints[direction], adata[order].copy())
+    straight, mixed = (
+        predict(tiny_checkpoints[direction], adata),
+        predict(tiny_checkpoints[direction], adata[order].copy()),
+    )
     assert mixed.obs_names.tolist() == adata.obs_names[order].tolist()
     np.testing.assert_allclose(mixed.X.toarray(), straight.X.toarray()[order], rtol=1e-4, atol=1e-5)
 
@@ -100,7 +108,9 @@ def test_the_written_file_is_what_the_documentation_says(direction, sources, tin
     assert written.X.dtype == np.float32
     assert list(adata.obs.columns) == list(written.obs.columns)
     np.testing.assert_allclose(written.X.toarray(), returned.X.toarray(), rtol=1e-4, atol=1e-5)
-    assert written.var_names.tolist() == list(reference.gene_labels if direction == "atac2rna" else reference.ccre_labels)
+    assert written.var_names.tolist() == list(
+        reference.gene_labels if direction == "atac2rna" else reference.ccre_labels
+    )
     assert written.uns["cisformer"]["direction"] == direction
     assert written.uns["cisformer"]["fingerprint"] == reference.fingerprint
     unseen = ~written.var["seen_in_training"].to_numpy()

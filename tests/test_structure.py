@@ -12,10 +12,11 @@ ORDER = [
     "errors", "config", "runtime",
     "data.genome", "data.reference", "data.alignment", "data.sources", "data.io", "data.pairing", "data.spool",
     "data.store", "data.preprocess", "data.inspect", "data.batches",
-    "model.attention", "model.linear", "model.local", "model.cis", "model.fused", "model.published", "model.full", "model.full_task",
+    "model.attention", "model.linear", "model.local", "model.cis",
+    "model.fused", "model.published", "model.full", "model.full_task",
     "model.checkpoint",
     "simulation", "metrics", "baselines", "training", "prediction", "launch",
-    "link_statistics", "link_formats", "links_io", "linking", "link_evaluation", "plotting",
+    "link_statistics", "link_formats", "links_io", "gene_links", "linking", "link_evaluation", "plotting",
     "comparison", "matching", "evaluation", "charts", "report", "demo",
     "cli.common", "cli.data", "cli.model", "cli.links", "cli.evaluation", "cli", "__main__",
 ]  # fmt: skip

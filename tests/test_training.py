@@ -17,7 +17,9 @@ DIRECTIONS = ["atac2rna", "rna2atac"]
 
 
 def history(checkpoint):
-    return [json.loads(line) for line in (checkpoint.folder.parent / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (checkpoint.folder.parent / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -53,8 +55,12 @@ def test_training_lowers_the_training_loss(tiny_data, tiny_config, tmp_path):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_run_repeats(direction, tiny_checkpoints, tiny_data, tiny_config, tmp_path):
-    again = train(tiny_data[direction], "x", direction=direction, save=tmp_path, config=tiny_config(direction))
-    assert [r["val_loss"] for r in history(again)] == [r["val_loss"] for r in history(tiny_checkpoints[direction])]
+    again = train(
+        tiny_data[direction], "x", direction=direction, save=tmp_path, config=tiny_config(direction)
+    )
+    assert [r["val_loss"] for r in history(again)] == [
+        r["val_loss"] for r in history(tiny_checkpoints[direction])
+    ]
 
 
 def test_an_interrupted_run_resumes_to_the_same_losses(tiny_checkpoints, tiny_data, tmp_path):
@@ -92,7 +98,13 @@ def test_patience_ends_training(tiny_data, tiny_config, tmp_path):
 
 
 def test_no_epochs_means_the_linear_model(tiny_data, tiny_config, tmp_path):
-    best = train(tiny_data["rna2atac"], "x", direction="rna2atac", save=tmp_path, config=tiny_config("rna2atac", epoch=0))
+    best = train(
+        tiny_data["rna2atac"],
+        "x",
+        direction="rna2atac",
+        save=tmp_path,
+        config=tiny_config("rna2atac", epoch=0),
+    )
     assert best.metrics["epoch"] == 0
 
 

@@ -23,7 +23,7 @@ _FUNCTIONS = {
 }
 """Public function → module that defines it."""
 
-__all__ = ["__version__", *_FUNCTIONS]  # noqa: PLE0604
+__all__ = ["__version__", *_FUNCTIONS]
 
 
 def __getattr__(name: str) -> Any:

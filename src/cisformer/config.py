@@ -80,12 +80,15 @@ class Model(Section):
     emb_rank: Positive = Field(64, description="cis: width of gene and cCRE embeddings.")
     linear_rank: Positive = Field(32, description="cis: most principal components in the linear path.")
     linear_ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        "auto", description="cis: penalty of the closed-form start; 'auto' takes the best on validation cells."
+        "auto",
+        description="cis: penalty of the closed-form start; 'auto' takes the best on validation cells.",
     )
     cis_window: WholeNumber = Field(
         250_000, description="cis: a gene attends to open cCREs within this many bp of its body."
     )
-    mask_padding: bool = Field(True, description="full: keep padding out of attention; the published tool does not.")
+    mask_padding: bool = Field(
+        True, description="full: keep padding out of attention; the published tool does not."
+    )
     prior: bool = Field(False, description="full: start from the training mean of every target.")
 
 
@@ -136,7 +139,14 @@ _DEFAULTS: dict[Direction, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 _SMALL: dict[str, dict[str, Any]] = {
-    "model": {"dim": 70, "dec_depth": 2, "dec_heads": 4, "dec_ff_mult": 2, "dec_dim_head": 16, "emb_rank": 32},
+    "model": {
+        "dim": 70,
+        "dec_depth": 2,
+        "dec_heads": 4,
+        "dec_ff_mult": 2,
+        "dec_dim_head": 16,
+        "emb_rank": 32,
+    },
     "training": {"batch_size": 32, "epoch": 20, "patience": 3},
 }
 
@@ -175,7 +185,9 @@ def parse_config(content: dict[str, Any], direction: Direction, *, source: str =
         if name not in sections:
             raise ConfigError(f"{source}: unknown section '{name}'", hint=_nearest(name, sections))
         if values is not None and not isinstance(values, dict):
-            raise ConfigError(f"{source}: section '{name}' holds {values!r}", hint="write `key: value` lines under it")
+            raise ConfigError(
+                f"{source}: section '{name}' holds {values!r}", hint="write `key: value` lines under it"
+            )
         sections[name] |= values or {}
     try:
         config = Config.model_validate(sections)
@@ -211,11 +223,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not a YAML file: {reason}", hint="compare it with a generated one") from None
+        raise ConfigError(
+            f"{path} is not a YAML file: {reason}", hint="compare it with a generated one"
+        ) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, not sections of keys", hint="see the documentation")
+        raise ConfigError(
+            f"{path} holds a {type(content).__name__}, not sections of keys", hint="see the documentation"
+        )
     return content
 
 
@@ -234,9 +250,12 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
 
 def type_of_section(name: str) -> type[Section]:
     """Return the schema class of a section by its YAML name."""
-    annotation = Config.model_fields[name].annotation
-    assert annotation is not None
-    return annotation
+    sections: dict[str, type[Section]] = {
+        "datapreprocess": DataPreprocess,
+        "model": Model,
+        "training": Training,
+    }
+    return sections[name]
 
 
 def _nearest(word: str, known: Any) -> str:

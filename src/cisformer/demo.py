@@ -90,7 +90,8 @@ def _run(step: list[str], folder: Path) -> None:
     finished = subprocess.run([sys.executable, "-m", "cisformer", *step], cwd=folder, check=False)
     if finished.returncode:
         raise CisformerError(
-            f"`cisformer {' '.join(step)}` ended with exit code {finished.returncode}", hint="see the lines above"
+            f"`cisformer {' '.join(step)}` ended with exit code {finished.returncode}",
+            hint="see the lines above",
         )
 
 
@@ -99,5 +100,7 @@ def _latest_run(folder: Path, save: str) -> str:
     name = save.removeprefix("save/")
     runs = sorted(path for path in (folder / "save").glob(f"*_{name}") if (path / "best").is_dir())
     if not runs:
-        raise CisformerError(f"no finished training run '{name}' in {folder / 'save'}", hint="see the lines above")
+        raise CisformerError(
+            f"no finished training run '{name}' in {folder / 'save'}", hint="see the lines above"
+        )
     return str(runs[-1].relative_to(folder))

@@ -69,7 +69,9 @@ def read_accelerate_config(path: str | Path) -> dict[str, Any]:
             hint="make one with `cisformer generate_default_config` or `accelerate config`",
         ) from None
     if not isinstance(content, dict):
-        raise ConfigError(f"the Accelerate config {path} holds no keys", hint="compare it with a generated one")
+        raise ConfigError(
+            f"the Accelerate config {path} holds no keys", hint="compare it with a generated one"
+        )
     return content
 
 
@@ -122,7 +124,15 @@ def relaunched(config_path: str | Path | None) -> tuple[bool, bool]:
     if n_usable_processes(config, n_gpus) == 1 and not several_machines:
         return False, wants_cpu(config)
     # The arguments are passed on as a list: no shell reads them.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), "-m", "cisformer"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(path),
+        "-m",
+        "cisformer",
+    ]
     finished = subprocess.run([*command, *sys.argv[1:]], env={**os.environ, _INSIDE: "1"}, check=False)
     if finished.returncode:
         sys.exit(finished.returncode)

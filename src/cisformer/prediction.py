@@ -138,11 +138,18 @@ def predict(
     cells = InputCells.open(data, checkpoint.layout.input_modality, checkpoint.reference)
     limit = max_tokens if max_tokens is not None else checkpoint.config.datapreprocess.enc_max_len
     results = _predict_blocks(
-        checkpoint, cells, batch_size, num_workers, None if limit == "whole" else limit, torch.device(device or "cpu")
+        checkpoint,
+        cells,
+        batch_size,
+        num_workers,
+        None if limit == "whole" else limit,
+        torch.device(device or "cpu"),
     )
     sparse = (
         _to_csr(part, checkpoint, min_prob=min_prob, binarize=binarize)
-        for part in progress(results, total=-(-len(cells.obs) // batch_size), desc="predicting", unit="batches")
+        for part in progress(
+            results, total=-(-len(cells.obs) // batch_size), desc="predicting", unit="batches"
+        )
     )
     var, uns = _target_var(checkpoint), {"cisformer": _record(checkpoint, cells, min_prob, binarize)}
     if output is None:
@@ -219,7 +226,11 @@ def _target_var(checkpoint: Checkpoint) -> pd.DataFrame:
 
 def _record(checkpoint: Checkpoint, cells: InputCells, min_prob: float, binarize: bool) -> dict[str, Any]:
     atac = checkpoint.direction == "rna2atac"
-    unit = ("open (1) or closed" if binarize else "probability of being open") if atac else "log1p(counts per 10,000)"
+    unit = (
+        ("open (1) or closed" if binarize else "probability of being open")
+        if atac
+        else "log1p(counts per 10,000)"
+    )
     return {
         "format": "cisformer-prediction",
         "format_version": FORMAT_VERSION,
@@ -234,7 +245,9 @@ def _record(checkpoint: Checkpoint, cells: InputCells, min_prob: float, binarize
     }
 
 
-def _collect(sparse: Iterator[sp.csr_matrix], obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> AnnData:
+def _collect(
+    sparse: Iterator[sp.csr_matrix], obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]
+) -> AnnData:
     from anndata import AnnData
 
     return AnnData(sp.vstack(list(sparse), format="csr"), obs=obs.copy(), var=var, uns=uns)

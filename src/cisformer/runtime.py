@@ -138,7 +138,8 @@ def progress(
 ) -> Iterator[T]:
     """Yield `items`, showing progress: a bar in a terminal or notebook, elsewhere a log line per 10 %.
 
-    Lines come at least `LOG_EVERY_S` apart, so that what is soon over says nothing. `total` counts in `unit`; `size` says how many of them an item is.
+    Lines come at least `LOG_EVERY_S` apart, so that what is soon over says nothing. `total` counts in `unit`;
+    `size` says how many of them an item is.
     """
     total = total if total is not None else _length(items)
     if sys.stderr.isatty() or "ipykernel" in sys.modules:

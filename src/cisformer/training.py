@@ -30,7 +30,15 @@ import numpy as np
 import torch
 
 from cisformer.config import Config, Direction, default_config, dump_config, load_config
-from cisformer.data.batches import Batch, Layout, TrainingBatches, add_targets, encode_input, prefetch, read_modality
+from cisformer.data.batches import (
+    Batch,
+    Layout,
+    TrainingBatches,
+    add_targets,
+    encode_input,
+    prefetch,
+    read_modality,
+)
 from cisformer.data.store import CellStore, SplitName, find_split
 from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
@@ -64,7 +72,9 @@ class Cells:
         Without validation data a tenth of the training cells is set aside, chosen by sorted barcode and seed.
         """
         store = CellStore.open(_split_folder(train, "train", direction))
-        val_path = find_split(train, "val", direction) if val is None else _split_folder(val, "val", direction)
+        val_path = (
+            find_split(train, "val", direction) if val is None else _split_folder(val, "val", direction)
+        )
         if val_path is None:
             return cls._set_aside(store, seed)
         val_store = CellStore.open(val_path)
@@ -210,7 +220,9 @@ class Run:
         torch.manual_seed(self.settings.SEED)
         checkpoint = first or self._linear_checkpoint()
         self.layout, self.reference = checkpoint.layout, checkpoint.reference
-        self.start_metrics = {k: v for k, v in checkpoint.metrics.items() if k in ("mean_val_loss", "linear_val_loss")}
+        self.start_metrics = {
+            k: v for k, v in checkpoint.metrics.items() if k in ("mean_val_loss", "linear_val_loss")
+        }
         self._prepare(checkpoint.model)
         if resumed:
             self._restore()
@@ -265,7 +277,9 @@ class Run:
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=fused
         )
-        self.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, self.settings.gamma_step, self.settings.gamma)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(
+            optimizer, self.settings.gamma_step, self.settings.gamma
+        )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         # The documented architecture sees each cell `multiple` times an epoch, with new draws.
         repeats = self.config.datapreprocess.multiple if self.config.model.architecture == "full" else 1
@@ -287,7 +301,9 @@ class Run:
         steps = self.batches.n_steps
         for step, batch in enumerate(progress(self.batches.epoch(epoch), total=steps, desc=f"epoch {epoch}")):
             rows, together = self.batches.step_rows(epoch, step)
-            loss = self._step(batch.to(self.accelerator.device), len(rows), together, f"epoch {epoch}, batch {step}")
+            loss = self._step(
+                batch.to(self.accelerator.device), len(rows), together, f"epoch {epoch}, batch {step}"
+            )
             total, n_cells = total + loss * together, n_cells + together
         self.scheduler.step()
         return total / max(n_cells, 1)
@@ -314,7 +330,10 @@ class Run:
         """Validate, record and save an epoch."""
         losses = self._validate()
         if epoch == 0 and not self.start_metrics:
-            self.start_metrics = {"linear_val_loss": losses["val_loss"], "mean_val_loss": losses["mean_val_loss"]}
+            self.start_metrics = {
+                "linear_val_loss": losses["val_loss"],
+                "mean_val_loss": losses["mean_val_loss"],
+            }
         rate = len(self.cells.train_rows) / seconds if seconds else None
         record = {
             "epoch": epoch,
@@ -346,7 +365,9 @@ class Run:
             sums += torch.stack([network(on_device).double().sum(), mean_only.double().sum()]).cpu()
         total = self.accelerator.reduce(sums.float().to(self.accelerator.device), "sum").cpu().double()
         total = sums if self.accelerator.num_processes == 1 else total
-        return dict(zip(("val_loss", "mean_val_loss"), (total / len(self.cells.val_rows)).tolist(), strict=True))
+        return dict(
+            zip(("val_loss", "mean_val_loss"), (total / len(self.cells.val_rows)).tolist(), strict=True)
+        )
 
     def _out_of_patience(self) -> bool:
         losses = [record["val_loss"] for record in self.history]
@@ -417,10 +438,18 @@ def make_layout(counts: FeatureCounts, direction: Direction, store: CellStore) -
     reference = store.reference
     sizes = (reference.n_ccres, reference.n_genes)
     n_input, n_target = sizes if direction == "atac2rna" else sizes[::-1]
-    layout = Layout(direction, np.flatnonzero(counts.n_open), np.flatnonzero(counts.n_seen), n_input, n_target)
-    for index, modality in ((layout.input_index, layout.input_modality), (layout.target_index, layout.target_modality)):
+    layout = Layout(
+        direction, np.flatnonzero(counts.n_open), np.flatnonzero(counts.n_seen), n_input, n_target
+    )
+    for index, modality in (
+        (layout.input_index, layout.input_modality),
+        (layout.target_index, layout.target_modality),
+    ):
         if len(index) == 0:
-            raise TrainingError(f"the training cells in {store.path} hold no {modality.upper()} at all", hint="preprocess again")
+            raise TrainingError(
+                f"the training cells in {store.path} hold no {modality.upper()} at all",
+                hint="preprocess again",
+            )
     return layout
 
 

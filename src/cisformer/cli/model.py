@@ -36,7 +36,9 @@ def generate_default_config(preset: Any, force: bool) -> None:
         click.echo(f"wrote {CONFIG_DIR / name}")
 
 
-def _train(direction: Direction, accelerate_config: str | None, config_file: str | None, **options: Any) -> None:
+def _train(
+    direction: Direction, accelerate_config: str | None, config_file: str | None, **options: Any
+) -> None:
     from cisformer.launch import relaunched
 
     done, cpu = relaunched(accelerate_config)
@@ -61,7 +63,7 @@ def _training_options(command: Any) -> Any:
         click.option("-c", "--config_file", help="Config file.  [default: cisformer_config/<direction>_config.yaml]"),
         click.option("-m", "--model_parameters", help="Load previous model: a checkpoint to go on from."),
         click.option("--resume", help="Finish an interrupted run: its folder under the save directory."),
-        click.option("--accelerate_config", help="Accelerate config.  [default: cisformer_config/accelerate_config.yaml]"),
+        click.option("--accelerate_config", help="Accelerate config.  [default: the one in cisformer_config]"),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -70,7 +72,9 @@ def _training_options(command: Any) -> Any:
 @click.command("atac2rna_train", context_settings=CONTEXT)
 @click.option("-d", "--data_dir", required=True, help="Data directory, as data_preprocess wrote it.")
 @_training_options
-def atac2rna_train(data_dir: str, accelerate_config: str | None, config_file: str | None, **options: Any) -> None:
+def atac2rna_train(
+    data_dir: str, accelerate_config: str | None, config_file: str | None, **options: Any
+) -> None:
     """Train ATAC ➝ RNA prediction model."""
     _train("atac2rna", accelerate_config, config_file, data=data_dir, **options)
 
@@ -80,7 +84,11 @@ def atac2rna_train(data_dir: str, accelerate_config: str | None, config_file: st
 @click.option("-v", "--val_data_dir", required=True, help="Validation data directory.")
 @_training_options
 def rna2atac_train(
-    train_data_dir: str, val_data_dir: str, accelerate_config: str | None, config_file: str | None, **options: Any
+    train_data_dir: str,
+    val_data_dir: str,
+    accelerate_config: str | None,
+    config_file: str | None,
+    **options: Any,
 ) -> None:
     """Train RNA ➝ ATAC prediction model."""
     _train("rna2atac", accelerate_config, config_file, data=train_data_dir, val_data=val_data_dir, **options)
@@ -99,7 +107,9 @@ def _predict(direction: Direction, model: str, config_file: str | None, output: 
 
 _MODEL = click.option("-m", "--model_parameters", required=True, help="Previous trained model parameters.")
 _OUTPUT = click.option("-o", "--output_dir", default="./output", show_default=True, help="Output directory.")
-_CONFIG = click.option("-c", "--config_file", help="Config file to compare with the checkpoint's own, which is used.")
+_CONFIG = click.option(
+    "-c", "--config_file", help="Config file to compare with the checkpoint's own, which is used."
+)
 _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 _WORKERS = click.option("--num_workers", default=2, show_default=True, help="Number of workers.")
 
@@ -118,7 +128,9 @@ def atac2rna_predict(
     data: str, model_parameters: str, output_dir: str, name: str, config_file: str | None, **options: Any
 ) -> None:
     """Predict gene expression from ATAC."""
-    _predict("atac2rna", model_parameters, config_file, Path(output_dir) / f"{name}.h5ad", data=data, **options)
+    _predict(
+        "atac2rna", model_parameters, config_file, Path(output_dir) / f"{name}.h5ad", data=data, **options
+    )
 
 
 @click.command("rna2atac_predict", context_settings=CONTEXT)
@@ -128,11 +140,17 @@ def atac2rna_predict(
 @_OUTPUT
 @click.option("-n", "--name", default="cisformer_predicted_atac", show_default=True, help="Output name.")
 @_CONFIG
-@click.option("--rna_len", default=3600, show_default=True, help="Number of non-zero expressed genes to be used.")
+@click.option(
+    "--rna_len", default=3600, show_default=True, help="Number of non-zero expressed genes to be used."
+)
 @click.option("--batch_size", default=2, show_default=True, help="Batch size.")
 @_WORKERS
-@click.option("--min_prob", default=0.001, show_default=True, help="Leave probabilities below out of the file.")
-@click.option("--binarize", is_flag=True, help="Write open/closed: each cell's likeliest cCREs, as many as expected.")
+@click.option(
+    "--min_prob", default=0.001, show_default=True, help="Leave probabilities below out of the file."
+)
+@click.option(
+    "--binarize", is_flag=True, help="Write open/closed: each cell's likeliest cCREs, as many as expected."
+)
 @_FORCE
 def rna2atac_predict(
     rna_file: str,

@@ -131,7 +131,9 @@ def read_modality(store: CellStore, rows: np.ndarray, modality: Modality) -> sp.
     return normalise(store.rna(rows) if modality == "rna" else store.atac(rows), modality)
 
 
-def encode_input(cells: sp.csr_matrix, layout: Layout, max_len: int | None, rng: np.random.Generator | None) -> Batch:
+def encode_input(
+    cells: sp.csr_matrix, layout: Layout, max_len: int | None, rng: np.random.Generator | None
+) -> Batch:
     """Return a batch without targets from normalised cells [B, whole reference].
 
     Parameters
@@ -153,7 +155,9 @@ def encode_input(cells: sp.csr_matrix, layout: Layout, max_len: int | None, rng:
     ]
     indptr = np.concatenate([[0], np.cumsum([len(c) for c in chosen])])
     return replace(
-        batch, token=torch.from_numpy(np.concatenate(chosen)), token_indptr=torch.from_numpy(indptr.astype(np.int64))
+        batch,
+        token=torch.from_numpy(np.concatenate(chosen)),
+        token_indptr=torch.from_numpy(indptr.astype(np.int64)),
     )
 
 
@@ -161,7 +165,9 @@ def _ragged(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data.astype(np.float32)
 
 
-def _choose(value: np.ndarray, max_len: int, modality: Modality, rng: np.random.Generator | None) -> np.ndarray:
+def _choose(
+    value: np.ndarray, max_len: int, modality: Modality, rng: np.random.Generator | None
+) -> np.ndarray:
     """Return ascending positions of at most `max_len` tokens of one cell."""
     if len(value) <= max_len:
         return np.arange(len(value))
@@ -172,7 +178,9 @@ def _choose(value: np.ndarray, max_len: int, modality: Modality, rng: np.random.
     return np.arange(max_len) * len(value) // max_len
 
 
-def add_targets(batch: Batch, cells: sp.csr_matrix, layout: Layout, columns: np.ndarray | None = None) -> Batch:
+def add_targets(
+    batch: Batch, cells: sp.csr_matrix, layout: Layout, columns: np.ndarray | None = None
+) -> Batch:
     """Return `batch` with the normalised targets of its cells [B, whole reference]."""
     indptr, index, value = _ragged(select_columns(cells, layout.target_index))
     return replace(
@@ -186,7 +194,9 @@ def add_targets(batch: Batch, cells: sp.csr_matrix, layout: Layout, columns: np.
 
 def dense_targets(batch: Batch, n_targets: int) -> Tensor:
     """Return the targets of a batch as float32 [B, n_targets], or [B, S] where columns were drawn."""
-    assert batch.target_indptr is not None and batch.target_index is not None and batch.target_value is not None
+    assert batch.target_indptr is not None
+    assert batch.target_index is not None
+    assert batch.target_value is not None
     cell = ragged_rows(batch.target_indptr, len(batch.target_index))
     dense = batch.target_value.new_zeros(batch.n_cells, n_targets)
     dense[cell, batch.target_index] = batch.target_value
@@ -245,8 +255,12 @@ class TrainingBatches:
         columns = self._columns(np.random.default_rng([seed, epoch, step, 1]))
         cells = read_modality(self.store, rows, self.layout.input_modality)
         max_len = None if limits.enc_max_len == "whole" else limits.enc_max_len
-        batch = encode_input(cells, self.layout, max_len, np.random.default_rng([seed, epoch, step, 2, self.rank]))
-        return add_targets(batch, read_modality(self.store, rows, self.layout.target_modality), self.layout, columns)
+        batch = encode_input(
+            cells, self.layout, max_len, np.random.default_rng([seed, epoch, step, 2, self.rank])
+        )
+        return add_targets(
+            batch, read_modality(self.store, rows, self.layout.target_modality), self.layout, columns
+        )
 
     def _columns(self, rng: np.random.Generator) -> np.ndarray | None:
         """Draw the targets of a step uniformly: a uniform draw needs no weights to keep the loss unbiased."""

@@ -1,9 +1,11 @@
-"""Checkpoints: a folder with weights, configuration, features, reference and metrics. Loading runs no code.
+"""Checkpoints: a folder with weights, configuration, features, reference and metrics.
 
     model.safetensors   weights, and the reference rows of known features
     config.yaml         the resolved configuration
     checkpoint.json     format, version, direction, reference, sizes, metrics, sha256 of the weights
     reference/          the reference, where it is not a built-in one
+
+Loading runs no code.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, *, force: bool =
     from safetensors.torch import save_file
 
     layout = checkpoint.layout
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.state_dict().items()
+    }
     tensors["layout.input_index"] = torch.from_numpy(layout.input_index)
     tensors["layout.target_index"] = torch.from_numpy(layout.target_index)
     with atomic_folder(folder, force=force) as temporary:
@@ -161,7 +165,9 @@ def _folder_of(path: Path) -> Path:
     if not (folder / MANIFEST).is_file() and (folder / "best" / MANIFEST).is_file():
         folder = folder / "best"
     if not path.exists():
-        raise CheckpointError(f"checkpoint {path} does not exist", hint="give -m the folder that training printed")
+        raise CheckpointError(
+            f"checkpoint {path} does not exist", hint="give -m the folder that training printed"
+        )
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(
             f"{path} is not a cisformer checkpoint: {MANIFEST} is not in {folder}",
@@ -174,9 +180,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         found = manifest["format"], manifest["format_version"]
-        manifest["direction"], manifest["reference"]["fingerprint"], manifest["sha256"], manifest["linear_rank"]
+        (
+            manifest["direction"],
+            manifest["reference"]["fingerprint"],
+            manifest["sha256"],
+            manifest["linear_rank"],
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / MANIFEST} is damaged: {error}", hint="copy the checkpoint again") from None
+        raise CheckpointError(
+            f"{folder / MANIFEST} is damaged: {error}", hint="copy the checkpoint again"
+        ) from None
     if found[0] != FORMAT or found[1] > FORMAT_VERSION:
         raise CheckpointError(
             f"{folder} is of format {found[0]} {found[1]}, this version reads {FORMAT} {FORMAT_VERSION}",
@@ -223,24 +236,32 @@ def _load_model(
 
     try:
         if sha256_file(folder / WEIGHTS) != manifest["sha256"]:
-            raise CheckpointError(f"{folder / WEIGHTS} does not match its checksum", hint="copy the checkpoint again")
+            raise CheckpointError(
+                f"{folder / WEIGHTS} does not match its checksum", hint="copy the checkpoint again"
+            )
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}", hint="copy the checkpoint again") from None
+        raise CheckpointError(
+            f"{folder / WEIGHTS} cannot be read: {error}", hint="copy the checkpoint again"
+        ) from None
     layout = _layout(manifest["direction"], reference, tensors)
     model = _new_model(config, layout, manifest["linear_rank"], reference)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{folder} does not fit its own config: {reason}", hint="copy it again") from None
+        raise CheckpointError(
+            f"{folder} does not fit its own config: {reason}", hint="copy it again"
+        ) from None
     return model.eval()
 
 
 def _new_model(config: Config, layout: Layout, rank: int, reference: Reference) -> CisModel | FullTask:
     if config.model.architecture == "full":
         return FullTask(config, layout)
-    windows = Windows.of(reference, layout, config.model.cis_window) if layout.direction == "atac2rna" else None
+    windows = (
+        Windows.of(reference, layout, config.model.cis_window) if layout.direction == "atac2rna" else None
+    )
     return CisModel(config, layout, rank, windows)
 
 

@@ -23,6 +23,7 @@ from cisformer.data.batches import Batch, Layout, dense_targets, ragged_rows
 from cisformer.model.attention import Block, LatentPool, pad_ragged, segment_softmax
 from cisformer.model.linear import LinearStart, Projection, link_loss
 from cisformer.model.local import DISTANCE_EDGES_BP, LocalStart, Windows
+
 LOADING_STD = 0.05
 """Of loadings beyond the linear start, where only h reaches them."""
 CELL_KEY_DIM = 16
@@ -87,7 +88,12 @@ class CellEncoder(nn.Module):
         self.state = nn.Linear(rank, dim)
         self.blocks = nn.ModuleList(
             Block(
-                dim, model.dec_heads, model.dec_dim_head, model.dec_ff_mult, model.dec_attn_dropout, model.dec_ff_dropout
+                dim,
+                model.dec_heads,
+                model.dec_dim_head,
+                model.dec_ff_mult,
+                model.dec_attn_dropout,
+                model.dec_ff_dropout,
             )
             for _ in range(model.dec_depth)
         )
@@ -174,7 +180,9 @@ class CisPath(nn.Module):
         n_columns = len(self.gene.weight) if column is None else int(column.max()) + 1
         place = edges.gene if column is None else column[edges.gene]
         out = h_BR.new_zeros(batch.n_cells * n_columns)
-        return out.index_add(0, edges.cell * n_columns + place, edges.contribution).reshape(batch.n_cells, n_columns)
+        return out.index_add(0, edges.cell * n_columns + place, edges.contribution).reshape(
+            batch.n_cells, n_columns
+        )
 
     def edges(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor, column: Tensor | None) -> CisAttention:
         """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn.
@@ -190,7 +198,13 @@ class CisPath(nn.Module):
         score_EH = (score_WH[slot_E] + state_NH[token_E]).float()
         weight_EH = segment_softmax(score_EH, segment_E, n_segments, self.null)
         return CisAttention(
-            cell_E, gene_E, batch.index[token_E], pair_E, weight_EH, value_WH[slot_E], self.pair_weight[pair_E]
+            cell_E,
+            gene_E,
+            batch.index[token_E],
+            pair_E,
+            weight_EH,
+            value_WH[slot_E],
+            self.pair_weight[pair_E],
         )
 
     def _window_edges(self, batch: Batch, column: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -204,7 +218,9 @@ class CisPath(nn.Module):
             start, stop = before[start], before[stop]
         count = stop - start
         total = int(count.sum())
-        token = torch.repeat_interleave(torch.arange(len(count), device=count.device), count, output_size=total)
+        token = torch.repeat_interleave(
+            torch.arange(len(count), device=count.device), count, output_size=total
+        )
         pair = torch.arange(total, device=count.device) + (start - (torch.cumsum(count, 0) - count))[token]
         return token, pair if drawn_pairs is None else drawn_pairs[pair]
 
@@ -229,7 +245,9 @@ class CisPath(nn.Module):
 
     def _score_pairs(self, pair_W: Tensor, ccre_PR: Tensor) -> tuple[Tensor, Tensor]:
         product_WR = self.gene.weight[self.window_gene[pair_W]] * ccre_PR[self.window_ccre[pair_W]]
-        return self.pair_score(product_WR) + self.distance_bias(self.window_bin[pair_W]), self.pair_value(product_WR)
+        return self.pair_score(product_WR) + self.distance_bias(self.window_bin[pair_W]), self.pair_value(
+            product_WR
+        )
 
 
 def _distinct(number: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -263,7 +281,12 @@ class CisModel(nn.Module):
 
     @classmethod
     def from_start(
-        cls, config: Config, layout: Layout, start: LinearStart, windows: Windows | None, local: LocalStart | None
+        cls,
+        config: Config,
+        layout: Layout,
+        start: LinearStart,
+        windows: Windows | None,
+        local: LocalStart | None,
     ) -> CisModel:
         """Build a model that gives the closed-form model's predictions."""
         rank = start.loadings.shape[1]

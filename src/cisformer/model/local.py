@@ -139,7 +139,9 @@ def fit_local(
     n_targets = len(layout.target_index)
     bias = -np.bincount(windows.gene, chosen * mean[ccre], n_targets)
     spread = sp.csr_matrix((chosen, (windows.gene, ccre)), shape=(n_targets, len(mean)))
-    return LocalStart(chosen, bias.astype(np.float32), -(spread @ slope.T).astype(np.float32), PENALTIES[best])
+    return LocalStart(
+        chosen, bias.astype(np.float32), -(spread @ slope.T).astype(np.float32), PENALTIES[best]
+    )
 
 
 def contact(distance_bp: np.ndarray) -> np.ndarray:
@@ -160,7 +162,9 @@ def _read(store: CellStore, rows: np.ndarray, layout: Layout, start: LinearStart
 def _residual(side: _Side, gene: int, start: LinearStart) -> np.ndarray:
     """Return what the linear start leaves of a gene, in units of its scale; float64 [n]."""
     expression = side.y[:, [gene]].toarray().ravel().astype(np.float64)
-    return (expression - start.prior[gene]) / start.scale[gene] - side.z @ start.loadings[gene].astype(np.float64)
+    return (expression - start.prior[gene]) / start.scale[gene] - side.z @ start.loadings[gene].astype(
+        np.float64
+    )
 
 
 class _Cut:
@@ -177,7 +181,9 @@ class _Cut:
     def gram(self) -> np.ndarray:
         """Return x̃ᵀx̃; exact on the fitted cells, where z is white."""
         n = self.x.shape[0]
-        return (self.x.T @ self.x).toarray() - n * np.outer(self.mean, self.mean) - n * self.slope.T @ self.slope
+        return (
+            (self.x.T @ self.x).toarray() - n * np.outer(self.mean, self.mean) - n * self.slope.T @ self.slope
+        )
 
     def cross(self, residual: np.ndarray) -> np.ndarray:
         """Return x̃ᵀ residual."""
