@@ -5,7 +5,6 @@ lowest validation loss, so that a trained model is never worse than linear on th
 
     save/<date>_<name>/
         config.yaml           the resolved configuration
-        run.json              data folders and seed
         metrics.jsonl         one line per epoch
         epoch0/ epoch1/ …     checkpoints
         best/                 the best of them
