@@ -112,7 +112,7 @@ def predict(
         ATAC→RNA, architecture full: which genes to predict: "expressed_in_training" (all that the model knows),
         "all" of the reference, or a file of ids or names. Never those that a cell expresses: that is the answer.
     device
-        Where to compute; the CPU unless given.
+        Where to compute; an NVIDIA GPU where there is one, else the CPU.
     force
         Overwrite `output`.
 
@@ -143,7 +143,7 @@ def predict(
         batch_size,
         num_workers,
         None if limit == "whole" else limit,
-        torch.device(device or "cpu"),
+        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
     )
     sparse = (
         _to_csr(part, checkpoint, min_prob=min_prob, binarize=binarize)

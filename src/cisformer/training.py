@@ -360,8 +360,8 @@ class Run:
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in validation_batches(self.cells.val, rows, self.layout, self.config):
             on_device = batch.to(self.accelerator.device)
-            mean_only = network.mean_loss(on_device)
-            sums += torch.stack([network(on_device).double().sum(), mean_only.double().sum()]).cpu()
+            both = torch.stack([network(on_device).float(), network.mean_loss(on_device).float()])
+            sums += both.cpu().double().sum(dim=1)  # Apple's GPUs have no float64
         total = self.accelerator.reduce(sums.float().to(self.accelerator.device), "sum").cpu().double()
         total = sums if self.accelerator.num_processes == 1 else total
         return dict(
