@@ -16,11 +16,13 @@ from typing import IO, Literal
 import numpy as np
 import pandas as pd
 
-from cisformer.data.genome import parse_regions, tss
+from cisformer.data.genome import parse_regions
 from cisformer.errors import InputError
 from cisformer.runtime import atomic_path
 
 FormatName = Literal["tsv", "bedpe", "interact", "longrange"]
+TABLE = "links.tsv.gz"
+OWN_COLUMNS = ("gene_id", "gene_name", "tss", "strand", "ccre", "cell_type", "distance", "score", "fdr")
 FORMATS: dict[str, str] = {
     "tsv": ".tsv.gz",
     "bedpe": ".bedpe",
@@ -84,24 +86,56 @@ def _known(wanted: Sequence[str], present: np.ndarray) -> None:
             )
 
 
-def anchors(table: pd.DataFrame, genes: pd.DataFrame) -> pd.DataFrame:
-    """Return links with both of their ends: chrom, start, end of the cCRE; tss and strand of the gene.
+def export_links(
+    links: str | Path,
+    output: str | Path,
+    *,
+    form: str | None = None,
+    fdr: float | None = None,
+    min_score: float | None = None,
+    top_per_gene: int | None = None,
+    cell_types: Sequence[str] = (),
+) -> int:
+    """Filter our own table and write it in one of `FORMATS`.
 
     Parameters
     ----------
-    table
-        Links with columns gene_id and ccre.
-    genes
-        Columns gene_id, start, end, strand. Links of genes that are not in it, or not on it, are left out.
+    links
+        `links.tsv.gz`, or the folder with it.
+    output
+        The file to write.
+    form
+        The format; by the suffix of `output` otherwise.
+    fdr, min_score, top_per_gene, cell_types
+        See `strongest`.
+
+    Returns
+    -------
+    Number of links written.
+
+    Raises
+    ------
+    InputError
+        If the table is missing or not ours, a cell type is unknown, or the format is.
     """
-    placed = genes.assign(tss=tss(genes))[["gene_id", "tss", "strand"]].drop_duplicates("gene_id")
-    joined = pd.concat([table.reset_index(drop=True), parse_regions(table["ccre"])], axis=1)
-    joined = joined.merge(placed, on="gene_id", how="left")
-    joined = joined[joined["tss"].fillna(-1) >= 0].astype({"tss": np.int64})
-    return joined.assign(strand=joined["strand"].replace("", "."))
+    name = Path(output).name.removesuffix(".gz")
+    known = {suffix.removesuffix(".gz"): form for form, suffix in FORMATS.items()}
+    form = form or known.get(Path(name).suffix)
+    if form is None:
+        raise InputError(f"cannot tell a format from the name {output}", hint="give --format")
+    path = Path(links) / TABLE if Path(links).is_dir() else Path(links)
+    table = read_any_table(path)
+    missing = [column for column in OWN_COLUMNS if column not in table]
+    if missing:
+        raise InputError(
+            f"{path} has no column {missing[0]}", hint="give the links.tsv.gz that atac2rna_link wrote"
+        )
+    kept = strongest(table, fdr=fdr, min_score=min_score, top_per_gene=top_per_gene, cell_types=cell_types)
+    write_format(kept, output, form)
+    return len(kept)
 
 
-def write_format(table: pd.DataFrame, path: str | Path, form: str, genes: pd.DataFrame) -> None:
+def write_format(table: pd.DataFrame, path: str | Path, form: str) -> None:
     """Write links to a file.
 
     Parameters
@@ -112,14 +146,12 @@ def write_format(table: pd.DataFrame, path: str | Path, form: str, genes: pd.Dat
         The file; compressed where its name ends in `.gz`.
     form
         One of `FORMATS`.
-    genes
-        Where genes are; see `anchors`.
     """
     if form == "tsv":
         columns, header = table, "\t".join(map(str, table.columns))
     else:
         columns, header = {"bedpe": _bedpe, "interact": _interact, "longrange": _longrange}[form](
-            anchors(table, genes)
+            pd.concat([table.reset_index(drop=True), parse_regions(table["ccre"])], axis=1)
         )
     with text_writer(path) as handle:
         handle.write(f"{header}\n" if header else "")
@@ -140,7 +172,7 @@ def _bedpe(links: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         "name": _text(links["gene_name"]) + "|" + links["ccre"],
         "score": links["score"],
         "strand1": ".",
-        "strand2": links["strand"],
+        "strand2": _text(links["strand"]),
         "cell_type": _text(links["cell_type"]),
         "distance": links["distance"],
     }
@@ -173,7 +205,7 @@ def _interact(links: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         "targetStart": links["tss"],
         "targetEnd": links["tss"] + 1,
         "targetName": name,
-        "targetStrand": links["strand"],
+        "targetStrand": _text(links["strand"]),
     }
     return pd.DataFrame(columns), header
 
@@ -210,7 +242,7 @@ def _line(value: object, space: str = " ") -> str:
 
 
 def _text(values: pd.Series, space: str = " ") -> pd.Series:
-    return values.map(lambda value: _line(value, space))
+    return values.fillna("").map(lambda value: _line(value, space))
 
 
 @contextlib.contextmanager
@@ -232,7 +264,7 @@ def text_writer(path: str | Path) -> Iterator[IO[str]]:
 ELEMENT_NAMES = ("ccre", "peak", "region", "element", "enhancer", "name")
 GENE_NAMES = ("gene_name", "gene", "genesymbol", "measuredgenesymbol", "targetgene", "symbol", "gene_id")
 SCORE_NAMES = ("score", "weight", "value", "correlation", "abc.score", "importance", "coef", "zscore")
-TYPE_NAMES = ("cell_type", "celltype", "cell type")
+CELL_TYPE_NAMES = ("cell_type", "celltype", "cell type")
 
 
 def read_links(path: str | Path, *, score: str | None = None) -> pd.DataFrame:
@@ -270,7 +302,7 @@ def read_links(path: str | Path, *, score: str | None = None) -> pd.DataFrame:
         raise _no_column(path, "a score" if score is None else f"a column {score!r}", SCORE_NAMES, table)
     found["gene"] = table[gene].astype(str)
     found["score"] = pd.to_numeric(table[column], errors="coerce")
-    for name, known in (("gene_id", ("gene_id",)), ("cell_type", TYPE_NAMES)):
+    for name, known in (("gene_id", ("gene_id",)), ("cell_type", CELL_TYPE_NAMES)):
         if (source := first_column(places, known)) is not None:
             found[name] = table[source].astype(str)
     for name in ("distance", "activity_contact"):

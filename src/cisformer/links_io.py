@@ -25,15 +25,15 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cisformer.data.genome import region_names
+from cisformer.data.genome import region_names, tss
 from cisformer.data.io import storable, storable_frame, write_elements
 from cisformer.data.reference import Reference
 from cisformer.errors import InputError
-from cisformer.link_formats import FORMATS, FormatName, strongest, text_writer, write_format
+from cisformer.link_formats import FORMATS, TABLE, FormatName, strongest, text_writer, write_format
 from cisformer.runtime import atomic_path, provenance
 
 FOLDER = "cisformer_link"
-TABLE, CELL_NUM, CELL_NUM_PICKLE = "links.tsv.gz", "cell_num.json", "cell_num.pkl"
+CELL_NUM, CELL_NUM_PICKLE = "cell_num.json", "cell_num.pkl"
 FORMAT, FORMAT_VERSION = "cisformer-links", 1
 COMPONENTS = (
     "attention",
@@ -74,10 +74,12 @@ class TypeLinks:
 
     def table(self, reference: Reference) -> pd.DataFrame:
         """Return one row per link, as in `links.tsv.gz`."""
-        genes = reference.genes
+        genes = reference.genes.iloc[self.gene]
         columns = {
-            "gene_id": genes["gene_id"].to_numpy()[self.gene],
-            "gene_name": genes["gene_name"].to_numpy()[self.gene],
+            "gene_id": genes["gene_id"].to_numpy(),
+            "gene_name": genes["gene_name"].to_numpy(),
+            "tss": tss(genes),
+            "strand": genes["strand"].to_numpy(),
             "ccre": region_names(reference.ccres.iloc[self.ccre]),
             "cell_type": self.cell_type,
             "distance": self.distance,
@@ -194,7 +196,7 @@ class LinkWriter:
         self._names[links.cell_type] = name
         best = strongest(table, top_per_gene=BROWSER_LINKS_PER_GENE) if self.formats else table
         for form in self.formats:
-            write_format(best, self.folder / f"{stem}_links{FORMATS[form]}", form, self.reference.genes)
+            write_format(best, self.folder / f"{stem}_links{FORMATS[form]}", form)
 
     def finish(self, cell_num: dict[str, int]) -> None:
         """Write the numbers of cells; to be called last."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cisformer.data.genome import tss
+from cisformer.data.genome import parse_regions, tss
 from cisformer.errors import InputError
 from cisformer.gene_links import GeneLinks, gene_links, read_gene_links
 from cisformer.links_io import Links
@@ -55,7 +55,7 @@ def plot_links(
     cell_types: Sequence[str] = (),
     min_score: float = 0.0,
     top: int = 10,
-    locus: Locus | None = None,
+    region: str | None = None,
 ) -> Figure:
     """Draw the locus of a gene.
 
@@ -71,8 +71,8 @@ def plot_links(
         Which types to draw, in this order; all by name otherwise.
     min_score, top
         Draw links of at least this score, and at most so many per type.
-    locus
-        What to show; as far as the drawn links reach, otherwise.
+    region
+        What to show, chrom:start-end; as far as the drawn links reach, otherwise.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def plot_links(
     found = gene_links(links, gene) if isinstance(links, Links) else read_gene_links(links, gene)
     found = found.select(cell_types)
     drawn = {name: _strongest(table, min_score, top) for name, table in found.tables.items()}
-    locus = locus if locus is not None else _reach(found, drawn)
+    locus = _reach(found, drawn) if region is None else _parse(region, found)
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
@@ -93,6 +93,17 @@ def plot_links(
             with atomic_path(output) as temporary:
                 figure.savefig(temporary, dpi=300, metadata=_no_date(Path(output).suffix.lower()))
     return figure
+
+
+def _parse(region: str, found: GeneLinks) -> Locus:
+    place = parse_regions([region]).iloc[0]
+    locus = Locus(str(place["chrom"]), int(place["start"]), int(place["end"]))
+    if locus.chrom != found.chrom or locus.end <= found.start or locus.start >= found.end:
+        raise InputError(
+            f"{region} does not touch {found.gene}",
+            hint=f"it lies at {found.chrom}:{found.start}-{found.end}",
+        )
+    return locus
 
 
 def _no_date(suffix: str) -> dict[str, None]:

@@ -53,6 +53,7 @@ TYPE_NAMES = (
     "pDC",
 )
 LINEAGES = ("myeloid", "T", "T", "NK", "B", "T", "myeloid", "myeloid", "T", "B", "T", "myeloid")
+FILES = ("rna.h5ad", "atac.h5ad", "celltype_info.tsv", "true_links.tsv")
 TILE_GENES = 250
 CCRES_PER_PEAK = 9.5  # 1,033,239 human cCREs; 10x PBMC Multiome calls 108,377 peaks
 FLANK_BP = 100_000
