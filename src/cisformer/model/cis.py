@@ -65,10 +65,12 @@ class CisAttention:
 
         Exact without another pass: per head, out' = (out − w·v) / (1 − w), so out' − out = w (out − v) / (1 − w).
         """
-        _, segment = torch.unique(torch.stack([self.cell, self.gene]), dim=1, return_inverse=True)
+        n_genes = 1 + int(self.gene.max()) if len(self.gene) else 1
+        _, segment = torch.unique(self.cell * n_genes + self.gene, return_inverse=True)
         out = self.weight.new_zeros(len(segment), self.weight.shape[1])
         out = out.index_add(0, segment, self.weight * self.value)
-        return (self.weight * (out[segment] - self.value) / (1 - self.weight)).sum(dim=1) - self.local
+        rest = (1 - self.weight).clamp(min=1e-6)
+        return (self.weight * (out[segment] - self.value) / rest).sum(dim=1) - self.local
 
 
 class CellEncoder(nn.Module):
