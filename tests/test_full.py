@@ -477,6 +477,23 @@ def test_link_ranks_come_from_the_cell_s_own_attention(full_checkpoints, tiny_da
     assert torch.equal(ranks, whole[gene, token])
 
 
+def test_links_hold_the_mean_rank_of_attention_over_cells(full_checkpoints, tiny_data, tiny):
+    from cisformer.linking import score_links
+
+    checkpoint = full_checkpoints["atac2rna"]
+    store = CellStore.open(find_split(tiny_data["atac2rna"], "test"))
+    cell_types = tiny.rna.obs["cell_type"].astype(str)
+    of_type = score_links(checkpoint, store, cell_types).types[0]
+    rows = np.flatnonzero((cell_types[store.barcodes] == of_type.cell_type).to_numpy())
+    assert np.isnan(of_type.evidence["effect"]).all()
+    assert np.isfinite(of_type.evidence["score"]).all()
+    n_open = store.atac(rows).toarray()[:, of_type.ccre].sum(axis=0)
+    attention = of_type.evidence["attention"]
+    assert ((attention > 0) <= (n_open > 0)).all()
+    assert (attention <= n_open / len(rows) + 1e-6).all()
+    assert attention.max() > 0
+
+
 def test_bare_weights_are_loaded_with_a_config(full_checkpoints, tiny_data, tmp_path):
     trained = full_checkpoints["rna2atac"]
     path = export_published(trained.model.network, tmp_path / "pytorch_model.bin")

@@ -35,8 +35,10 @@ from cisformer.link_statistics import (
 from cisformer.links_io import FOLDER, Links, LinkWriter, TypeLinks, check_cell_types, read_cell_types
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
 from cisformer.model.cis import CisModel
-from cisformer.model.linear import TFIDF_SCALE, blocks
+from cisformer.model.full_task import FullTask
+from cisformer.model.linear import TFIDF_SCALE, blocks, count_features
 from cisformer.runtime import atomic_folder, progress, refuse_existing
+from cisformer.training import Cells, fit_closed_form, make_layout
 
 logger = logging.getLogger(__name__)
 WINDOW_BP = 250_000
@@ -155,15 +157,14 @@ def _prepare(
         types, source = check_cell_types(cell_types, "cell_types"), "cell_types"
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint, "atac2rna")
-    if checkpoint.direction != "atac2rna" or not isinstance(checkpoint.model, CisModel):
+    if checkpoint.direction != "atac2rna":
         raise CheckpointError(
-            f"links need an atac2rna model of architecture cis; this one is {checkpoint.direction}, "
-            f"{checkpoint.config.model.architecture}",
+            f"links need an atac2rna model; this one is {checkpoint.direction}",
             hint="train one with cisformer atac2rna_train",
         )
     store = data if isinstance(data, CellStore) else CellStore.open(data)
     check_reference(checkpoint.reference, store.reference, "the checkpoint")
-    if window_bp > checkpoint.config.model.cis_window:
+    if window_bp > checkpoint.config.model.cis_window and isinstance(checkpoint.model, CisModel):
         logger.warning(
             "links beyond the model's own window of %d bp have no attention and no effect",
             checkpoint.config.model.cis_window,
@@ -176,9 +177,28 @@ def _prepare(
         "max_cells": max_cells,
     }
     adjust = _covariates(store, covariates)
+    model, attending = checkpoint.model, None
+    if isinstance(model, FullTask):
+        model, attending = _closed_form(model, store, members, seed)
     return _Scorer(
-        checkpoint.model.to(device), store, members, window_bp, adjust, record, torch.device(device)
+        model.to(device), store, members, window_bp, adjust, record, torch.device(device), attending
     )
+
+
+def _closed_form(
+    task: FullTask, store: CellStore, members: dict[str, np.ndarray], seed: int
+) -> tuple[CisModel, FullTask]:
+    """Return what architecture full lacks, states and the association over them, fitted to the cells themselves.
+
+    Also its network, as one of the features that these cells have.
+    """
+    shuffled = np.random.default_rng(seed).permutation(np.concatenate(list(members.values())))
+    n_val = max(1, len(shuffled) // 10)
+    cells = Cells(store, np.sort(shuffled[n_val:]), store, np.sort(shuffled[:n_val]))
+    counts = count_features(store, np.sort(shuffled), "atac2rna")
+    layout = make_layout(counts, "atac2rna", store)
+    model, _ = fit_closed_form(task.config, cells, layout, counts)
+    return model.eval(), FullTask(task.config, layout, task.network).eval()
 
 
 def choose_cells(
@@ -251,6 +271,7 @@ class _Scorer:
     covariates: np.ndarray
     record: dict[str, object]
     device: torch.device
+    attending: FullTask | None = None
 
     @property
     def layout(self) -> Layout:
@@ -330,7 +351,9 @@ class _Scorer:
     def of_type(self, name: str, rows: np.ndarray) -> TypeLinks:
         """Score the links of one type from its cells."""
         test = PartialCorrelation(self.pairs, self.adjusted(rows), self.shape)
-        attended = _AttentionSums(self.model, self.pairs)
+        attended: _AttentionSums | _WholeAttentionSums = _AttentionSums(self.model, self.pairs)
+        if self.attending is not None:
+            attended = _WholeAttentionSums(self.attending.to(self.device), self.pairs)
         total = -(-len(rows) // BATCH_CELLS)
         blocks_ = self.cells(rows, BATCH_CELLS)
         for part, rna, atac in progress(blocks_, total=total, desc=f"links of {name}", unit="batches"):
@@ -421,3 +444,22 @@ class _AttentionSums:
         n = len(self.attention)
         self.attention += np.bincount(place[kept], rank[kept], n)
         self.effect += np.bincount(place[kept], edges.effect.double().cpu().numpy()[kept], n)
+
+
+class _WholeAttentionSums:
+    """Sums over cells of architecture full's rank-normalised attention, by pair; effects are not known."""
+
+    def __init__(self, task: FullTask, pairs: Pairs) -> None:
+        self.task, self.pairs = task, pairs
+        self.attention, self.effect = np.zeros(len(pairs)), np.full(len(pairs), np.nan)
+
+    def add(self, batch: Batch) -> None:
+        """Add the cells of a batch: of each, the pairs whose cCRE is open."""
+        n_ccres = len(self.task.layout.input_index)
+        for cell, open_ in enumerate(batch.index.cpu().split(batch.indptr.diff().tolist())):
+            token = np.full(n_ccres, -1)
+            token[open_.numpy()] = np.arange(len(open_))
+            here = np.flatnonzero(token[self.pairs.ccre] >= 0)
+            gene, place = self.pairs.gene[here], token[self.pairs.ccre[here]]
+            rank = self.task.pair_ranks(batch, cell, torch.from_numpy(gene), torch.from_numpy(place))
+            self.attention[here] += rank.double().numpy()

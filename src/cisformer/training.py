@@ -43,7 +43,7 @@ from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.full_task import FullTask
-from cisformer.model.linear import FeatureCounts, blocks, count_features, fit_linear
+from cisformer.model.linear import FeatureCounts, LinearStart, blocks, count_features, fit_linear
 from cisformer.model.local import Windows, fit_local
 from cisformer.runtime import atomic_path, progress
 
@@ -251,23 +251,13 @@ class Run:
         return checkpoint
 
     def _fit_linear(self) -> Checkpoint:
-        store, rows, model = self.cells.train, self.cells.train_rows, self.config.model
+        store, rows = self.cells.train, self.cells.train_rows
         counts = count_features(store, rows, self.direction)
         layout = make_layout(counts, self.direction, store)
-        if model.architecture == "full":
+        if self.config.model.architecture == "full":
             task = FullTask.from_start(self.config, layout, store, rows, counts)
             return Checkpoint(task, self.config, store.reference, {"linear_rank": 0, "linear_ridge": 0.0})
-        start = fit_linear(
-            store, rows, self.cells.val, self.cells.val_rows, layout, counts,
-            rank=min(model.linear_rank, model.emb_rank), ridge=model.linear_ridge, seed=self.settings.SEED,
-        )  # fmt: skip
-        windows = local = None
-        if self.direction == "atac2rna":
-            windows = Windows.of(store.reference, layout, model.cis_window)
-            local = fit_local(
-                store, rows, self.cells.val, self.cells.val_rows, layout, start, windows, self.settings.SEED
-            )
-        network = CisModel.from_start(self.config, layout, start, windows, local)
+        network, start = fit_closed_form(self.config, self.cells, layout, counts)
         metrics = {"linear_rank": start.rank, "linear_ridge": start.ridge}
         return Checkpoint(network, self.config, store.reference, metrics)
 
@@ -424,6 +414,22 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.history = json.loads(state["history"])
         logger.info("resuming %s after epoch %d", self.folder, state["epoch"])
+
+
+def fit_closed_form(
+    config: Config, cells: Cells, layout: Layout, counts: FeatureCounts
+) -> tuple[CisModel, LinearStart]:
+    """Return the closed-form model of training cells as a network, rank and penalties chosen on validation cells."""
+    model, seed = config.model, config.training.SEED
+    data = cells.train, cells.train_rows, cells.val, cells.val_rows, layout
+    start = fit_linear(
+        *data, counts, rank=min(model.linear_rank, model.emb_rank), ridge=model.linear_ridge, seed=seed
+    )
+    if layout.direction == "rna2atac":
+        return CisModel.from_start(config, layout, start, None, None), start
+    windows = Windows.of(cells.train.reference, layout, model.cis_window)
+    local = fit_local(*data, start, windows, seed)
+    return CisModel.from_start(config, layout, start, windows, local), start
 
 
 def make_layout(counts: FeatureCounts, direction: Direction, store: CellStore) -> Layout:

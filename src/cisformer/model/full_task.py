@@ -248,10 +248,10 @@ class FullTask(nn.Module):
         """
         order, place = self._order(), torch.empty(len(self.prior), dtype=torch.int64)
         place[order.cpu()] = torch.arange(len(order))
-        context = self._encode(batch, cell)
-        parts = [
-            self.network.last_attention(context, rows[None]) for rows in self._blocks(self.target_row[order])
-        ]
+        with self._precision():
+            context = self._encode(batch, cell)
+            genes = self._blocks(self.target_row[order][None])
+            parts = [self.network.last_attention(context, rows) for rows in genes]
         return pair_ranks(torch.cat([q for q, _ in parts], dim=1), parts[0][1], place[gene], token)
 
     def _encode(self, batch: Batch, cell: int | None = None) -> Context:
