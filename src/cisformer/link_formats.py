@@ -147,13 +147,12 @@ def write_format(table: pd.DataFrame, path: str | Path, form: str) -> None:
     form
         One of `FORMATS`.
     """
-    if form == "tsv":
-        columns, header = table, "\t".join(map(str, table.columns))
-    else:
-        columns, header = {"bedpe": _bedpe, "interact": _interact, "longrange": _longrange}[form](
-            pd.concat([table.reset_index(drop=True), parse_regions(table["ccre"])], axis=1)
-        )
     with text_writer(path) as handle:
+        if form == "tsv":
+            table.to_csv(handle, sep="\t", index=False, float_format="%.5g")
+            return
+        ends = pd.concat([table.reset_index(drop=True), parse_regions(table["ccre"])], axis=1)
+        columns, header = {"bedpe": _bedpe, "interact": _interact, "longrange": _longrange}[form](ends)
         handle.write(f"{header}\n" if header else "")
         columns.to_csv(
             handle, sep="\t", index=False, header=False, float_format="%.5g", quoting=csv.QUOTE_NONE

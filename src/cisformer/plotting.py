@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from cisformer.data.genome import parse_regions, tss
+from cisformer.data.genome import parse_regions
 from cisformer.errors import InputError
 from cisformer.gene_links import GeneLinks, gene_links, read_gene_links
 from cisformer.links_io import Links
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
-FIGURE_WIDTH_IN, TRACK_HEIGHT_IN, GENE_ROW_HEIGHT_IN = 7.2, 0.62, 0.17
-MOST_LABELS, MARGIN = 14, 0.04
+FIGURE_WIDTH_IN, TRACK_HEIGHT_IN, GENE_ROW_HEIGHT_IN = 7.2, 0.62, 0.23
+MOST_GENES, MARGIN = 14, 0.04
+LETTER_WIDTH = 0.0105
+"""Of a letter of a gene's name, as a share of the locus."""
 INK, FAINT, BAR = "#222222", "#9a9a9a", "#5b7a99"
 COLOUR_MAP = "viridis_r"
 STYLE: dict[Any, Any] = {
@@ -45,6 +47,20 @@ class Locus:
     chrom: str
     start: int
     end: int
+
+
+@dataclass(frozen=True)
+class _PlacedGene:
+    """A gene as it is drawn: what of it is in view, where its name goes, in which row."""
+
+    name: str
+    gene_id: str
+    left: int
+    right: int
+    middle: float
+    tss: int
+    strand: str
+    row: int
 
 
 def plot_links(
@@ -128,8 +144,8 @@ def _draw(found: GeneLinks, drawn: dict[str, pd.DataFrame], locus: Locus) -> Fig
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    rows = _pack(_neighbours(found, locus), locus)
-    n_rows = 1 + max((row for row, *_ in rows), default=0)
+    genes = _pack(_neighbours(found, locus), locus)
+    n_rows = 1 + max((gene.row for gene in genes), default=0)
     heights = [TRACK_HEIGHT_IN] * len(drawn) + [GENE_ROW_HEIGHT_IN * (n_rows + 0.6)]
     above, below = 0.34, 0.42
     height = sum(heights) + above + below
@@ -147,10 +163,15 @@ def _draw(found: GeneLinks, drawn: dict[str, pd.DataFrame], locus: Locus) -> Fig
         if number == 0:
             axes.set_title(found.gene, fontsize=9, fontstyle="italic", color=INK, pad=8)
             axes.text(
-                1, 1.04, f"0–{most_open:.0%} of cells", transform=axes.transAxes, ha="right", color=FAINT
+                1,
+                1.04,
+                f"open in 0–{most_open:.0%} of cells",
+                transform=axes.transAxes,
+                ha="right",
+                color=FAINT,
             )
     axes = figure.add_subplot(grid[-1])
-    _draw_genes(axes, found, rows, n_rows, locus)
+    _draw_genes(axes, found, genes, n_rows, locus)
     bar_axes = figure.add_axes((0.915, 0.5 - 0.6 / height, 0.012, 1.2 / height))
     bar = figure.colorbar(colours, cax=bar_axes)
     bar.outline.set_linewidth(0.4)
@@ -178,7 +199,7 @@ def _draw_type(
     """Bars of accessibility above the line, arcs from the TSS below it, coloured and as wide as their score."""
     table = found.tables[name]
     table = table[(table["end"] > locus.start) & (table["start"] < locus.end)]
-    widest = (locus.end - locus.start) / 400
+    widest = (locus.end - locus.start) / 260
     width = np.maximum(table["end"] - table["start"], widest)
     axes.bar(
         (table["start"] + table["end"]) / 2,
@@ -188,6 +209,7 @@ def _draw_type(
         lw=0,
     )
     axes.axhline(0, color=INK, lw=0.5)
+    axes.axvline(found.tss, color=FAINT, lw=0.4, ls=(0, (2, 3)), zorder=0)
     longest = max(locus.end - found.tss, found.tss - locus.start)
     drawn = drawn.sort_values("score")
     middle, score = ((drawn["start"] + drawn["end"]) / 2).to_numpy(float), drawn["score"].to_numpy(float)
@@ -195,7 +217,7 @@ def _draw_type(
         middle, colours.to_rgba(score), np.asarray(colours.norm(score), float), strict=True
     ):
         x, y = _arc(found.tss, target, longest)
-        axes.plot(x, y, color=colour, lw=0.5 + 1.6 * height)
+        axes.plot(x, y, color=colour, lw=0.5 + 1.3 * height)
     axes.set_xlim(locus.start, locus.end)
     axes.set_ylim(-1.15, 1.15)
     axes.set_axis_off()
@@ -227,61 +249,46 @@ def _neighbours(found: GeneLinks, locus: Locus) -> pd.DataFrame:
     named = ~genes["gene_name"].astype(str).str.contains(CLONE).to_numpy()
     order = np.argsort((genes["start"] - genes["end"]).to_numpy(), kind="stable")
     chosen = [*np.flatnonzero(own), *(i for i in order if named[i] and not own[i])]
-    return genes.iloc[chosen[:MOST_LABELS]]
+    return genes.iloc[chosen[:MOST_GENES]]
 
 
-def _pack(genes: pd.DataFrame, locus: Locus) -> list[tuple[int, pd.Series]]:
-    """Put genes into rows so that neither bodies nor names overlap; return (row, gene)."""
-    per_letter = (locus.end - locus.start) * 0.0115
+def _pack(genes: pd.DataFrame, locus: Locus) -> list[_PlacedGene]:
+    """Put genes into rows so that neither bodies, arrows nor names overlap."""
+    letter = (locus.end - locus.start) * LETTER_WIDTH
     taken: list[list[tuple[float, float]]] = []
     placed = []
-    for _, gene in genes.iterrows():
-        left = max(gene["start"], locus.start)
-        half = per_letter * len(str(gene["gene_name"])) / 2
-        middle = (left + min(gene["end"], locus.end)) / 2
-        span = (
-            min(left, middle - half) - per_letter,
-            max(min(gene["end"], locus.end), middle + half) + per_letter,
-        )
-        row = next(
-            (n for n, spans in enumerate(taken) if all(span[1] < a or span[0] > b for a, b in spans)),
-            len(taken),
-        )
+    for name, start, end, strand, gene_id in genes[
+        ["gene_name", "start", "end", "strand", "gene_id"]
+    ].itertuples(index=False, name=None):
+        left, right = max(start, locus.start), min(end, locus.end)
+        half = letter * len(name) / 2
+        middle = min(max((left + right) / 2, locus.start + half), locus.end - half)
+        span = min(left - 2 * letter, middle - half), max(right + 2 * letter, middle + half)
+        free = (n for n, spans in enumerate(taken) if all(span[1] < a or span[0] > b for a, b in spans))
+        row = next(free, len(taken))
         if row == len(taken):
             taken.append([])
         taken[row].append(span)
-        placed.append((row, gene))
+        placed.append(
+            _PlacedGene(name, gene_id, left, right, middle, end - 1 if strand == "-" else start, strand, row)
+        )
     return placed
 
 
-def _draw_genes(
-    axes: Axes, found: GeneLinks, rows: list[tuple[int, pd.Series]], n_rows: int, locus: Locus
-) -> None:
-    """Gene bodies with the direction of transcription, names, and the scale of the chromosome."""
-    step = (locus.end - locus.start) / 60
-    for row, gene in rows:
-        own = gene["gene_id"] == found.gene_id
-        colour = INK if own else FAINT
-        left, right = max(gene["start"], locus.start), min(gene["end"], locus.end)
-        axes.plot([left, right], [row, row], color=colour, lw=2.4 if own else 1.4, solid_capstyle="butt")
-        marks = np.arange(left + step / 2, right, step)
-        if len(marks):
-            marker = "<" if gene["strand"] == "-" else ">"
-            axes.plot(
-                marks, np.full(len(marks), row), marker, ms=1.8, mew=0, color="white" if own else colour
-            )
-        start = int(tss(gene.to_frame().T)[0])
-        if locus.start <= start <= locus.end:
-            direction = -1 if gene["strand"] == "-" else 1
-            axes.annotate(
-                "", (start + direction * step * 0.9, row - 0.42), (start, row - 0.42),
-                arrowprops={"arrowstyle": "-|>", "lw": 0.6, "color": colour, "mutation_scale": 5,
-                            "shrinkA": 0, "shrinkB": 0},
-            )  # fmt: skip
-            axes.plot([start, start], [row, row - 0.42], color=colour, lw=0.6)
-        middle = float(np.clip((left + right) / 2, locus.start, locus.end))
-        axes.text(middle, row + 0.18, gene["gene_name"], ha="center", va="top", color=colour, style="italic",
-                  fontsize=7 if own else 6, clip_on=True)  # fmt: skip
+def _draw_genes(axes: Axes, found: GeneLinks, genes: list[_PlacedGene], n_rows: int, locus: Locus) -> None:
+    """Gene bodies, names, an arrow from each TSS, and the scale of the chromosome."""
+    for gene in genes:
+        own = gene.gene_id == found.gene_id
+        colour, row = INK if own else FAINT, gene.row
+        axes.plot(
+            [gene.left, gene.right], [row, row], color=colour, lw=2.6 if own else 1.6, solid_capstyle="butt"
+        )
+        axes.text(
+            gene.middle, row + 0.2, gene.name, ha="center", va="top", color=colour, style="italic",
+            fontsize=7 if own else 6,
+        )  # fmt: skip
+        if locus.start <= gene.tss <= locus.end:
+            _draw_arrow(axes, gene, colour, (locus.end - locus.start) * 2 * LETTER_WIDTH)
     axes.set_ylim(n_rows - 0.1, -0.75)
     axes.set_xlim(locus.start, locus.end)
     axes.set_yticks([])
@@ -290,6 +297,15 @@ def _draw_genes(
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:.{_digits(locus)}f}")
     axes.tick_params(length=2.5, width=0.6)
     axes.set_xlabel(f"{locus.chrom} (Mb)", labelpad=2)
+
+
+def _draw_arrow(axes: Axes, gene: _PlacedGene, colour: str, length: float) -> None:
+    """An arrow that goes up at the TSS and turns in the direction of transcription."""
+    top = gene.row - 0.35
+    tip = gene.tss + (-length if gene.strand == "-" else length)
+    style = {"arrowstyle": "-|>", "lw": 0.6, "color": colour, "mutation_scale": 5, "shrinkA": 0, "shrinkB": 0}
+    axes.plot([gene.tss, gene.tss], [gene.row, top], color=colour, lw=0.6)
+    axes.annotate("", (tip, top), (gene.tss, top), arrowprops=style)
 
 
 def _digits(locus: Locus) -> int:
