@@ -1,13 +1,13 @@
 """Measure `cisformer data_preprocess`: CPU time, peak memory, disk, throughput, and where the time goes.
 
-    python benchmarks/preprocess.py WORK --data DIR [--peer PEER/bin/cisformer]
+    python benchmarks/preprocess.py WORK --data DIR [--peer PEER/bin/cisformer] [--num_workers 2]
     python benchmarks/preprocess.py WORK --cells 10000 100000 [--compression gzip]
 
 With `--data`, a folder with ``rna.h5ad``, ``atac.h5ad`` and ``cisformer_config/`` goes through both
 directions, by ours and, if given, by the published tool. With `--cells`, sets of simulated cells of that size
 do, in one direction: each cell has about 2,000 of 20,000 human genes and 6,000 open peaks of 100,000. Prints
 markdown tables. CPU time is that of all processes and threads; peak memory that of all processes together
-(their shares of it, sampled five times a second) or of the largest alone, whichever is more.
+(their shares of it, sampled about once a second) or of the largest alone, whichever is more.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 
 N_GENES, N_PEAKS = 20_000, 100_000
 GENES_PER_CELL, PEAKS_PER_CELL = 2_000, 6_000
+POLLS_PER_SAMPLE = 20  # of memory: walking the pages of gigabytes is no small work itself
 STAGES = ("read", "align", "write")
 
 
@@ -49,12 +50,14 @@ def run(command: list[str], cwd: Path) -> Run:
     This process stays small, because Linux counts what it holds towards the peak of the process it starts.
     """
     log = cwd / "log.txt"
-    start, peak_kb, done = time.perf_counter(), 0, 0
+    start, peak_kb, n_polls, done = time.perf_counter(), 0, 0, 0
     with open(log, "w") as handle:
         process = subprocess.Popen(command, cwd=cwd, stdout=handle, stderr=subprocess.STDOUT)
         while not done:
-            time.sleep(0.2)
-            peak_kb = max(peak_kb, memory_kb(process.pid))
+            time.sleep(0.05)
+            n_polls += 1
+            if n_polls % POLLS_PER_SAMPLE == 0:
+                peak_kb = max(peak_kb, memory_kb(process.pid))
             done, status, usage = os.wait4(process.pid, os.WNOHANG)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - start
@@ -89,15 +92,15 @@ def preprocess(command: list[str], data: Path, out: Path, *flags: str) -> tuple[
     return took, written / 1e6
 
 
-def compare(data: Path, work: Path, peer: Path | None) -> None:
+def compare(data: Path, work: Path, peer: Path | None, flags: list[str]) -> None:
     """Print both directions, ours beside the published tool."""
     tools = {"cisformer (this)": [sys.executable, "-m", "cisformer"]}
     if peer is not None:
         tools["published 1.1.2"] = [str(peer)]
     print("| tool | direction | CPU s | wall s | peak GB | written MB |\n|---|---|---|---|---|---|")
     for tool, command in tools.items():
-        for direction, flags in (("rna2atac", []), ("atac2rna", ["--atac2rna"])):
-            took, written = preprocess(command, data, work / "out", *flags)
+        for direction, chosen in (("rna2atac", []), ("atac2rna", ["--atac2rna"])):
+            took, written = preprocess(command, data, work / "out", *flags, *chosen)
             print(
                 f"| {tool} | {direction} | {took.cpu_s:.1f} | {took.wall_s:.1f} | {took.peak_gb:.2f} "
                 f"| {written:.0f} |",
@@ -105,7 +108,7 @@ def compare(data: Path, work: Path, peer: Path | None) -> None:
             )
 
 
-def scale(sizes: list[int], work: Path, compression: str | None, seed: int) -> None:
+def scale(sizes: list[int], work: Path, flags: list[str], compression: str | None, seed: int) -> None:
     """Print how time and memory go with the number of cells."""
     stages = " | ".join(STAGES)
     print(f"| cells | input GB | CPU s | wall s | cells/s | peak GB | written MB | {stages} |")
@@ -117,7 +120,7 @@ def scale(sizes: list[int], work: Path, compression: str | None, seed: int) -> N
             arguments = [str(data), str(n_cells), compression or "none", str(seed)]
             subprocess.run([sys.executable, __file__, "--simulate", *arguments], check=True)
         size = sum((data / name).stat().st_size for name in ("rna.h5ad", "atac.h5ad")) / 1e9
-        took, written = preprocess([sys.executable, "-m", "cisformer"], data, work / "out")
+        took, written = preprocess([sys.executable, "-m", "cisformer"], data, work / "out", *flags)
         shares = " | ".join(took.share(stage) for stage in STAGES)
         peaks.append(took.peak_gb)
         print(
@@ -174,14 +177,16 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="+", default=[], help="sizes to simulate")
     parser.add_argument("--compression", choices=["gzip", "lzf"], help="of the simulated input")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_workers", help="passed on to data_preprocess")
     options = parser.parse_args()
+    flags = ["--num_workers", options.num_workers] if options.num_workers else []
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB\n")
     if options.data:
-        compare(options.data.resolve(), work, options.peer and options.peer.resolve())
+        compare(options.data.resolve(), work, options.peer and options.peer.absolute(), flags)
     if options.cells:
-        scale(options.cells, work, options.compression, options.seed)
+        scale(options.cells, work, flags, options.compression, options.seed)
 
 
 if __name__ == "__main__":
