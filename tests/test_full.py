@@ -16,7 +16,7 @@ from cisformer.data.batches import Layout, encode_input, normalise_rna, read_mod
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import CheckpointError, InputError
 from cisformer.model import full, fused
-from cisformer.model.checkpoint import load_checkpoint
+from cisformer.model.checkpoint import export_checkpoint, load_checkpoint
 from cisformer.model.full import FullModel, attend, export_published, load_published
 from cisformer.model.full_task import FullTask, choose_genes, counts_of, pair_ranks
 from cisformer.prediction import predict
@@ -254,11 +254,11 @@ def test_cells_do_not_touch_each_other_wherever_their_padding_is(direction):
             assert (together[cell][~kept] == 0).all()
 
 
-def test_ccres_are_decoded_in_chunks_to_the_same_logits(monkeypatch):
+def test_ccres_are_decoded_in_chunks_to_the_same_logits():
     model, inputs = small_model("rna2atac"), tokens("rna2atac", n_ccres=50)
     with torch.no_grad():
         whole = model(**inputs)
-        monkeypatch.setattr(full, "CHUNK", 7)
+        model.chunk = 7
         torch.testing.assert_close(model(**inputs), whole, atol=1e-6, rtol=1e-6)
 
 
@@ -494,9 +494,14 @@ def test_links_hold_the_mean_rank_of_attention_over_cells(full_checkpoints, tiny
     assert attention.max() > 0
 
 
+def test_only_the_documented_architecture_is_exported(tiny_checkpoints, tmp_path):
+    with pytest.raises(CheckpointError, match="architecture cis"):
+        export_checkpoint(tiny_checkpoints["rna2atac"], tmp_path / "pytorch_model.bin")
+
+
 def test_bare_weights_are_loaded_with_a_config(full_checkpoints, tiny_data, tmp_path):
     trained = full_checkpoints["rna2atac"]
-    path = export_published(trained.model.network, tmp_path / "pytorch_model.bin")
+    path = export_checkpoint(trained, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="neither their direction nor their configuration"):
         load_checkpoint(path)
     loaded = load_checkpoint(path, "rna2atac", config=trained.config, reference=trained.reference)

@@ -23,7 +23,7 @@ from cisformer.data.batches import Layout
 from cisformer.data.reference import Reference, load_reference, save_reference
 from cisformer.errors import CheckpointError, ReferenceMismatchError
 from cisformer.model.cis import CisModel
-from cisformer.model.full import load_published
+from cisformer.model.full import export_published, load_published
 from cisformer.model.full_task import FullTask
 from cisformer.model.local import Windows
 from cisformer.runtime import atomic_folder, provenance, sha256_file
@@ -144,6 +144,30 @@ def load_checkpoint(
         check_reference(own_reference, reference, f"checkpoint {folder}")
     model = _load_model(folder, manifest, saved, own_reference)
     return Checkpoint(model, saved, own_reference, manifest["metrics"], folder)
+
+
+def export_checkpoint(checkpoint: Checkpoint, path: str | Path) -> Path:
+    """Write the weights of a model of architecture full in the published layout.
+
+    Parameters
+    ----------
+    checkpoint
+        The model.
+    path
+        `pytorch_model.bin`, or a `.safetensors` file.
+
+    Raises
+    ------
+    CheckpointError
+        The model is of another architecture.
+    """
+    if not isinstance(checkpoint.model, FullTask):
+        raise CheckpointError(
+            "only models of architecture full have a published layout; this one is of architecture "
+            f"{checkpoint.config.model.architecture}",
+            hint="train with `architecture: full` in the config",
+        )
+    return export_published(checkpoint.model.network, path)
 
 
 def check_reference(found: Reference, wanted: Reference, what: str) -> None:

@@ -29,7 +29,7 @@ from cisformer.runtime import atomic_path
 
 N_DIGITS = 7
 CHUNK = 8192
-"""cCREs that are decoded together."""
+"""cCREs that are decoded together, unless `FullModel.chunk` says otherwise."""
 Lengths = list[int]
 """How many tokens each cell has."""
 
@@ -194,7 +194,7 @@ class FullModel(nn.Module):
 
     def __init__(self, model: Model, direction: Direction) -> None:
         super().__init__()
-        self.direction, self.mask_padding = direction, model.mask_padding
+        self.direction, self.mask_padding, self.chunk = direction, model.mask_padding, CHUNK
         genes: nn.Module = nn.Embedding(model.total_gene + 1, model.dim)
         ccres: nn.Module = DigitEmbedding(model.dim)
         atac2rna = direction == "atac2rna"
@@ -239,7 +239,7 @@ class FullModel(nn.Module):
 
     def decode_chunks(self, context: Context, index_BQ: Tensor) -> Iterator[Tensor]:
         """Yield the logits of queries [B, Q]; cCREs in chunks where no gradient is wanted."""
-        chunk = index_BQ.shape[1] if self.direction == "atac2rna" or torch.is_grad_enabled() else CHUNK
+        chunk = index_BQ.shape[1] if self.direction == "atac2rna" or torch.is_grad_enabled() else self.chunk
         for part in index_BQ.split(max(1, chunk), dim=1):
             yield self.decode(context, part)
 

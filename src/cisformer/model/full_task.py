@@ -1,5 +1,4 @@
-"""The documented architecture as training and prediction see it: targets, losses, sampling, values out of
-logits.
+"""The documented architecture as training and prediction see it: targets, losses, draws, and values.
 
 ATAC→RNA. A gene's class is 0 where it is not expressed, else one of `max_express` bins of equal width of its
 log1p counts relative to the cell's maximum. The loss is cross-entropy over genes drawn uniformly from all
@@ -23,8 +22,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -201,16 +202,15 @@ class FullTask(nn.Module):
     def _classes(self, value: Tensor, indptr: Tensor) -> Tensor:
         """Return 1..`max_express`: bins of log1p counts relative to the cell's maximum; int64 [N]."""
         cell, n_bins = ragged_rows(indptr, len(value)), len(self.class_value) - 1
-        level = counts_of(value, indptr).log1p()
-        top = level.new_zeros(len(indptr) - 1).scatter_reduce(0, cell, level, "amax")
-        return (level / top[cell] * n_bins - 1e-4).ceil().long().clamp(1, n_bins)
+        logs = counts_of(value, indptr).log1p()
+        top = logs.new_zeros(len(indptr) - 1).scatter_reduce(0, cell, logs, "amax")
+        return (logs / top[cell] * n_bins - 1e-4).ceil().long().clamp(1, n_bins)
 
     # ---- prediction
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
-        """Return probabilities, or expected log1p-normalised expression, of all known targets: float32 [B,
-        F].
+        """Return probabilities or expected log1p-normalised expression of all known targets, float32 [B, F].
 
         Cells are taken one by one, and targets in blocks, so that memory does not grow with either.
         """
@@ -224,9 +224,9 @@ class FullTask(nn.Module):
         return predicted
 
     def _values(self, eta: Tensor) -> Tensor:
-        return (
-            eta.sigmoid() if self.layout.direction == "rna2atac" else eta.softmax(dim=-1) @ self.class_value
-        )
+        if self.layout.direction == "rna2atac":
+            return eta.sigmoid()
+        return eta.softmax(dim=-1) @ self.class_value
 
     def _order(self) -> Tensor:
         """Return the known targets in the order of decoding: genes mixed, as in the draws of training."""
@@ -275,9 +275,10 @@ class FullTask(nn.Module):
             return (rows,)
         return rows.tensor_split(math.ceil(rows.shape[-1] / self.n_drawn), dim=-1)
 
-    def _precision(self) -> torch.autocast:
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Return a context that computes in bfloat16 where that is fast."""
         device = self.prior.device
-        return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bf16(device))
+        return torch.autocast(device.type, torch.bfloat16) if multiplies_bf16(device) else nullcontext()
 
     def with_targets(self, rows: np.ndarray) -> FullTask:
         """Return a model with the same network that predicts these reference rows (ascending, int64).
@@ -349,10 +350,8 @@ def choose_genes(genes: str | Path, layout: Layout, reference: Reference) -> np.
         raise InputError(
             f"gene list {genes} cannot be read: {error}", hint="one gene id or name a line"
         ) from None
-    table = reference.genes.reset_index(drop=True)
-    row_of = dict(zip(table["gene_name"], table.index, strict=True)) | dict(
-        zip(table["gene_id"], table.index, strict=True)
-    )
+    table = reference.genes
+    row_of = {label: row for key in ("gene_name", "gene_id") for row, label in enumerate(table[key])}
     unknown = [name for name in names if name not in row_of]
     if unknown or not names:
         found = f"{len(unknown)} genes that reference '{reference.name}' does not have, such as {unknown[:3]}"
@@ -388,7 +387,6 @@ def pair_ranks(q_HMD: Tensor, k_HTD: Tensor, query_E: Tensor, key_E: Tensor, blo
 
 
 def _rank_in_rows(matrix: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Return the scaled rank (0 to 1, ties in the middle) of entries within their rows."""
-    value, ordered = matrix[row, column][:, None], matrix.sort(dim=1).values[row]
-    below = torch.searchsorted(ordered, value) + torch.searchsorted(ordered, value, right=True) - 1
-    return (below.squeeze(1) / (2 * max(1, matrix.shape[1] - 1))).float().cpu()
+    """Return the scaled rank (0 to 1, ties by position) of entries within their rows."""
+    rank = matrix.argsort(dim=1, stable=True).argsort(dim=1)
+    return rank[row, column].cpu() / max(1, matrix.shape[1] - 1)

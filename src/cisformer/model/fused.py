@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 TILE = 32
 """Numbers of bfloat16 in a row of an AMX tile: head widths are filled up to a multiple."""
-KEY_BLOCK = 1024
+KEY_BLOCK = 512
 """Keys that a backward pass takes together: enough for fast products, few enough to stay in cache."""
 
 
