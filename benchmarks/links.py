@@ -1,0 +1,304 @@
+"""Measure links against planted ones: what they find, whether p-values are honest, what they cost.
+
+    python benchmarks/links.py WORK --seeds 101 202 [--epochs 20]
+    python benchmarks/links.py WORK --seeds 101 --null [--figure docs/_static/links_qq.png]
+    python benchmarks/links.py WORK --cost
+
+Each seed gives 2,000 simulated cells, 5,000 genes and 40,000 cCREs (seeds 1 to 3 served to fit the score); the
+`small` preset is trained on 72 % of the cells, and all cells are linked. Pairs count if the gene is seen in at least
+10 % of the cells, the cCRE in 5 %, and they lie between 500 bp and 250 kb apart. `--null` shuffles the RNA of cells
+within type and depth decile: no link is left. `--cost` links human-reference cells with the default configuration
+and the documented sizes. Prints markdown; CPU seconds are of all threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cisformer.config import default_config
+from cisformer.data.genome import window_pairs
+from cisformer.data.preprocess import preprocess
+from cisformer.data.store import CellStore
+from cisformer.link_evaluation import average_precision, bootstrap_interval
+from cisformer.link_statistics import contact
+from cisformer.linking import score_links
+from cisformer.links_io import Links
+from cisformer.model.checkpoint import Checkpoint
+from cisformer.simulation import SimulatedCells, simulate
+from cisformer.training import train
+
+SEEN_GENE, SEEN_CCRE = 0.10, 0.05
+NEAREST_BP, FARTHEST_BP = 500, 250_000
+HALF = "half "
+
+
+def prepare(work: Path, seed: int, epochs: int) -> tuple[SimulatedCells, CellStore, Checkpoint]:
+    """Simulate, preprocess and train; return the cells, a store of all of them and the best checkpoint."""
+    folder = work / f"seed{seed}"
+    cells = simulate(seed=seed)
+    options = {"direction": "atac2rna", "reference": "dataset", "force": True}
+    preprocess(cells.rna, cells.atac, folder, **options)
+    store = preprocess(cells.rna, cells.atac, folder, manually=True, **options)["all"]
+    config = default_config("atac2rna", "small")
+    training = config.training.model_copy(update={"epoch": epochs})
+    checkpoint = train(
+        folder, "links", direction="atac2rna", save=folder / "save", cpu=True,
+        config=config.model_copy(update={"training": training}),
+    )  # fmt: skip
+    return cells, store, checkpoint
+
+
+def judged_pairs(cells: SimulatedCells, rows: np.ndarray | None = None) -> pd.DataFrame:
+    """Return pairs that count (among cells `rows`), whether they are links in any type, and Pearson correlations."""
+    rna, atac = (cells.rna, cells.atac) if rows is None else (cells.rna[rows], cells.atac[rows])
+    genes = rna.var.reset_index(names="gene_name")
+    regions = atac.var.reset_index(drop=True)
+    gene, ccre = window_pairs(genes, regions, FARTHEST_BP)
+    tss = np.where(genes["strand"] == "-", genes["end"] - 1, genes["start"])
+    distance = np.abs((regions["start"] + regions["end"]).to_numpy()[ccre] // 2 - tss[gene])
+    counts = rna.X.toarray()
+    is_open = atac.X.toarray().astype(np.float32)
+    kept = ((counts > 0).mean(0)[gene] >= SEEN_GENE) & (is_open.mean(0)[ccre] >= SEEN_CCRE)
+    kept &= (distance > NEAREST_BP) & (distance <= FARTHEST_BP)
+    gene, ccre, distance = gene[kept], ccre[kept], distance[kept].astype(float)
+    expression = np.log1p(counts / counts.sum(1, keepdims=True) * 1e4)
+    left = (expression - expression.mean(0)) / np.maximum(expression.std(0), 1e-9)
+    right = (is_open - is_open.mean(0)) / np.maximum(is_open.std(0), 1e-9)
+    pearson = np.array([left[:, g] @ right[:, c] for g, c in zip(gene, ccre, strict=True)]) / len(left)
+    table = pd.DataFrame(
+        {
+            "gene_id": genes["gene_id"].to_numpy()[gene], "ccre": atac.var_names.to_numpy()[ccre],
+            "distance_bp": distance, "pearson": pearson,
+            "activity_distance": is_open.mean(0)[ccre] * contact(distance),
+        }
+    )  # fmt: skip
+    return mark_links(table, cells.links)
+
+
+def mark_links(table: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
+    """Add `is_link`: whether the pair is planted."""
+    planted = pd.MultiIndex.from_frame(links[["gene_id", "ccre"]])
+    return table.assign(is_link=pd.MultiIndex.from_frame(table[["gene_id", "ccre"]]).isin(planted))
+
+
+def found_links(cells: SimulatedCells, links: Links) -> None:
+    """Print average precisions of pairs over all cells, and of pairs in each type."""
+    pairs = judged_pairs(cells)
+    best = links.table.groupby(["gene_id", "ccre"])[["score", "association", "coupling", "attention"]].max()
+    effect = links.table.groupby(["gene_id", "ccre"])["effect"].min()
+    pairs = pairs.merge(best.assign(effect=effect).reset_index(), on=["gene_id", "ccre"], how="left").fillna(
+        0
+    )
+    methods = {
+        "distance": -pairs["distance_bp"],
+        "Pearson": pairs["pearson"],
+        "Pearson × (d + 5 kb)^-0.7": pairs["pearson"] * (pairs["distance_bp"] + 5_000) ** -0.7,
+        "accessibility × contact": pairs["activity_distance"],
+        "attention": pairs["attention"],
+        "effect": -pairs["effect"],
+        "coupling": pairs["coupling"],
+        "association": pairs["association"],
+        "score": pairs["score"],
+    }
+    print(f"\npairs, all cells: {len(pairs):,}, {pairs['is_link'].mean():.1%} planted\n")
+    areas = print_areas(methods, pairs)
+    simple = max(areas[name] for name in list(methods)[:3])
+    print(f"\nscore / best of the first three: {areas['score'] / simple:.2f}")
+    print(f"association / Pearson: {areas['association'] / areas['Pearson']:.2f}")
+
+    by_type = []
+    for name in links.cell_num:
+        own = judged_pairs(cells, np.flatnonzero(cells.rna.obs["cell_type"] == name))
+        own = mark_links(own, cells.links[cells.links["cell_type"] == name])
+        scores = links.table[links.table["cell_type"] == name][["gene_id", "ccre", "score"]]
+        by_type.append(own.merge(scores, on=["gene_id", "ccre"], how="left").fillna(0))
+    table = pd.concat(by_type)
+    table = table.merge(pairs[["gene_id", "ccre", "pearson"]], on=["gene_id", "ccre"], suffixes=("", "_all"))
+    print(f"\npairs, in each type: {len(table):,}, {table['is_link'].mean():.1%} planted\n")
+    print_areas(
+        {
+            "distance": -table["distance_bp"],
+            "Pearson in the type": table["pearson"],
+            "Pearson × (d + 5 kb)^-0.7, all cells": table["pearson_all"]
+            * (table["distance_bp"] + 5_000) ** -0.7,
+            "score": table["score"],
+        },
+        table,
+    )
+
+
+def print_areas(methods: dict[str, pd.Series], pairs: pd.DataFrame) -> dict[str, float]:
+    """Print a table of average precisions with 95 % intervals (genes drawn anew); return the former."""
+    is_link, gene = pairs["is_link"].to_numpy(), pd.factorize(pairs["gene_id"])[0]
+    print("| by | AUPRC | 95 % |\n|---|---|---|")
+    areas = {}
+    for name, values in methods.items():
+        score = values.to_numpy(float)
+        areas[name] = average_precision(is_link, score)
+        low, high = bootstrap_interval(is_link, score, gene, 200, 0)
+        print(f"| {name} | {areas[name]:.3f} | {low:.3f}–{high:.3f} |")
+    return areas
+
+
+def split_halves(cells: SimulatedCells, store: CellStore, checkpoint: Checkpoint, seed: int) -> None:
+    """Print how the scores of halves of a type agree with each other, and with halves of other types."""
+    rng = np.random.default_rng(seed)
+    types = cells.rna.obs["cell_type"].astype(str)
+    half = types + pd.Series(rng.integers(0, 2, len(types)), index=types.index).map(lambda n: f"|{HALF}{n}")
+    table = score_links(checkpoint, store, half).table
+    wide = table.pivot_table(index=["gene_id", "ccre"], columns="cell_type", values="score").dropna()
+    for label, values in (
+        ("scores", wide),
+        ("less the mean of all halves", wide.sub(wide.mean(axis=1), axis=0)),
+    ):
+        agreement = values.corr(method="spearman")
+        same = [
+            agreement.loc[a, b]
+            for a in values
+            for b in values
+            if a < b and a.split("|")[0] == b.split("|")[0]
+        ]
+        other = [
+            agreement.loc[a, b]
+            for a in values
+            for b in values
+            if a < b and a.split("|")[0] != b.split("|")[0]
+        ]
+        print(f"split halves, {label}: Spearman {np.mean(same):.3f} with the other half of the type ", end="")
+        print(
+            f"(least {min(same):.3f}), {np.mean(other):.3f} with halves of other types (most {max(other):.3f})"
+        )
+
+
+def null_calibration(
+    work: Path, cells: SimulatedCells, checkpoint: Checkpoint, seed: int, figure: Path | None
+) -> None:
+    """Print inflation and false discoveries when RNA is shuffled within type and depth decile."""
+    rng = np.random.default_rng(seed)
+    depth = np.asarray(cells.rna.X.sum(axis=1)).ravel()
+    types = cells.rna.obs["cell_type"]
+    order = np.arange(len(depth))
+    for name in types.cat.categories:
+        rows = np.flatnonzero(types == name)
+        decile = pd.qcut(depth[rows], 10, labels=False, duplicates="drop")
+        for number in np.unique(decile):
+            order[rows[decile == number]] = rng.permutation(rows[decile == number])
+    rna = cells.rna.copy()
+    rna.X = cells.rna.X[order]
+    store = preprocess(
+        rna,
+        cells.atac,
+        work / f"null{seed}",
+        direction="atac2rna",
+        reference="dataset",
+        manually=True,
+        force=True,
+    )["all"]
+    table = score_links(checkpoint, store, types.astype(str)).table
+    tested = table[table["p_value"].notna()]
+    print("\n| cell type | cells | tested | λ | FDR < 0.05 |\n|---|---|---|---|---|")
+    for name, part in [*tested.groupby("cell_type"), ("all", tested)]:
+        n_cells = int((types == name).sum()) or len(types)
+        false = (part["fdr"] < 0.05).sum()
+        print(
+            f"| {name} | {n_cells:,} | {len(part):,} | {inflation(part['p_value']):.3f} | {false / len(part):.5%} |"
+        )
+    if figure is not None:
+        draw_qq(tested, figure)
+        print(f"\nwrote {figure}")
+
+
+def inflation(p_value: pd.Series) -> float:
+    """Return λ: the median χ² of the p-values over its expectation."""
+    return float(stats.chi2.isf(np.median(p_value), 1) / stats.chi2.isf(0.5, 1))
+
+
+def draw_qq(tested: pd.DataFrame, path: Path) -> None:
+    """Draw observed against expected p-values of each type."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(3.6, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for name, part in tested.groupby("cell_type"):
+            observed = -np.log10(np.sort(part["p_value"]))
+            expected = -np.log10((np.arange(len(part)) + 0.5) / len(part))
+            axes.plot(expected, observed, ".", ms=3, label=f"{name}, λ = {inflation(part['p_value']):.2f}")
+        top = expected.max()
+        n = len(tested) / tested["cell_type"].nunique()
+        grid = np.arange(1, int(n) + 1, max(1, int(n) // 5000))
+        band = [-np.log10(stats.beta.ppf(q, grid, n - grid + 1)) for q in (0.025, 0.975)]
+        axes.fill_between(-np.log10(grid / n), *band, color="0.85", lw=0, zorder=0)
+        axes.plot([0, top], [0, top], color="0.3", lw=0.8)
+        axes.set_xlabel("expected −log10 p")
+        axes.set_ylabel("observed −log10 p")
+        axes.legend(frameon=False, fontsize=6, loc="upper left", handletextpad=0.2)
+        figure.savefig(path, dpi=200)
+
+
+def cost(work: Path) -> None:
+    """Print CPU time per cell and peak memory at the documented sizes, human reference."""
+    cells = simulate(n_cells=400, n_genes=15_000, n_ccres=100_000, seed=7)
+    folder = work / "cost"
+    store = preprocess(cells.rna, cells.atac, folder, direction="atac2rna", manually=True, force=True)["all"]
+    config = default_config("atac2rna")
+    training = config.training.model_copy(update={"epoch": 0})
+    config = config.model_copy(update={"training": training})
+    checkpoint = train(
+        store.path, "cost", direction="atac2rna", save=folder / "save", config=config, cpu=True
+    )
+    types = cells.rna.obs["cell_type"].astype(str)
+    print(
+        "\n| cells | open cCREs a cell | pairs | links | CPU-s | CPU-s a cell | peak GB |\n|---|---|---|---|---|---|---|"
+    )
+    for n_cells in (100, 200, 400):
+        started = time.process_time()
+        links = score_links(checkpoint, store, types[:n_cells])
+        seconds = time.process_time() - started
+        opened = cells.atac.X[:n_cells].sum(axis=1).mean()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        pairs = len(checkpoint.model.cis.window_gene)
+        print(f"| {n_cells} | {opened:,.0f} | {pairs:,} | {len(links.table):,} ", end="")
+        print(f"| {seconds:.1f} | {seconds / n_cells:.3f} | {peak:.2f} |")
+
+
+def main() -> None:
+    """Parse the command line and print what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--null", action="store_true")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--cost", action="store_true")
+    given = parser.parse_args()
+    for seed in given.seeds:
+        print(f"\n### seed {seed}")
+        cells, store, checkpoint = prepare(given.work, seed, given.epochs)
+        if given.null:
+            null_calibration(given.work, cells, checkpoint, seed, given.figure)
+            continue
+        started = time.process_time()
+        links = score_links(checkpoint, store, cells.rna.obs["cell_type"].astype(str))
+        seconds = time.process_time() - started
+        found_links(cells, links)
+        print(
+            f"\nlinking: {seconds / len(cells.rna):.3f} CPU-s a cell; best epoch {checkpoint.metrics['epoch']}\n"
+        )
+        split_halves(cells, store, checkpoint, seed)
+    if given.cost:
+        cost(given.work)
+
+
+if __name__ == "__main__":
+    main()
