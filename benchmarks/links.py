@@ -257,7 +257,7 @@ def cost(work: Path) -> None:
     )
     types = cells.rna.obs["cell_type"].astype(str)
     print(
-        "\n| cells | open cCREs a cell | pairs | links | CPU-s | CPU-s a cell | peak GB |\n|---|---|---|---|---|---|---|"
+        "\n| cells | open cCREs | pairs | links | CPU-s | CPU-s a cell | peak GB |\n|---|---|---|---|---|---|---|"
     )
     for n_cells in (100, 200, 400):
         started = time.process_time()

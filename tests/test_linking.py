@@ -12,7 +12,8 @@ import torch
 from cisformer.data.batches import encode_input, read_modality
 from cisformer.data.store import CellStore
 from cisformer.errors import CheckpointError, InputError, OutputExistsError, ReferenceMismatchError
-from cisformer.linking import choose_cells, link, score_links, state_profiles
+from cisformer.link_evidence import state_profiles
+from cisformer.linking import choose_cells, link, score_links
 
 
 @pytest.fixture(scope="module")
