@@ -47,6 +47,10 @@ def test_states_span_the_principal_components(fitted):
     if layout.input_modality == "atac":
         idf = np.log1p(len(x) / np.maximum(x.sum(axis=0), 1))
         x = np.log1p(1e4 * x * idf / x.sum(axis=1, keepdims=True))
+    else:
+        depth = np.log1p((x > 0).sum(axis=1))
+        spread = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)[0] / np.sqrt(len(x))
+        x = np.column_stack([x, (depth - depth.mean()) / depth.std() * spread])
     u = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)[0][:, :2]
     z = states(start.projection, store, np.arange(store.n_cells), layout)
     q = np.linalg.qr(z)[0]

@@ -40,6 +40,8 @@ class Projection(nn.Module):
     """Fixed map from a cell's input to white principal components; no trained parameters.
 
     RNA enters as log1p-normalised expression, ATAC as log1p(1e4 · tf · idf) with tf = 1 / open cCREs of the cell.
+    Normalising hides how deeply a cell was sequenced, which the number of its open cCREs shares: for RNA input, the
+    log number of expressed genes stands beside the others, with the spread of the largest component.
     """
 
     def __init__(self, n_input: int, rank: int, modality: Modality) -> None:
@@ -47,9 +49,11 @@ class Projection(nn.Module):
         self.modality = modality
         self.components: Tensor
         self.offset: Tensor
+        self.depth: Tensor
         self.idf: Tensor
         self.register_buffer("components", torch.zeros(n_input, rank))
         self.register_buffer("offset", torch.zeros(rank))
+        self.register_buffer("depth", torch.zeros(rank))
         self.sd: Tensor
         self.register_buffer("idf", torch.ones(n_input))
         self.register_buffer("sd", torch.ones(rank))
@@ -64,7 +68,8 @@ class Projection(nn.Module):
         pooled = F.embedding_bag(
             batch.index, self.components, batch.indptr[:-1], mode="sum", per_sample_weights=weight
         )
-        return pooled - self.offset
+        n_found = batch.indptr.diff().to(pooled.dtype)
+        return pooled + torch.log1p(n_found)[:, None] * self.depth - self.offset
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def count_features(store: CellStore, rows: np.ndarray, direction: str) -> Featur
 
 
 def fit_projection(cells: sp.csr_matrix, modality: Modality, rank: int, seed: int) -> Projection:
-    """Fit the projection to normalised cells [n, n_input] by truncated SVD, centred and whitened.
+    """Fit the projection to normalised cells [n, n_input] by truncated SVD, with depth, centred and whitened.
 
     One component more than wanted is computed, since the first of an uncentred SVD is mostly the mean.
     Source: Halko, Martinsson, Tropp (2011) randomised SVD as in scikit-learn; TF-IDF as in Cusanovich et al. (2015).
@@ -153,13 +158,18 @@ def fit_projection(cells: sp.csr_matrix, modality: Modality, rank: int, seed: in
         cells.data = np.log1p(TFIDF_SCALE * projection.idf.numpy()[cells.indices] / per_cell)
     svd = TruncatedSVD(min(rank + 1, min(cells.shape) - 1), random_state=seed, n_iter=7)
     scores = svd.fit_transform(cells)
+    depth = np.log1p(np.diff(cells.indptr))
+    # Expression, as predicted, is normalised for depth; accessibility is not.
+    depth_unit = scores.std(axis=0).max() / max(depth.std(), 1e-6) if modality == "rna" else 0.0
+    scores = np.column_stack([scores, depth * depth_unit])
     centre = scores.mean(axis=0)
     variance, rotation = np.linalg.eigh(np.cov(scores.T, bias=True).reshape(len(centre), len(centre)))
     largest = np.argsort(variance)[::-1][:rank]
     sd = np.sqrt(np.maximum(variance[largest], 1e-12))
     whiten = rotation[:, largest] / sd
     projection.sd = torch.from_numpy(sd.astype(np.float32))
-    projection.components = torch.from_numpy((svd.components_.T @ whiten).astype(np.float32))
+    projection.components = torch.from_numpy((svd.components_.T @ whiten[:-1]).astype(np.float32))
+    projection.depth = torch.from_numpy((whiten[-1] * depth_unit).astype(np.float32))
     projection.offset = torch.from_numpy((centre @ whiten).astype(np.float32))
     return projection
 
