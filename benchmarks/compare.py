@@ -29,12 +29,13 @@ import scipy.sparse as sp
 from cisformer.comparison import METRICS
 from cisformer.config import DIRECTIONS, Direction, default_config, dump_config
 from cisformer.data.store import CellStore, find_split
-from cisformer.evaluation import MODEL, EvaluationReport, evaluate_case
+from cisformer.evaluation import EvaluationReport, evaluate_case
 from cisformer.matching import Case, case_of_store
 from cisformer.metrics import PROBABILITY_FLOOR
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.prediction import predict
 from cisformer.simulation import simulate
+from cisformer.verdict import MODEL
 
 HERE = Path(__file__).parent
 SIMULATED = {"sim_2000": (2000, 5000, 40_000), "sim_500": (500, 1000, 6000)}

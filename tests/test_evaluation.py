@@ -1,6 +1,7 @@
 """The whole evaluation: honest verdicts, the same numbers everywhere."""
 
 import json
+import shutil
 
 import anndata as ad
 import numpy as np
@@ -9,7 +10,9 @@ import scipy.sparse as sp
 
 from cisformer.comparison import METRICS, Comparison, Measured
 from cisformer.errors import InputError
-from cisformer.evaluation import evaluate, evaluate_model, judge, read_training_log, short_summary
+from cisformer.evaluation import evaluate, evaluate_model, short_summary
+from cisformer.figure_data import read_training_log
+from cisformer.verdict import judge
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +137,35 @@ def test_json_holds_everything_without_nan(reports, tmp_path):
     assert sum(read["figures"]["reliability"]["model"]["count"]) == read["facts"]["features"] * 50
 
 
-def test_short_form_is_short(parts, tiny_data, tiny_checkpoints):
-    report = evaluate_model(
-        tiny_data["rna2atac"], tiny_checkpoints["rna2atac"], split="val", quick=True, num_workers=0
+@pytest.mark.parametrize("direction", ["rna2atac", "atac2rna"])
+def test_short_form_scores_the_validation_cells(direction, tiny_data, tiny_checkpoints):
+    model = tiny_checkpoints[direction]
+    summary = short_summary(model, tiny_data[direction], num_workers=0)
+    assert len(summary.splitlines()) == (6 if direction == "rna2atac" else 5)
+    assert "The model" in summary
+    whole = evaluate_model(
+        tiny_data[direction], model, split="val", num_workers=0, seed=model.config.training.SEED
     )
-    summary = short_summary(report)
-    assert report.figures == {}
-    assert report.verdict in summary
-    assert len(summary.splitlines()) == 6
+    key, name = ("log_loss", "log-loss") if direction == "rna2atac" else ("r2", "R² over the mean")
+    line = next(line for line in summary.splitlines() if line.startswith(name))
+    assert f"{whole.scores['model'][key]['value']:.4f}" in line
+
+
+def test_short_form_of_a_run_that_sets_validation_cells_aside(tiny_data, tiny_config, tmp_path):
+    from cisformer.data.store import find_split
+    from cisformer.training import train
+
+    alone = shutil.copytree(find_split(tiny_data["rna2atac"], "train"), tmp_path / "rna2atac_train")
+    best = train(alone, "x", direction="rna2atac", save=tmp_path, config=tiny_config("rna2atac", epoch=0))
+    line = next(
+        line for line in short_summary(best, alone, num_workers=0).splitlines() if line.startswith("log-loss")
+    )
+    assert float(line.split()[4]) == pytest.approx(best.metrics["val_loss"], abs=2e-3)
+
+
+def test_probabilities_add_up_to_the_ccres_that_are_open(tiny_data, tiny_checkpoints):
+    report = evaluate_model(tiny_data["rna2atac"], tiny_checkpoints["rna2atac"], num_workers=0)
+    assert report.scores["model"]["open_ratio"]["value"] == pytest.approx(1.0, abs=0.1)
 
 
 def test_the_table_marks_who_wins(reports):

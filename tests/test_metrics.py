@@ -10,18 +10,15 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 
 from cisformer import metrics
 from cisformer.metrics import (
-    Interval,
     OddsOverMean,
     correlation,
     log_fold_changes,
     probability_scores,
     pseudobulk,
     ranking_scores,
-    resample_cells,
-    resampled_correlation,
-    resampled_mean,
     squared_errors,
 )
+from cisformer.resampling import Interval, resample_cells, resampled_correlation, resampled_mean
 
 
 def _loop(function, predicted, truth, axis):

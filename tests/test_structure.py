@@ -15,9 +15,9 @@ ORDER = [
     "model.attention", "model.linear", "model.local", "model.cis",
     "model.fused", "model.published", "model.full", "model.full_task",
     "model.checkpoint",
-    "simulation", "metrics", "baselines", "training", "prediction", "launch",
+    "simulation", "metrics", "resampling", "baselines", "training", "prediction", "launch",
     "link_statistics", "link_evidence", "link_formats", "links_io", "gene_links", "linking", "link_evaluation", "plotting",
-    "comparison", "matching", "evaluation", "charts", "report", "demo",
+    "comparison", "verdict", "matching", "figure_data", "evaluation", "charts", "report", "demo",
     "cli.common", "cli.data", "cli.model", "cli.links", "cli.evaluation", "cli", "__main__",
 ]  # fmt: skip
 

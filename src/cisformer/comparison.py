@@ -17,7 +17,6 @@ from scipy.stats import rankdata
 
 from cisformer.config import Direction
 from cisformer.metrics import (
-    Interval,
     Matrix,
     OddsOverMean,
     ProbabilityScores,
@@ -28,11 +27,9 @@ from cisformer.metrics import (
     probability_scores,
     pseudobulk,
     ranking_scores,
-    resample_cells,
-    resampled_correlation,
-    resampled_mean,
     squared_errors,
 )
+from cisformer.resampling import Interval, resample_cells, resampled_correlation, resampled_mean
 
 MIN_CELLS = 3
 """A feature is scored across cells if it is open in, and closed in, at least this many (or expressed in)."""

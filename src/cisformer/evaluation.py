@@ -17,10 +17,11 @@ import numpy as np
 from cisformer.baselines import ORACLE, Baselines, fit_baselines, mask_oracle
 from cisformer.comparison import METRICS, Comparison, Measured, Truth, compare, measure
 from cisformer.config import Direction
-from cisformer.errors import InputError
-from cisformer.matching import Case, case_of_files, case_of_store
-from cisformer.metrics import Matrix, correlation
+from cisformer.figure_data import figure_data
+from cisformer.matching import Case, case_of_files, case_of_store, case_of_training
+from cisformer.metrics import Matrix
 from cisformer.runtime import atomic_path, provenance
+from cisformer.verdict import MODEL, judge
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,13 +32,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "cisformer-evaluation"
 FORMAT_VERSION = 1
-MODEL = "model"
 QUICK_CELLS, QUICK_FEATURES = 500, 5_000
-N_DETECTION_BINS = 12
-MOST_SCATTER_TYPES, MOST_SCATTER_POINTS = 12, 250
-TOLD_TYPES = "cell-type mean"
-"""The baseline that is told more than the model sees."""
-
 PACKAGES = ("numpy", "scipy", "scikit-learn", "anndata", "torch")
 
 
@@ -95,6 +90,11 @@ class EvaluationReport:
         """Return the scores as text, one metric a line."""
         return _text_table(self, [metric.key for metric in METRICS[self.direction]])
 
+    def summary(self) -> str:
+        """Return the headline scores and the verdict as text, a few lines."""
+        keys = [metric.key for metric in METRICS[self.direction] if metric.headline]
+        return f"{_text_table(self, keys)}\n{self.verdict}"
+
 
 def evaluate(
     predicted: AnnData | str | Path,
@@ -150,7 +150,6 @@ def evaluate_model(
     cell_type: str | None = None,
     direction: Direction | None = None,
     training_log: str | Path | None = None,
-    quick: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> EvaluationReport:
@@ -170,8 +169,6 @@ def evaluate_model(
         What the checkpoint has to be for, where given.
     training_log
         `metrics.jsonl` of the training run; looked for beside the checkpoint unless given.
-    quick
-        On at most 500 cells and 5,000 features, without figures: the short form after training.
     seed
         Of the bootstrap and of the baselines' choices.
     options
@@ -187,9 +184,7 @@ def evaluate_model(
     if training_log is None and checkpoint.folder is not None:
         beside = checkpoint.folder.parent / "metrics.jsonl"
         training_log = beside if beside.is_file() else None
-    return evaluate_case(
-        case, facts=facts, training_log=training_log, seed=seed, quick=quick, started=started
-    )
+    return evaluate_case(case, facts=facts, training_log=training_log, seed=seed, started=started)
 
 
 def evaluate_case(
@@ -217,7 +212,7 @@ def evaluate_case(
     seed
         Of the bootstrap and of the baselines' choices.
     quick
-        See `evaluate_model`.
+        On at most 500 cells and 5,000 features, without figures.
     started
         `time.perf_counter()` when work began.
     """
@@ -244,7 +239,7 @@ def evaluate_case(
         standing,
         {name: {key: asdict(m.interval(key)) for key in m.value} for name, m in measured.items()},
         [{**asdict(c), "outcome": c.outcome} for c in comparisons],
-        {} if quick else _figures(measured, truth, training_log, seed),
+        {} if quick else figure_data(measured, truth, training_log, seed),
         _facts(case, baselines, facts, seed, started),
     )
 
@@ -273,79 +268,25 @@ def _comparisons(measured: Mapping[str, Measured], direction: Direction) -> list
     return [pair for pair in pairs if pair is not None]
 
 
-# ---------------------------------------------------------------------------------------------- verdict
+# ---------------------------------------------------------------------------------------------- text
 
 
-def judge(
-    measured: Mapping[str, Measured], comparisons: list[Comparison], direction: Direction
-) -> tuple[str, str]:
-    """Return the standing of the model among the baselines, as one word and in a sentence."""
-    headline = {metric.key: metric for metric in METRICS[direction] if metric.headline}
-    if not comparisons:
-        values = "; ".join(
-            f"{metric.name} {measured[MODEL].value[key]:.4f}"
-            for key, metric in headline.items()
-            if key in measured[MODEL].value
-        )
-        return "alone", f"Not compared with any baseline. That needs training data; alone: {values}."
-    fair = [c for c in comparisons if c.baseline != TOLD_TYPES]
-    groups: dict[str, list[Comparison]] = {"better": [], "tie": [], "worse": []}
-    for key in headline:
-        against = [c for c in fair if c.metric == key]
-        if against:
-            hardest = min(against, key=lambda c: (-SEVERITY.index(c.outcome), c.gain))
-            groups[hardest.outcome].append(hardest)
-    standing, sentence = _sentence(
-        groups, {outcome: _phrases(group, measured, headline) for outcome, group in groups.items()}
-    )
-    told = [
-        c for c in comparisons if c.baseline == TOLD_TYPES and c.metric in headline and c.outcome == "worse"
-    ]
-    if told:
-        names = " and ".join(
-            f"{headline[c.metric].name} ({measured[TOLD_TYPES].value[c.metric]:.4f})" for c in told
-        )
-        sentence += f" The {TOLD_TYPES}, which is told the cell types, is better on {names}."
-    return standing, sentence
+def short_summary(
+    checkpoint: Checkpoint, data: str | Path, val_data: str | Path | None = None, **options: Any
+) -> str:
+    """Return the short form: headline scores of the validation cells beside baselines, and the verdict.
 
-
-SEVERITY = ("better", "tie", "worse")
-
-
-def _sentence(groups: dict[str, list[Comparison]], said: dict[str, str]) -> tuple[str, str]:
-    """Return the standing and the sentence that goes with it."""
-    parts = [
-        f"{words} {said[outcome]}"
-        for outcome, words in zip(
-            SEVERITY, ("is best on", "cannot be told apart on", "is worse on"), strict=True
-        )
-        if groups[outcome]
-    ]
-    if groups["worse"]:
-        some = groups["better"] or groups["tie"]
-        standing, head = ("mixed", "The model does not beat every baseline") if some else (
-            "worse", "The model does not beat the baselines")  # fmt: skip
-    elif groups["tie"]:
-        standing, head = "even", "The model is beaten by no baseline"
-    else:
-        standing, head = "better", "The model beats every baseline"
-    return standing, f"{head}. It {'; it '.join(parts)}."
-
-
-def _phrases(group: list[Comparison], measured: Mapping[str, Measured], metrics: Mapping[str, Any]) -> str:
-    """Return "log-loss (0.1852 against 0.1853 of PCA-ridge) and …"."""
-    said = []
-    for c in group:
-        ours, theirs = measured[MODEL].value[c.metric], measured[c.baseline].value[c.metric]
-        article = "the " if c.baseline.islower() else ""
-        said.append(f"{metrics[c.metric].name} ({ours:.4f} against {theirs:.4f} of {article}{c.baseline})")
-    return ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1] if said else ""
-
-
-def short_summary(report: EvaluationReport) -> str:
-    """Return the headline scores and the verdict, a few lines, for use after training."""
-    keys = [metric.key for metric in METRICS[report.direction] if metric.headline]
-    return f"{_text_table(report, keys)}\n{report.verdict}"
+    Parameters
+    ----------
+    checkpoint
+        What training gave.
+    data, val_data
+        What training was given.
+    options
+        For `cisformer.prediction.predict`, such as `device`.
+    """
+    case = case_of_training(data, val_data, checkpoint, **options)
+    return evaluate_case(case, seed=checkpoint.config.training.SEED, quick=True).summary()
 
 
 MARKS = {"better": "+", "tie": "=", "worse": "-", "": " "}
@@ -372,95 +313,6 @@ def _cell(report: EvaluationReport, key: str, method: str) -> str:
     half = score["high"] - score["value"]
     spread = f" ±{half:.4f}" if np.isfinite(half) and method == MODEL else ""
     return f"{score['value']:.4f}{spread} {MARKS[report.outcome(key, method)]}".rstrip()
-
-
-# ---------------------------------------------------------------------------------------------- figures
-
-
-def _figures(
-    measured: Mapping[str, Measured], truth: Truth, training_log: str | Path | None, seed: int
-) -> dict[str, Any]:
-    figures: dict[str, Any] = {"detection": _detection(measured, truth)}
-    if truth.direction == "rna2atac":
-        figures["reliability"] = {name: _reliability(m) for name, m in measured.items() if m.probabilities}
-    if truth.types[1]:
-        figures["pseudobulk"] = _scatter(measured[MODEL], truth, seed)
-    if training_log is not None:
-        figures["training"] = read_training_log(training_log)
-    return figures
-
-
-def _reliability(measured: Measured) -> dict[str, Any]:
-    """Mean prediction, share open and number of entries of each bin that has any."""
-    assert measured.probabilities is not None
-    count, predicted, observed = measured.probabilities.reliability
-    some = count > 0
-    return {"predicted": predicted[some], "observed": observed[some], "count": count[some]}
-
-
-def _detection(measured: Mapping[str, Measured], truth: Truth) -> dict[str, Any]:
-    """Quartiles of the score per feature, in bins of the share of cells in which the feature is detected."""
-    scored = np.flatnonzero(truth.scored)
-    rate = truth.n_detected[scored] / truth.values.shape[0]
-    if not len(scored):
-        return {"rate": [], "n": [], "methods": {}}
-    edges = np.unique(np.quantile(rate, np.linspace(0, 1, N_DETECTION_BINS + 1)))
-    index = np.clip(np.searchsorted(edges, rate, "right") - 1, 0, max(len(edges) - 2, 0))
-    bins = [np.flatnonzero(index == b) for b in np.unique(index)]
-    methods = {
-        name: np.array([_quartiles(m.per_feature[scored[members]]) for members in bins]).T
-        for name, m in measured.items()
-        if name != ORACLE
-    }
-    return {
-        "rate": np.array([rate[members].mean() for members in bins]),
-        "n": np.array([len(members) for members in bins]),
-        "methods": {
-            name: dict(zip(("low", "median", "high"), q, strict=True)) for name, q in methods.items()
-        },
-    }
-
-
-def _quartiles(values: np.ndarray) -> np.ndarray:
-    values = values[np.isfinite(values)]
-    return np.quantile(values, [0.25, 0.5, 0.75]) if len(values) else np.full(3, np.nan)
-
-
-def _scatter(measured: Measured, truth: Truth, seed: int) -> dict[str, Any]:
-    """True and predicted log fold changes of a sample of features, for the largest types."""
-    assert measured.fold_changes is not None
-    code, names = truth.types
-    sizes = np.bincount(code[code >= 0], minlength=len(names))
-    scored = np.flatnonzero(truth.scored)
-    true, predicted = truth.fold_changes(truth.values)[:, scored], measured.fold_changes[:, scored]
-    r = correlation(predicted, true, axis=1)
-    size = min(len(scored), MOST_SCATTER_POINTS)
-    shown = np.sort(np.random.default_rng([seed, 3]).choice(len(scored), size, replace=False))
-    return {
-        names[t]: {"n_cells": sizes[t], "r": r[t], "true": true[t, shown], "predicted": predicted[t, shown]}
-        for t in np.argsort(-sizes, kind="stable")[:MOST_SCATTER_TYPES]
-    }
-
-
-def read_training_log(path: str | Path) -> dict[str, list[Any]]:
-    """Return the columns of a `metrics.jsonl`: epoch, train_loss, val_loss and so on.
-
-    Raises
-    ------
-    InputError
-        If there is no such file, or it is something else.
-    """
-    try:
-        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
-        keys = list(dict.fromkeys(key for record in records for key in record))
-        columns = {key: [record.get(key) for record in records] for key in keys}
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not a training log: {error}", hint="give a run's metrics.jsonl"
-        ) from error
-    if not {"epoch", "val_loss"} <= columns.keys():
-        raise InputError(f"{path} has no epoch and val_loss", hint="give a run's metrics.jsonl")
-    return columns
 
 
 # ---------------------------------------------------------------------------------------------- facts

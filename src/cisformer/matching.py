@@ -231,37 +231,73 @@ def case_of_store(
     from cisformer.prediction import predict
 
     direction = checkpoint.direction
-    stores = {name: _open_split(data, name, direction) for name in (split, *_learned_from(split))}
-    test = stores.pop(split)
+    test = _open_split(data, split, direction)
     if test is None:
         raise StoreError(f"{data} holds no {split} cells", hint="run data_preprocess without --manually")
     check_reference(test.reference, checkpoint.reference, f"data {test.path}")
     result = predict(checkpoint, test.path, min_prob=PROBABILITY_FLOOR, **options)
-    assert not isinstance(result, Path)
-    reference = checkpoint.reference
-    seen = np.zeros(result.shape[1], dtype=np.bool_)
-    seen[checkpoint.layout.target_index] = True
-    test_input, truth = _cells(test, direction)
-    learned = [store for store in stores.values() if store is not None]
-    pairs = [_cells(store, direction) for store in learned]
-    case = Case(
-        direction,
-        result.X,
-        truth,
-        test.barcodes,
-        reference.ccre_labels if direction == "rna2atac" else reference.gene_labels,
-        _labels((test.cell_info,), cell_type),
-        sp.vstack([pair[0] for pair in pairs], format="csr"),
-        sp.vstack([pair[1] for pair in pairs], format="csr"),
-        _labels((pd.concat([store.cell_info for store in learned]),), cell_type),
-        test_input,
+    # Baselines get the validation cells as well: they too choose their settings.
+    learned = (
+        _open_split(data, name, direction) for name in (("train",) if split == "val" else ("train", "val"))
     )
-    return _scored(case, seen)
+    return _case_of_rows(
+        checkpoint, result, _all(test), [_all(store) for store in learned if store], cell_type
+    )
 
 
-def _learned_from(split: str) -> tuple[str, ...]:
-    """Splits that the model learned from: baselines get the validation cells as well, to choose settings."""
-    return ("train",) if split == "val" else ("train", "val")
+def case_of_training(
+    data: str | Path, val_data: str | Path | None, checkpoint: Checkpoint, **options: Any
+) -> Case:
+    """Predict the validation cells of a training run and match them.
+
+    Parameters
+    ----------
+    data, val_data
+        What the run was given.
+    checkpoint
+        What it made.
+    options
+        For `cisformer.prediction.predict`.
+    """
+    from cisformer.prediction import predict
+    from cisformer.training import Cells
+
+    cells = Cells.open(data, val_data, checkpoint.direction, checkpoint.config.training.SEED)
+    part = Rows(cells.val, cells.val_rows)
+    own_store = cells.val is not cells.train
+    source = cells.val.path if own_store else part.input_cells(checkpoint.direction)
+    result = predict(checkpoint, source, min_prob=PROBABILITY_FLOOR, **options)
+    return _case_of_rows(checkpoint, result, part, [Rows(cells.train, cells.train_rows)], None)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some cells of a store."""
+
+    store: CellStore
+    rows: np.ndarray
+
+    def read(self, direction: Direction) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+        """Return (raw input, target in the units of the task)."""
+        rna, atac = self.store.rna(self.rows), self.store.atac(self.rows)
+        return (rna, atac) if direction == "rna2atac" else (atac, log_normalise(rna))
+
+    @property
+    def info(self) -> pd.DataFrame:
+        """Annotation of the cells."""
+        return self.store.cell_info.iloc[self.rows]
+
+    def input_cells(self, direction: Direction) -> AnnData:
+        """Return the input modality alone."""
+        from anndata import AnnData
+
+        reference = self.store.reference
+        names = reference.gene_labels if direction == "rna2atac" else reference.ccre_labels
+        return AnnData(self.read(direction)[0], obs=self.info, var=pd.DataFrame(index=names.astype(str)))
+
+
+def _all(store: CellStore) -> Rows:
+    return Rows(store, np.arange(store.n_cells))
 
 
 def _open_split(data: str | Path, split: Any, direction: Direction) -> CellStore | None:
@@ -269,11 +305,32 @@ def _open_split(data: str | Path, split: Any, direction: Direction) -> CellStore
     return None if folder is None else CellStore.open(folder)
 
 
-def _cells(store: CellStore, direction: Direction) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-    """Return (raw input, target in the units of the task) of all cells of a store."""
-    rows = np.arange(store.n_cells)
-    rna, atac = store.rna(rows), store.atac(rows)
-    return (rna, atac) if direction == "rna2atac" else (atac, log_normalise(rna))
+def _case_of_rows(
+    checkpoint: Checkpoint, result: Any, test: Rows, learned: list[Rows], cell_type: str | None
+) -> Case:
+    """Match predictions of cells of a store with the cells that were learned from."""
+    direction, reference = checkpoint.direction, checkpoint.reference
+    test_input, truth = test.read(direction)
+    case = Case(
+        direction,
+        result.X,
+        truth,
+        test.store.barcodes[test.rows],
+        reference.ccre_labels if direction == "rna2atac" else reference.gene_labels,
+        _labels((test.info,), cell_type),
+    )
+    if learned:
+        pairs = [part.read(direction) for part in learned]
+        case = replace(
+            case,
+            train_input=sp.vstack([pair[0] for pair in pairs], format="csr"),
+            train_target=sp.vstack([pair[1] for pair in pairs], format="csr"),
+            train_labels=_labels((pd.concat([part.info for part in learned]),), cell_type),
+            test_input=test_input,
+        )
+    seen = np.zeros(result.shape[1], dtype=np.bool_)
+    seen[checkpoint.layout.target_index] = True
+    return _scored(case, seen)
 
 
 # ---------------------------------------------------------------------------------------------- pieces

@@ -151,8 +151,8 @@ def _rank_columns(block: Any, truth: sp.csc_matrix) -> tuple[np.ndarray, np.ndar
     true_above = np.cumsum(n_positive)[group] - np.searchsorted(query, query, "left")
     precision = np.bincount(group, weights=true_above / (n_members - lower), minlength=n_groups)
     n_pairs = n_positive * (n_members - n_positive).astype(float)
-    auroc = _divide(rank_sum - n_positive * (n_positive + 1) / 2, n_pairs)
-    return auroc, np.where(n_pairs > 0, _divide(precision, n_positive), np.nan)
+    auroc = divide(rank_sum - n_positive * (n_positive + 1) / 2, n_pairs)
+    return auroc, np.where(n_pairs > 0, divide(precision, n_positive), np.nan)
 
 
 def _sorted_dense(block: Any, truth: sp.csc_matrix, group: np.ndarray) -> _SortedScores:
@@ -237,7 +237,7 @@ class ProbabilityScores:
     def reliability(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Number of entries, their mean prediction, and the share of them that is open, of each bin."""
         count, predicted, observed = self.bin_sums.sum(axis=1)
-        return count, _divide(predicted, count), _divide(observed, count)
+        return count, divide(predicted, count), divide(observed, count)
 
     @property
     def ece(self) -> float:
@@ -376,29 +376,10 @@ def _correlate(left: np.ndarray, right: np.ndarray, axis: Axis, ranks: bool) -> 
     left = left - left.mean(axis=axis, keepdims=True)
     right = right - right.mean(axis=axis, keepdims=True)
     scale = np.sqrt((left**2).sum(axis=axis) * (right**2).sum(axis=axis))
-    result = _divide((left * right).sum(axis=axis), scale)
+    result = divide((left * right).sum(axis=axis), scale)
     result[flat] = 0.0
     result[undefined] = np.nan
     return result
-
-
-def resampled_correlation(left: np.ndarray, right: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the Pearson correlation of every column in every bootstrap draw [draws × features].
-
-    Parameters
-    ----------
-    left, right
-        Values [cells × features]; ranks for a Spearman correlation whose ranks stay those of all cells.
-    counts
-        What `resample_cells` gives [draws × cells].
-    """
-    left, right = left - left.mean(axis=0), right - right.mean(axis=0)
-    weight = counts / counts.sum(axis=1, keepdims=True)
-    mean_left, mean_right = weight @ left, weight @ right
-    covariance = weight @ (left * right) - mean_left * mean_right
-    variances = (weight @ left**2 - mean_left**2, weight @ right**2 - mean_right**2)
-    scale = np.sqrt(np.prod(np.maximum(variances, 0), axis=0))
-    return np.where(variances[1] > 1e-12, np.nan_to_num(_divide(covariance, scale)), np.nan)
 
 
 def squared_errors(predicted: Matrix, truth: Matrix, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -439,7 +420,7 @@ def pseudobulk(
     for part in blocks(matrix, 0):
         sums[:, part] = dense(members @ take(matrix, part, 0))
     sizes = np.asarray(members.sum(axis=1))
-    return _divide(sums, np.broadcast_to(sizes, sums.shape))
+    return divide(sums, np.broadcast_to(sizes, sums.shape))
 
 
 def log_fold_changes(means: np.ndarray, sizes: np.ndarray, offset: float | None) -> np.ndarray:
@@ -460,52 +441,7 @@ def log_fold_changes(means: np.ndarray, sizes: np.ndarray, offset: float | None)
     return means - rest if offset is None else np.log2((means + offset) / (rest + offset))
 
 
-# ---------------------------------------------------------------------------------------------- intervals
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value with its 95 % interval; `n` is how many cells, features or types it is the mean of."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, value: float, draws: np.ndarray, n: int) -> Interval:
-        """Return value ± 1.96 standard errors, the standard error being the s.d. of the bootstrap `draws`."""
-        half = 1.96 * float(np.std(draws, ddof=1)) if len(draws) > 1 else float("nan")
-        return cls(float(value), float(value) - half, float(value) + half, int(n))
-
-
-def resample_cells(n_cells: int, n_draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Return how often each cell is drawn when as many cells are drawn with replacement [draws × cells]."""
-    return rng.multinomial(n_cells, np.full(n_cells, 1 / n_cells), size=n_draws)
-
-
-def resampled_mean(
-    values: np.ndarray, counts: np.ndarray, weights: np.ndarray | None = None
-) -> tuple[float, np.ndarray]:
-    """Return the mean over cells, and the mean in each bootstrap draw [draws].
-
-    Parameters
-    ----------
-    values
-        One per cell; NaNs are left out.
-    counts
-        What `resample_cells` gives.
-    weights
-        If given, sum(values) / sum(weights) in place of the mean.
-    """
-    weights = np.ones(len(values)) if weights is None else weights
-    keep = np.isfinite(values)
-    sums = np.where(keep, [values, weights], 0.0)
-    value = _divide(sums[0].sum(), sums[1].sum())
-    return float(value), _divide(counts @ sums[0], counts @ sums[1])
-
-
-def _divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+def divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     """Divide, NaN where `bottom` is zero."""
     return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom != 0)
 

@@ -10,8 +10,9 @@ from typing import Any
 from cisformer.baselines import ORACLE
 from cisformer.charts import Chart, Scale
 from cisformer.comparison import METRICS, Metric
-from cisformer.evaluation import MODEL, EvaluationReport
+from cisformer.evaluation import EvaluationReport
 from cisformer.runtime import atomic_path, refuse_existing
+from cisformer.verdict import MODEL
 
 STYLES = {
     MODEL: "c0",
