@@ -11,7 +11,8 @@ import torch
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
 from cisformer.model.checkpoint import load_checkpoint
-from cisformer.training import Cells, train, validation_batches
+from cisformer.model.linear import count_features, fit_linear, learn_from
+from cisformer.training import Cells, make_layout, train, validation_batches
 
 DIRECTIONS = ["atac2rna", "rna2atac"]
 
@@ -44,6 +45,48 @@ def test_every_epoch_is_saved_with_the_loss_it_has(direction, tiny_checkpoints, 
                 for batch in validation_batches(store, np.arange(store.n_cells), saved.layout, saved.config)
             ]
         assert math.isclose(float(torch.cat(losses).mean()), record["val_loss"], rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_best_is_its_epoch_with_the_closed_form_of_all_cells(direction, tiny_checkpoints, tiny_data):
+    """Where nothing was trained, folding in gives the closed form of training and validation cells together."""
+    best = tiny_checkpoints[direction]
+    epoch = load_checkpoint(best.folder.parent / f"epoch{best.metrics['epoch']}")
+    cells = Cells.open(tiny_data[direction], None, direction, 0)
+    assert best.metrics["n_validation_cells_folded_in"] == cells.val.n_cells
+    rank, ridge = best.metrics["linear_rank"], best.metrics["linear_ridge"]
+    pairs = [(cells.train, cells.train_rows), (cells.val, cells.val_rows)]
+    closed = [
+        learn_from(
+            parts, epoch.model.projection, epoch.layout, epoch.model.scale.numpy(), rank=rank, ridge=ridge
+        )
+        for parts in (pairs[:1], pairs)
+    ]
+    np.testing.assert_allclose(best.model.prior, closed[1][0], atol=1e-6)
+    np.testing.assert_allclose(
+        (best.model.loadings - epoch.model.loadings).detach()[:, :rank],
+        closed[1][1] - closed[0][1],
+        atol=1e-5,
+    )
+    untouched = [n for n, p in epoch.model.named_parameters() if n != "loadings"]
+    assert all(torch.equal(dict(best.model.named_parameters())[n], dict(epoch.model.named_parameters())[n])
+               for n in untouched)  # fmt: skip
+
+
+def test_learning_from_two_stores_is_learning_from_their_cells_together(tiny_data):
+    store = CellStore.open(find_split(tiny_data["atac2rna"], "train"))
+    rows = np.arange(store.n_cells)
+    counts = count_features(store, rows, "atac2rna")
+    layout = make_layout(counts, "atac2rna", store)
+    start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=4, ridge=5.0, seed=0)
+    options = {"rank": 4, "ridge": 5.0}
+    together = learn_from([(store, rows)], start.projection, layout, start.scale, **options)
+    apart = learn_from(
+        [(store, rows[:50]), (store, rows[50:])], start.projection, layout, start.scale, **options
+    )
+    np.testing.assert_allclose(together[0], apart[0], atol=1e-5)
+    np.testing.assert_allclose(together[1], apart[1], atol=1e-5)
+    np.testing.assert_allclose(together[1], start.loadings, atol=1e-5)
 
 
 def test_training_lowers_the_training_loss(tiny_data, tiny_config, tmp_path):

@@ -105,6 +105,10 @@ class Training(Section):
     patience: Positive = Field(description="Stop after this many epochs without a better validation loss.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
     grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest norm of a gradient.")
+    fold_in: bool = Field(
+        True,
+        description="cis: once training is over, let `best` learn from the validation cells too, in closed form.",
+    )
     keep_epochs: Annotated[int, Field(ge=0)] = Field(
         0, description="Keep the checkpoints of the last N epochs; 0 = of every epoch. `best` is always kept."
     )

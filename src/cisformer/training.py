@@ -43,7 +43,7 @@ from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.full_task import FullTask
-from cisformer.model.linear import FeatureCounts, LinearStart, blocks, count_features, fit_linear
+from cisformer.model.linear import FeatureCounts, LinearStart, blocks, count_features, fit_linear, learn_from
 from cisformer.model.local import Windows, fit_local
 from cisformer.runtime import atomic_path, progress
 
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 VALIDATION_SHARE = 0.1
 STATE = "training_state.pt"
+START_METRICS = ("linear_rank", "linear_ridge", "linear_val_loss", "mean_val_loss")
+"""What is known of the closed-form start; stands in every epoch's record."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,7 @@ class Run:
         torch.manual_seed(self.settings.SEED)
         checkpoint = first or self._linear_checkpoint()
         self.layout, self.reference = checkpoint.layout, checkpoint.reference
-        self.start_metrics = {
-            k: v for k, v in checkpoint.metrics.items() if k in ("mean_val_loss", "linear_val_loss")
-        }
+        self.start_metrics = {k: v for k, v in checkpoint.metrics.items() if k in START_METRICS}
         self._prepare(checkpoint.model)
         if resumed:
             self._restore()
@@ -234,6 +234,8 @@ class Run:
             started = time.perf_counter()
             train_loss = self._train_epoch(epoch)
             self._finish_epoch(epoch, train_loss, time.perf_counter() - started)
+        if self.accelerator.is_main_process and self.settings.fold_in:
+            self._fold_in_validation_cells()
         self.accelerator.wait_for_everyone()
 
     # ---- start -----------------------------------------------------------------------------------------------
@@ -318,8 +320,8 @@ class Run:
     def _finish_epoch(self, epoch: int, train_loss: float, seconds: float) -> None:
         """Validate, record and save an epoch."""
         losses = self._validate()
-        if epoch == 0 and not self.start_metrics:
-            self.start_metrics = {
+        if "linear_val_loss" not in self.start_metrics:
+            self.start_metrics |= {
                 "linear_val_loss": losses["val_loss"],
                 "mean_val_loss": losses["mean_val_loss"],
             }
@@ -398,6 +400,12 @@ class Run:
             path.write_text("".join(json.dumps(r) + "\n" for r in self.history), encoding="utf-8")
         self._forget_old_epochs(folder)
 
+    def _fold_in_validation_cells(self) -> None:
+        best = load_checkpoint(self.folder / "best", self.direction)
+        known = isinstance(best.model, CisModel) and "linear_rank" in best.metrics
+        if known and "n_validation_cells_folded_in" not in best.metrics:
+            save_checkpoint(fold_in(best, self.cells), self.folder / "best")
+
     def _forget_old_epochs(self, newest: Path) -> None:
         keep = self.settings.keep_epochs
         old = int(newest.name.removeprefix("epoch")) - keep
@@ -414,6 +422,26 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.history = json.loads(state["history"])
         logger.info("resuming %s after epoch %d", self.folder, state["epoch"])
+
+
+def fold_in(best: Checkpoint, cells: Cells) -> Checkpoint:
+    """Return `best` with what the validation cells add to its closed-form part.
+
+    Validation has then done its work: choosing rank, penalty and epoch. The closed form of training and validation
+    cells, less that of training cells alone, goes into prior and loadings; all else stays. The recorded losses are
+    those from before, when the validation cells were unknown to the model.
+    """
+    model, rank = best.model, int(best.metrics["linear_rank"])
+    train, val = (cells.train, cells.train_rows), (cells.val, cells.val_rows)
+    options: dict[str, Any] = {"rank": rank, "ridge": best.metrics["linear_ridge"]}
+    scale = model.scale.numpy()
+    _, before = learn_from([train], model.projection, best.layout, scale, **options)
+    prior, after = learn_from([train, val], model.projection, best.layout, scale, **options)
+    with torch.no_grad():
+        model.prior.copy_(torch.from_numpy(prior))
+        model.loadings[:, :rank] += torch.from_numpy(after - before)
+    metrics = best.metrics | {"n_validation_cells_folded_in": len(cells.val_rows)}
+    return Checkpoint(model, best.config, best.reference, metrics, best.folder)
 
 
 def fit_closed_form(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import scipy.sparse as sp
@@ -91,6 +91,9 @@ class FeatureCounts:
     total: np.ndarray
     squares: np.ndarray
     n_seen: np.ndarray
+
+    def __add__(self, other: FeatureCounts) -> FeatureCounts:
+        return FeatureCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ def fit_linear(
     cells = select_columns(read_modality(store, sample, layout.input_modality), layout.input_index)
     projection = fit_projection(cells, layout.input_modality, rank, seed)
     prior, scale = link_moments(counts, layout)
-    centre = 1 / (1 + np.exp(-prior)) if layout.direction == "rna2atac" else prior
+    centre = mean_of(prior, layout.direction)
     product = cross_products(states(projection, store, train, layout), store, train, layout, centre)
     relative = (projection.sd[0] / projection.sd).numpy()
     fits = {
@@ -276,6 +279,37 @@ def fit_linear(
     loadings[:, best_rank:] = 0
     logger.info("linear start: %d components, penalty %g", best_rank, best)
     return LinearStart(projection, prior, scale, loadings, best_rank, best)
+
+
+def mean_of(prior: np.ndarray, direction: str) -> np.ndarray:
+    """Return the mean of each target, from its mean on the link scale."""
+    return 1 / (1 + np.exp(-prior)) if direction == "rna2atac" else prior
+
+
+def learn_from(
+    parts: list[tuple[CellStore, np.ndarray]],
+    projection: Projection,
+    layout: Layout,
+    scale: np.ndarray,
+    *,
+    rank: int,
+    ridge: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return prior [F] and loadings [F, rank] in closed form from the cells of several stores together.
+
+    Projection, rank and penalty are given, so that the same call with and without some cells says what these cells
+    add; see `fit_linear` for the rest.
+    """
+    counts = [count_features(store, rows, layout.direction) for store, rows in parts]
+    total = counts[0] if len(counts) == 1 else counts[0] + counts[1]
+    prior, _ = link_moments(total, layout)
+    centre = mean_of(prior, layout.direction)
+    product = sum(
+        cross_products(states(projection, store, rows, layout)[:, :rank], store, rows, layout, centre)
+        for store, rows in parts
+    )
+    penalty = ridge * (projection.sd[0] / projection.sd[:rank]).numpy()
+    return prior, solve(np.asarray(product), prior, scale, total.n_cells, penalty, layout.direction)
 
 
 def _select(
