@@ -35,7 +35,7 @@ from cisformer.metrics import PROBABILITY_FLOOR
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.prediction import predict
 from cisformer.simulation import simulate
-from cisformer.verdict import MODEL
+from cisformer.verdict import MODEL, score_text
 
 HERE = Path(__file__).parent
 SIMULATED = {"sim_2000": (2000, 5000, 40_000), "sim_500": (500, 1000, 6000)}
@@ -273,10 +273,10 @@ def cell(report: dict[str, Any], metric: Any, method: str) -> str:
     ]
     known = [value for value in values if value is not None]
     best = (max if metric.better == "higher" else min)(known)
-    text = f"{score['value']:.4f}"
-    text = f"**{text}**" if text == f"{best:.4f}" and method != "mask oracle" else text
+    text = score_text(score["value"])
+    text = f"**{text}**" if text == score_text(best) and method != "mask oracle" else text
     if method == MODEL and score["high"] is not None:
-        return f"{text} ±{score['high'] - score['value']:.4f}"
+        return f"{text} ±{score_text(score['high'] - score['value'])}"
     marks = {"better": "+", "tie": "=", "worse": "−"}
     found = [c for c in report["comparisons"] if c["metric"] == metric.key and c["baseline"] == method]
     return f"{text} {marks[found[0]['outcome']]}" if found else text
@@ -303,8 +303,8 @@ def overview(results: dict[str, Any]) -> str:
             if against:
                 hardest = min(against, key=lambda c: c["gain"])["baseline"]
                 ours, theirs = (report["scores"][m][metric.key]["value"] for m in (MODEL, hardest))
-                lines.append(f"| {name} | {direction} | {metric.name} | {ours:.4f} | {theirs:.4f} {hardest} | "
-                             f"{winner(report, metric)} |")  # fmt: skip
+                cells = [name, direction, metric.name, score_text(ours), f"{score_text(theirs)} {hardest}"]
+                lines.append(f"| {' | '.join(cells)} | {winner(report, metric)} |")
     return "\n".join(lines)
 
 

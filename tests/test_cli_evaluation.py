@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cisformer.data.store import CellStore, find_split
+from cisformer.verdict import score_text
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_files_make_a_report(files, command, tmp_path):
     assert f"wrote {tmp_path / 'out' / 'report.html'}" in done.stdout
     value = report["scores"]["PCA-ridge"]["ccre_auroc"]["value"]
     line = next(line for line in done.stdout.splitlines() if line.startswith("AUROC per cCRE"))
-    assert f"{value:.4f}" in line
+    assert score_text(value) in line
 
     again = command("evaluate", *_options(files, *names), "-o", tmp_path / "out")
     assert again.returncode == 1

@@ -11,7 +11,8 @@ import pytest
 
 from cisformer.errors import OutputExistsError
 from cisformer.evaluation import evaluate_model
-from cisformer.report import number, render, write_report
+from cisformer.report import render, write_report
+from cisformer.verdict import score_text
 
 DIRECTIONS = ["rna2atac", "atac2rna"]
 MARKS = {"better": "▲", "tie": "=", "worse": "▼"}
@@ -71,7 +72,7 @@ def _numbers_equal(page, data):
         if score is None or score["value"] is None:
             assert text.strip() == "–"
             continue
-        assert number(score["value"]) in text
+        assert score_text(score["value"]) in text
         against = [c for c in data["comparisons"] if (c["baseline"], c["metric"]) == (method, metric)]
         assert [mark for mark in MARKS.values() if mark in text] == [MARKS[c["outcome"]] for c in against]
         checked += 1

@@ -7,7 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,12 @@ import numpy as np
 from cisformer.baselines import ORACLE, Baselines, fit_baselines, mask_oracle
 from cisformer.comparison import METRICS, Comparison, Measured, Truth, compare, measure
 from cisformer.config import Direction
+from cisformer.data.store import find_split
 from cisformer.figure_data import figure_data
-from cisformer.matching import Case, case_of_files, case_of_store, case_of_training
+from cisformer.matching import Case, case_of_files, case_of_store
 from cisformer.metrics import Matrix
 from cisformer.runtime import atomic_path, provenance
-from cisformer.verdict import MODEL, judge
+from cisformer.verdict import MODEL, judge, score_text
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -162,7 +163,7 @@ def evaluate_model(
     model
         A checkpoint.
     split
-        "test", or "val" for the cells that the checkpoint was chosen on.
+        "test", or "val" for the cells that the checkpoint was chosen on, which flatter it.
     cell_type
         Column of the cells' annotation; "cell_type" where there is one, unless given.
     direction
@@ -179,6 +180,8 @@ def evaluate_model(
     started = time.perf_counter()
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, direction)
     case = case_of_store(data, checkpoint, split=split, cell_type=cell_type, **options)
+    if split == "val":
+        case = replace(case, notes=(*case.notes, "validation cells flatter the model: it was chosen on them"))
     facts: dict[str, Any] = {"data": str(data), "split": split, "checkpoint": str(checkpoint.folder)}
     facts |= {"configuration": checkpoint.config.model_dump(), "checkpoint_metrics": checkpoint.metrics}
     if training_log is None and checkpoint.folder is not None:
@@ -271,22 +274,26 @@ def _comparisons(measured: Mapping[str, Measured], direction: Direction) -> list
 # ---------------------------------------------------------------------------------------------- text
 
 
-def short_summary(
-    checkpoint: Checkpoint, data: str | Path, val_data: str | Path | None = None, **options: Any
-) -> str:
-    """Return the short form: headline scores of the validation cells beside baselines, and the verdict.
+def short_summary(checkpoint: Checkpoint, data: str | Path, **options: Any) -> str:
+    """Return the short form, for use after training: headline scores beside baselines, and the verdict.
+
+    On at most 500 test cells and 5,000 features. Validation cells would flatter the model: it was chosen on
+    them, and its linear part is refitted with them.
 
     Parameters
     ----------
     checkpoint
         What training gave.
-    data, val_data
-        What training was given.
+    data
+        What training was given: a folder of `data_preprocess`, or a split in it.
     options
         For `cisformer.prediction.predict`, such as `device`.
     """
-    case = case_of_training(data, val_data, checkpoint, **options)
-    return evaluate_case(case, seed=checkpoint.config.training.SEED, quick=True).summary()
+    if find_split(data, "test", checkpoint.direction) is None:
+        return f"no test cells beside {data}: not compared with baselines"
+    case = case_of_store(data, checkpoint, most_cells=QUICK_CELLS, **options)
+    report = evaluate_case(case, seed=checkpoint.config.training.SEED, quick=True)
+    return f"{report.facts['test_cells']:,} test cells, {report.facts['features']:,} features:\n{report.summary()}"
 
 
 MARKS = {"better": "+", "tie": "=", "worse": "-", "": " "}
@@ -311,8 +318,8 @@ def _cell(report: EvaluationReport, key: str, method: str) -> str:
     if score is None or not np.isfinite(score["value"]):
         return "–"
     half = score["high"] - score["value"]
-    spread = f" ±{half:.4f}" if np.isfinite(half) and method == MODEL else ""
-    return f"{score['value']:.4f}{spread} {MARKS[report.outcome(key, method)]}".rstrip()
+    spread = f" ±{score_text(half)}" if np.isfinite(half) and method == MODEL else ""
+    return f"{score_text(score['value'])}{spread} {MARKS[report.outcome(key, method)]}".rstrip()
 
 
 # ---------------------------------------------------------------------------------------------- facts

@@ -210,6 +210,7 @@ def case_of_store(
     *,
     split: str = "test",
     cell_type: str | None = None,
+    most_cells: int | None = None,
     **options: Any,
 ) -> Case:
     """Predict a split of a preprocessed data set and match it.
@@ -224,6 +225,8 @@ def case_of_store(
         "test", or "val".
     cell_type
         Column of the cells' annotation.
+    most_cells
+        Predict a random sample where there are more cells.
     options
         For `cisformer.prediction.predict`.
     """
@@ -231,43 +234,24 @@ def case_of_store(
     from cisformer.prediction import predict
 
     direction = checkpoint.direction
-    test = _open_split(data, split, direction)
-    if test is None:
+    store = _open_split(data, split, direction)
+    if store is None:
         raise StoreError(f"{data} holds no {split} cells", hint="run data_preprocess without --manually")
-    check_reference(test.reference, checkpoint.reference, f"data {test.path}")
-    result = predict(checkpoint, test.path, min_prob=PROBABILITY_FLOOR, **options)
+    check_reference(store.reference, checkpoint.reference, f"data {store.path}")
+    test = Rows.of(store, most_cells)
+    n_values = len(test.rows) * len(checkpoint.layout.target_index)
+    floor = PROBABILITY_FLOOR if n_values <= MANY_VALUES else 10 * PROBABILITY_FLOOR
+    source = store.path if len(test.rows) == store.n_cells else test.input_cells(direction)
+    result = predict(checkpoint, source, min_prob=floor, **options)
     # Baselines get the validation cells as well: they too choose their settings.
-    learned = (
+    others = (
         _open_split(data, name, direction) for name in (("train",) if split == "val" else ("train", "val"))
     )
-    return _case_of_rows(
-        checkpoint, result, _all(test), [_all(store) for store in learned if store], cell_type
-    )
+    return _case_of_rows(checkpoint, result, test, [Rows.of(other) for other in others if other], cell_type)
 
 
-def case_of_training(
-    data: str | Path, val_data: str | Path | None, checkpoint: Checkpoint, **options: Any
-) -> Case:
-    """Predict the validation cells of a training run and match them.
-
-    Parameters
-    ----------
-    data, val_data
-        What the run was given.
-    checkpoint
-        What it made.
-    options
-        For `cisformer.prediction.predict`.
-    """
-    from cisformer.prediction import predict
-    from cisformer.training import Cells
-
-    cells = Cells.open(data, val_data, checkpoint.direction, checkpoint.config.training.SEED)
-    part = Rows(cells.val, cells.val_rows)
-    own_store = cells.val is not cells.train
-    source = cells.val.path if own_store else part.input_cells(checkpoint.direction)
-    result = predict(checkpoint, source, min_prob=PROBABILITY_FLOOR, **options)
-    return _case_of_rows(checkpoint, result, part, [Rows(cells.train, cells.train_rows)], None)
+MANY_VALUES = 200_000_000
+"""Up to this many probabilities are kept down to the floor of the scores; of more those under 0.001 are left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +260,14 @@ class Rows:
 
     store: CellStore
     rows: np.ndarray
+
+    @classmethod
+    def of(cls, store: CellStore, most: int | None = None) -> Rows:
+        """Return all cells of a store, or a random sample of `most`, the same each time."""
+        rows = np.arange(store.n_cells)
+        if most is not None and most < len(rows):
+            rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
+        return cls(store, rows)
 
     def read(self, direction: Direction) -> tuple[sp.csr_matrix, sp.csr_matrix]:
         """Return (raw input, target in the units of the task)."""
@@ -294,10 +286,6 @@ class Rows:
         reference = self.store.reference
         names = reference.gene_labels if direction == "rna2atac" else reference.ccre_labels
         return AnnData(self.read(direction)[0], obs=self.info, var=pd.DataFrame(index=names.astype(str)))
-
-
-def _all(store: CellStore) -> Rows:
-    return Rows(store, np.arange(store.n_cells))
 
 
 def _open_split(data: str | Path, split: Any, direction: Direction) -> CellStore | None:

@@ -12,7 +12,7 @@ from cisformer.charts import Chart, Scale
 from cisformer.comparison import METRICS, Metric
 from cisformer.evaluation import EvaluationReport
 from cisformer.runtime import atomic_path, refuse_existing
-from cisformer.verdict import MODEL
+from cisformer.verdict import MODEL, score_text
 
 STYLES = {
     MODEL: "c0",
@@ -101,15 +101,10 @@ def _cell(report: EvaluationReport, plain: dict[str, Any], metric: Metric, metho
     return {
         "method": method,
         "value": value,
-        "text": "–" if value is None else number(value),
-        "half": "" if half is None else f"±{number(half)}",
+        "text": "–" if value is None else score_text(value),
+        "half": "" if half is None else f"±{score_text(half)}",
         "outcome": report.outcome(metric.key, method),
     }
-
-
-def number(value: float) -> str:
-    """Return a score as the page shows it."""
-    return f"{value:.4f}"
 
 
 def _best(metric: Metric, cells: list[dict[str, Any]]) -> list[str]:
@@ -205,7 +200,7 @@ def _reliability(data: dict[str, Any], plain: dict[str, Any], methods: list[str]
         chart.line(data[name]["predicted"], positive, style_of(name, methods), name=name)
     about = (
         "A probability means what it says where the line follows the diagonal. Calibration error of the "
-        f"model: {number(ece)}. Its probabilities add up to {ratio:.1%} of the cCREs that are open."
+        f"model: {score_text(ece)}. Its probabilities add up to {ratio:.1%} of the cCREs that are open."
     )
     return _figure("reliability", "Calibration", about, [chart.svg()], _legend(list(data), methods))
 
@@ -290,6 +285,8 @@ def _training(data: dict[str, Any], plain: dict[str, Any], methods: list[str]) -
     chart.line(epochs, curves["validation"], "c0", name="validation")
     chart.dots([best[1]], [best[0]], "c0 ring", radius=7, name="best")
     about = f"Epoch 0 is the closed-form linear model. The ring is the epoch that was kept: {best[1]}."
+    if took := sum(second or 0 for second in data.get("seconds", [])):
+        about += f" {len(epochs) - 1} epochs took {took:,.0f} s."
     names = {"validation": "c0", "training": "c2"} | dict(zip(known, ("c1", "c4"), strict=False))
     legend = [{"name": name, "style": style} for name, style in names.items()]
     return _figure("training", "Training", about, [chart.svg()], legend)

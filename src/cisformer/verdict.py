@@ -15,6 +15,11 @@ TOLD_TYPES = "cell-type mean"
 SEVERITY = ("better", "tie", "worse")
 
 
+def score_text(value: float) -> str:
+    """Return a score as it is shown everywhere: four decimals, five where it is below 0.1."""
+    return f"{value:.5f}" if 0 < abs(value) < 0.1 else f"{value:.4f}"
+
+
 def judge(
     measured: Mapping[str, Measured], comparisons: list[Comparison], direction: Direction
 ) -> tuple[str, str]:
@@ -22,7 +27,7 @@ def judge(
     headline = {metric.key: metric for metric in METRICS[direction] if metric.headline}
     if not comparisons:
         values = "; ".join(
-            f"{metric.name} {measured[MODEL].value[key]:.4f}"
+            f"{metric.name} {score_text(measured[MODEL].value[key])}"
             for key, metric in headline.items()
             if key in measured[MODEL].value
         )
@@ -42,7 +47,7 @@ def judge(
     ]
     if told:
         names = " and ".join(
-            f"{headline[c.metric].name} ({measured[TOLD_TYPES].value[c.metric]:.4f})" for c in told
+            f"{headline[c.metric].name} ({score_text(measured[TOLD_TYPES].value[c.metric])})" for c in told
         )
         sentence += f" The {TOLD_TYPES}, which is told the cell types, is better on {names}."
     return standing, sentence
@@ -74,5 +79,7 @@ def _phrases(group: list[Comparison], measured: Mapping[str, Measured], metrics:
     for c in group:
         ours, theirs = measured[MODEL].value[c.metric], measured[c.baseline].value[c.metric]
         article = "the " if c.baseline.islower() else ""
-        said.append(f"{metrics[c.metric].name} ({ours:.4f} against {theirs:.4f} of {article}{c.baseline})")
+        said.append(
+            f"{metrics[c.metric].name} ({score_text(ours)} against {score_text(theirs)} of {article}{c.baseline})"
+        )
     return ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1] if said else ""
