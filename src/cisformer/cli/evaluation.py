@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     type=click.Choice(["test", "val"]),
     default="test",
     show_default=True,
-    help="With --data: which cells.",
+    help="With --data: which cells; val, on which the model was chosen, flatters it.",
 )
 @click.option(
     "--direction",
