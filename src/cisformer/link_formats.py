@@ -254,7 +254,7 @@ def text_writer(path: str | Path) -> Iterator[IO[str]]:
             return
         with (
             open(temporary, "wb") as raw,
-            gzip.GzipFile("", "wb", compresslevel=4, fileobj=raw, mtime=0) as packed,
+            gzip.GzipFile("", "wb", compresslevel=2, fileobj=raw, mtime=0) as packed,
             io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as text,
         ):
             yield text

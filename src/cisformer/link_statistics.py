@@ -267,7 +267,7 @@ def two_way_rank(
     Parameters
     ----------
     weight
-        Attention weights of edges; [E].
+        Attention weights of edges, at least 0; [E].
     cell, gene, ccre
         What each edge joins; int64 [E].
     n_genes, n_ccres
@@ -289,8 +289,13 @@ def two_way_rank(
 
 
 def _rank_share(value: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """Return rank / number of entries within each segment, in (0, 1]; ties have their mean rank."""
-    order = np.lexsort((value, segment))
+    """Return rank / number of entries within each segment, in (0, 1]; ties have their mean rank.
+
+    Values are ≥ 0, so that their bits sort as they do: segment and value fit one number, which sorts several times
+    faster than two.
+    """
+    value = np.ascontiguousarray(value, np.float32)
+    order = np.argsort((segment.astype(np.uint64) << np.uint64(32)) | value.view(np.uint32))
     new_segment = np.diff(segment[order], prepend=-1) != 0
     new_value = new_segment | (np.diff(value[order], prepend=value[order[0]]) != 0)
     position, length = _runs(new_segment)

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 WINDOW_BP = 250_000
 BATCH_CELLS = 16
 BLOCK_CELLS = 256
+SMALLEST_P = 1e-37  # what float32 holds
 
 
 def score_links(
@@ -361,7 +362,7 @@ class _Scorer:
         n_open = test.n_open[ccre]
         kept = (n_open > 0) & (test.n_expressed[gene] > 0)
         share = activity_contact(self.pairs, test.n_open / len(rows))
-        p_value = test.p_value()[kept]
+        p_value = np.maximum(test.p_value()[kept], SMALLEST_P)
         scale = self.model.scale.double().cpu().numpy()[gene]
         evidence = {
             "attention": attended.attention / len(rows),
