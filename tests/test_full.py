@@ -213,7 +213,7 @@ def test_weights_of_the_explicit_path_give_what_the_kernel_gives():
         context = model.encode(inputs["ccre_index"])
         model(**inputs)
         weights = model.cross_attention(**inputs, as_published=False)[0]
-        wanted = last.to_out(weights @ context.keys_values[-1][1])
+        wanted = last.to_out(weights @ context[-1].value)
     torch.testing.assert_close(seen["out"], wanted, atol=1e-5, rtol=1e-5)
 
 

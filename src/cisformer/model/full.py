@@ -12,6 +12,7 @@ heads, D head width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,21 @@ class DigitEmbedding(nn.Module):
         return F.embedding(number[..., None] // self.place % 10, self.weight).flatten(-2)
 
 
+@dataclass(frozen=True)
+class Keys:
+    """What queries look at: keys and values [N, H·D] of the cells one behind the other, and how many each has."""
+
+    key: Tensor
+    value: Tensor
+    lengths: Lengths
+
+
 class Attention(nn.Module):
-    """Multi-head attention of each cell's (normed) queries to its own keys."""
+    """Multi-head attention of each cell's (normed) queries to its own keys.
+
+    Dropout hides a share of each cell's tokens: unlike dropout of single weights it keeps the fused kernels, and
+    spares their work.
+    """
 
     def __init__(self, dim: int, heads: int, head_dim: int, dropout: float) -> None:
         super().__init__()
@@ -57,18 +71,27 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.to_q, self.to_k, self.to_v = nn.Linear(dim, inner), nn.Linear(dim, inner), nn.Linear(dim, inner)
         self.to_out = nn.Linear(inner, dim)
-        # No fused kernel drops single weights on every device: what attention adds is dropped instead.
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
-    def keys_values(self, token_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of tokens, [N, H·D] each."""
-        return self.to_k(token_NC), self.to_v(token_NC)
+    def keys(self, token_NC: Tensor, lengths: Lengths, real: Tensor | None = None) -> Keys:
+        """Return keys and values of tokens; values of those that are not `real` are zero."""
+        if self.training and self.dropout:
+            kept, lengths = _draw_rows(lengths, self.dropout, token_NC.device)
+            token_NC, real = token_NC[kept], None if real is None else real[kept]
+        value = self.to_v(token_NC)
+        return Keys(self.to_k(token_NC), value if real is None else value * real[:, None], lengths)
 
-    def forward(
-        self, q_MC: Tensor, keys_values: tuple[Tensor, Tensor], queries: Lengths, keys: Lengths
-    ) -> Tensor:
+    def forward(self, q_MC: Tensor, keys: Keys, queries: Lengths) -> Tensor:
         """Return [M, C]."""
-        return self.dropout(self.to_out(attend(self.to_q(q_MC), *keys_values, queries, keys, self.heads)))
+        return self.to_out(attend(self.to_q(q_MC), keys.key, keys.value, queries, keys.lengths, self.heads))
+
+
+def _draw_rows(lengths: Lengths, dropout: float, device: torch.device) -> tuple[Tensor, Lengths]:
+    """Draw all but a share `dropout` of each cell's rows; return their numbers, and how many are left by cell."""
+    left = [n - int(dropout * n) for n in lengths]
+    starts = itertools.accumulate([0, *lengths])
+    rows = [start + torch.randperm(n)[:k] for start, n, k in zip(starts, lengths, left, strict=False)]
+    return torch.cat(rows).to(device), left
 
 
 class FeedForward(nn.Module):
@@ -139,13 +162,10 @@ class Layer(nn.Module):
         self.cross_attention = Attention(*shape)
         self.feed_forward = FeedForward(model.dim, model.dec_ff_mult, model.dec_ff_dropout)
 
-    def forward(self, x_MC: Tensor, queries: Queries, context: Context, number: int) -> Tensor:
-        """Return [M, C]; `number` is the layer's own, to find its keys and values in the context."""
+    def forward(self, x_MC: Tensor, queries: Queries, context: Keys) -> Tensor:
+        """Return [M, C]."""
         x_MC = self.among_queries(x_MC, queries)
-        normed_MC = self.cross_attention.norm(x_MC)
-        x_MC = x_MC + self.cross_attention(
-            normed_MC, context.keys_values[number], queries.lengths, context.lengths
-        )
+        x_MC = x_MC + self.cross_attention(self.cross_attention.norm(x_MC), context, queries.lengths)
         return x_MC + self.feed_forward(x_MC)
 
     def among_queries(self, x_MC: Tensor, queries: Queries) -> Tensor:
@@ -153,18 +173,8 @@ class Layer(nn.Module):
         if self.self_attention is None:
             return x_MC
         normed_MC = self.self_attention.norm(x_MC)
-        keys, values = self.self_attention.keys_values(normed_MC)
-        if queries.real is not None:
-            values = values * queries.real[:, None]
-        return x_MC + self.self_attention(normed_MC, (keys, values), queries.lengths, queries.lengths)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What queries look at: keys and values of every layer ([N, H·D] each), and how many tokens by cell."""
-
-    keys_values: list[tuple[Tensor, Tensor]]
-    lengths: Lengths
+        keys = self.self_attention.keys(normed_MC, queries.lengths, queries.real)
+        return x_MC + self.self_attention(normed_MC, keys, queries.lengths)
 
 
 @dataclass(frozen=True)
@@ -225,29 +235,28 @@ class FullModel(nn.Module):
         context = self.encode(context_index, gene_value)
         return torch.cat(list(self.decode_chunks(context, query_index)), dim=1)
 
-    def encode(self, index_BT: Tensor, value_BT: Tensor | None = None) -> Context:
-        """Return the context of cells: each token is projected once per layer, whatever will look at it."""
+    def encode(self, index_BT: Tensor, value_BT: Tensor | None = None) -> list[Keys]:
+        """Return the context of cells, layer by layer; tokens are projected once, however many look at them."""
         kept_BT = self._kept(index_BT)
         x_NC = self.context_embedding(index_BT[kept_BT] + 1)
         if self.value_embedding is not None:
             assert value_BT is not None, "RNA→ATAC needs gene_value"
             x_NC = x_NC + self.value_embedding(value_BT[kept_BT].clamp(min=0))
         x_NC = self.dropout(self.context_norm(x_NC))
-        return Context(
-            [layer.cross_attention.keys_values(x_NC) for layer in self.layers], kept_BT.sum(dim=1).tolist()
-        )
+        lengths = kept_BT.sum(dim=1).tolist()
+        return [layer.cross_attention.keys(x_NC, lengths) for layer in self.layers]
 
-    def decode_chunks(self, context: Context, index_BQ: Tensor) -> Iterator[Tensor]:
+    def decode_chunks(self, context: list[Keys], index_BQ: Tensor) -> Iterator[Tensor]:
         """Yield the logits of queries [B, Q]; cCREs in chunks where no gradient is wanted."""
         chunk = index_BQ.shape[1] if self.direction == "atac2rna" or torch.is_grad_enabled() else self.chunk
         for part in index_BQ.split(max(1, chunk), dim=1):
             yield self.decode(context, part)
 
-    def decode(self, context: Context, index_BQ: Tensor) -> Tensor:
+    def decode(self, context: list[Keys], index_BQ: Tensor) -> Tensor:
         """Return the logits of queries [B, Q], as `forward` does; memory grows with their number."""
         queries = self._embed_queries(index_BQ)
         x_MC = self._before_last_layer(queries, context)
-        x_MC = self.layers[-1](x_MC, queries, context, len(self.layers) - 1)
+        x_MC = self.layers[-1](x_MC, queries, context[-1])
         logits_MO = self.to_out(self.norm(x_MC))
         if self.direction == "rna2atac":
             logits_MO = logits_MO.squeeze(-1)
@@ -282,7 +291,7 @@ class FullModel(nn.Module):
 
     @torch.no_grad()
     def last_attention(
-        self, context: Context, query_index: Tensor, as_published: bool = True
+        self, context: list[Keys], query_index: Tensor, as_published: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return queries [H, Q, D] and keys [H, T, D] of the last cross-attention of one cell.
 
@@ -301,7 +310,7 @@ class FullModel(nn.Module):
         last = self.layers[-1]
         if not as_published:
             x_MC = last.cross_attention.norm(last.among_queries(x_MC, queries))
-        both = last.cross_attention.to_q(x_MC), context.keys_values[-1][0]
+        both = last.cross_attention.to_q(x_MC), context[-1].key
         q_HMD, k_HTD = (_split_heads(x[None], last.cross_attention.heads)[0] for x in both)
         return q_HMD, k_HTD
 
@@ -320,10 +329,10 @@ class FullModel(nn.Module):
         real = None if self.mask_padding else index_M >= 0
         return Queries(self.dropout(x_MC), kept_BQ.sum(dim=1).tolist(), real)
 
-    def _before_last_layer(self, queries: Queries, context: Context) -> Tensor:
+    def _before_last_layer(self, queries: Queries, context: list[Keys]) -> Tensor:
         x_MC = queries.x
-        for number, layer in enumerate(self.layers[:-1]):
-            x_MC = layer(x_MC, queries, context, number)
+        for layer, keys in zip(self.layers[:-1], context[:-1], strict=True):
+            x_MC = layer(x_MC, queries, keys)
         return x_MC
 
 

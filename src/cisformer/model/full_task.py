@@ -39,7 +39,7 @@ from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
 from cisformer.model.cis import attended_tokens
-from cisformer.model.full import Context, FullModel
+from cisformer.model.full import FullModel, Keys
 from cisformer.model.fused import multiplies_bf16
 from cisformer.model.linear import FeatureCounts, blocks, link_moments
 
@@ -254,7 +254,7 @@ class FullTask(nn.Module):
             parts = [self.network.last_attention(context, rows) for rows in genes]
         return pair_ranks(torch.cat([q for q, _ in parts], dim=1), parts[0][1], place[gene], token)
 
-    def _encode(self, batch: Batch, cell: int | None = None) -> Context:
+    def _encode(self, batch: Batch, cell: int | None = None) -> list[Keys]:
         """Return the context of a batch, or of one of its cells."""
         index, value, indptr = attended_tokens(batch)
         count = counts_of(value, indptr) if self.layout.direction == "rna2atac" else value
@@ -264,7 +264,7 @@ class FullTask(nn.Module):
         counts = pad_sequence(count.long().split(lengths)[cells], batch_first=True)
         return self.network.encode(rows, counts.clamp(max=self.config.model.max_express))
 
-    def _decode(self, context: Context, rows_BS: Tensor) -> Iterator[Tensor]:
+    def _decode(self, context: list[Keys], rows_BS: Tensor) -> Iterator[Tensor]:
         """Yield the logits of targets, block by block."""
         for part in self._blocks(rows_BS):
             yield from self.network.decode_chunks(context, part)

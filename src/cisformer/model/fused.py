@@ -16,6 +16,7 @@ Shapes: B cells, H heads, L queries, T keys, D head width.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def attention(q_BHLD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: Tensor | Non
 
 def _fill_tiles(x: Tensor) -> Tensor:
     """Return [..., D'] with zeros up to whole tiles."""
-    return F.pad(x, (0, -x.shape[-1] % TILE))
+    return F.pad(x, (0, -x.shape[-1] % TILE)) if x.shape[-1] % TILE else x
 
 
 class _Bf16Attention(torch.autograd.Function):
@@ -68,39 +69,45 @@ class _Bf16Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out, log_sum = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
-        delta = (out.float() * d_out.float()).sum(dim=-1)
-        d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        for cell in range(q.shape[0]):
-            for head in range(q.shape[1]):
-                at = (cell, head)
-                with_sums = _with_columns(q[at] * scale, -log_sum[at])
-                with_deltas = _with_columns(d_out[at], -delta[at])
-                keys, values = _with_columns(k[at], 1.0), _with_columns(v[at], 1.0)
-                _backward_head(with_sums, with_deltas, keys, values, d_q[at], d_k[at], d_v[at])
-        return d_q.mul_(scale), d_k, d_v
+        scale, delta = q.shape[-1] ** -0.5, (out * d_out).sum(dim=-1, dtype=torch.float32)
+        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
+        wide_q, wide_d, wide_k, wide_v = (_room(x) for x in (q, d_out, k, v))
+        work = q.new_empty(2, KEY_BLOCK, q.shape[-2])
+        for at in itertools.product(range(q.shape[0]), range(q.shape[1])):
+            _fill(wide_q, q[at], -log_sum[at], scale)
+            _fill(wide_d, d_out[at], -delta[at])
+            _fill(wide_k, k[at], 1.0)
+            _fill(wide_v, v[at], 1.0)
+            d_q[at] = _backward_head(wide_q, wide_d, wide_k, wide_v, d_k[at], d_v[at], work).mul_(scale)
+        return d_q, d_k, d_v
 
 
-def _with_columns(x: Tensor, column: Tensor | float) -> Tensor:
-    """Return [L, D'] with `column` behind x, and behind that what bfloat16 rounded off it."""
+def _room(x: Tensor) -> Tensor:
+    """Return zeros [L, D'] with room for D columns and two more, in whole tiles."""
+    return x.new_zeros(x.shape[-2], -(-(x.shape[-1] + 2) // TILE) * TILE)
+
+
+def _fill(wide: Tensor, x: Tensor, column: Tensor | float, scale: float = 1.0) -> None:
+    """Write x · scale [L, D] into `wide`, behind it `column`, and behind that what bfloat16 rounds off it."""
     width = x.shape[-1]
-    wide = F.pad(x, (0, TILE - width % TILE if (width + 1) % TILE else TILE + 1))
+    torch.mul(x, scale, out=wide[:, :width])
     wide[:, width] = column
     wide[:, width + 1] = column - wide[:, width].float() if isinstance(column, Tensor) else column
-    return wide
 
 
 def _backward_head(
-    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor
-) -> None:
-    """Write the gradients of one head, [L or T, D]; arguments carry the extra columns."""
-    width = d_q.shape[1]
-    p_all, d_s_all = q.new_empty(2, KEY_BLOCK, len(q))
-    sum_q = torch.zeros(d_q.shape)
+    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, d_k: Tensor, d_v: Tensor, work: Tensor
+) -> Tensor:
+    """Write the gradients of one head's keys and values and return that of its queries, float32 [L, D].
+
+    q, d_out, k and v carry the extra columns; `work` is memory for two blocks of scores.
+    """
+    width = d_k.shape[1]
+    sum_q = torch.zeros(len(q), width)
     for keys, values, d_keys, d_values in zip(*(x.split(KEY_BLOCK) for x in (k, v, d_k, d_v)), strict=True):
-        p = torch.mm(keys, q.T, out=p_all[: len(keys)]).exp_()
-        d_s = torch.mm(values, d_out.T, out=d_s_all[: len(keys)]).mul_(p)
-        torch.mm(p, d_out[:, :width], out=d_values)
-        torch.mm(d_s, q[:, :width], out=d_keys)
+        p = torch.mm(keys, q.T, out=work[0, : len(keys)]).exp_()
+        d_s = torch.mm(values, d_out.T, out=work[1, : len(keys)]).mul_(p)
+        d_values.copy_(p @ d_out[:, :width])
+        d_keys.copy_(d_s @ q[:, :width])
         sum_q += d_s.T @ keys[:, :width]
-    d_q.copy_(sum_q)
+    return sum_q
