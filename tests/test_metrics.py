@@ -72,6 +72,16 @@ def test_sparse_and_dense_rankings_agree(seed, n_cells, n_features):
         np.testing.assert_array_equal(one.auprc, other.auprc)
 
 
+@pytest.mark.parametrize("layout", [np.asarray, sp.csr_matrix])
+def test_ranking_of_many_positives_does_not_overflow(layout):
+    rng = np.random.default_rng(11)
+    truth = (rng.random((1, 200_000)) < 0.4).astype(np.float32)  # 80,000 squared is beyond 32 bits
+    predicted = (rng.random(truth.shape) + 0.3 * truth).astype(np.float32)
+    scores = ranking_scores(layout(predicted), sp.csr_matrix(truth), axis=1)
+    assert scores.auroc[0] == pytest.approx(roc_auc_score(truth[0], predicted[0]))
+    assert scores.auprc[0] == pytest.approx(average_precision_score(truth[0], predicted[0]))
+
+
 def test_ranking_refuses_nan():
     with pytest.raises(ValueError, match="NaN"):
         ranking_scores(np.array([[np.nan], [1.0]], dtype=np.float32), np.array([[1], [0]]))

@@ -146,7 +146,7 @@ def _rank_columns(block: Any, truth: sp.csc_matrix) -> tuple[np.ndarray, np.ndar
     lower = np.searchsorted(keys, query, "left") - start[group] + implicit * (code > zero)
     upto = np.searchsorted(keys, query, "right") - start[group] + implicit * (code >= zero)
 
-    n_positive = np.diff(truth.indptr)
+    n_positive = np.diff(truth.indptr).astype(np.int64)
     rank_sum = np.bincount(group, weights=(lower + upto + 1) / 2, minlength=n_groups)
     true_above = np.cumsum(n_positive)[group] - np.searchsorted(query, query, "left")
     precision = np.bincount(group, weights=true_above / (n_members - lower), minlength=n_groups)
@@ -170,7 +170,7 @@ def _sorted_sparse(block: Any, truth: sp.csc_matrix, group: np.ndarray) -> _Sort
     """Sorted keys of the stored members, how many per group, codes of the positives, the code of 0."""
     block = _as_csc(block)
     n_members = block.shape[0]
-    n_stored = np.diff(block.indptr)
+    n_stored = np.diff(block.indptr).astype(np.int64)
     codes, zero = _codes(block.data)
     stored_group = np.repeat(np.arange(len(n_stored), dtype=np.uint64), n_stored)
     place = stored_group.astype(np.int64) * n_members + block.indices
