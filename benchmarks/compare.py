@@ -276,7 +276,7 @@ def cell(report: dict[str, Any], metric: Any, method: str) -> str:
     text = score_text(score["value"])
     text = f"**{text}**" if text == score_text(best) and method != "mask oracle" else text
     if method == MODEL and score["high"] is not None:
-        return f"{text} ±{score_text(score['high'] - score['value'])}"
+        return f"{text} ±{score_text(score['high'] - score['value'], score['value'])}"
     marks = {"better": "+", "tie": "=", "worse": "−"}
     found = [c for c in report["comparisons"] if c["metric"] == metric.key and c["baseline"] == method]
     return f"{text} {marks[found[0]['outcome']]}" if found else text

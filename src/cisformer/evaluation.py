@@ -318,7 +318,7 @@ def _cell(report: EvaluationReport, key: str, method: str) -> str:
     if score is None or not np.isfinite(score["value"]):
         return "–"
     half = score["high"] - score["value"]
-    spread = f" ±{score_text(half)}" if np.isfinite(half) and method == MODEL else ""
+    spread = f" ±{score_text(half, score['value'])}" if np.isfinite(half) and method == MODEL else ""
     return f"{score_text(score['value'])}{spread} {MARKS[report.outcome(key, method)]}".rstrip()
 
 

@@ -102,7 +102,7 @@ def _cell(report: EvaluationReport, plain: dict[str, Any], metric: Metric, metho
         "method": method,
         "value": value,
         "text": "–" if value is None else score_text(value),
-        "half": "" if half is None else f"±{score_text(half)}",
+        "half": "" if half is None else f"±{score_text(half, value)}",
         "outcome": report.outcome(metric.key, method),
     }
 

@@ -15,9 +15,10 @@ TOLD_TYPES = "cell-type mean"
 SEVERITY = ("better", "tie", "worse")
 
 
-def score_text(value: float) -> str:
-    """Return a score as it is shown everywhere: four decimals, five where it is below 0.1."""
-    return f"{value:.5f}" if 0 < abs(value) < 0.1 else f"{value:.4f}"
+def score_text(value: float, beside: float | None = None) -> str:
+    """Return a score as it is shown everywhere: four decimals, five where it (or `beside`) is below 0.1."""
+    size = abs(value if beside is None else beside)
+    return f"{value:.5f}" if 0 < size < 0.1 else f"{value:.4f}"
 
 
 def judge(
