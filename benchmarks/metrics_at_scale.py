@@ -34,23 +34,30 @@ def sparse(rng: np.random.Generator) -> sp.csr_matrix:
     per_cell = N_CCRES // STEP
     indices = np.empty(N_CELLS * per_cell, dtype=np.int32)
     for cell in range(N_CELLS):
-        indices[cell * per_cell : (cell + 1) * per_cell] = cell % STEP + STEP * np.arange(per_cell, dtype=np.int32)
+        indices[cell * per_cell : (cell + 1) * per_cell] = cell % STEP + STEP * np.arange(
+            per_cell, dtype=np.int32
+        )
     indptr = np.arange(N_CELLS + 1, dtype=np.int64) * per_cell
-    return sp.csr_matrix((rng.random(len(indices), dtype=np.float32), indices, indptr), shape=(N_CELLS, N_CCRES))
+    return sp.csr_matrix(
+        (rng.random(len(indices), dtype=np.float32), indices, indptr), shape=(N_CELLS, N_CCRES)
+    )
 
 
 def truth(rng: np.random.Generator) -> sp.csr_matrix:
     """Return 10,000 open cCREs in each cell."""
     indices = np.concatenate([np.sort(rng.integers(0, N_CCRES, N_OPEN)) for _ in range(N_CELLS)])
     matrix = sp.csr_matrix(
-        (np.ones(len(indices), np.float32), indices, np.arange(N_CELLS + 1) * N_OPEN), shape=(N_CELLS, N_CCRES)
+        (np.ones(len(indices), np.float32), indices, np.arange(N_CELLS + 1) * N_OPEN),
+        shape=(N_CELLS, N_CCRES),
     )
     matrix.sum_duplicates()
     return matrix
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=["dense", "sparse"])
     rng = np.random.default_rng(0)
     predicted = Dense() if parser.parse_args().kind == "dense" else sparse(rng)

@@ -175,15 +175,21 @@ def test_uncoupled_cells_give_uniform_p_values():
 
 
 def test_score_rises_with_all_evidence():
-    share, association, coupling = np.array([0.01, 0.1]), np.array([0.0, 0.05]), np.array([0.0, 2.0])
-    grid = [combine(share, np.zeros(2), np.zeros(2)), combine(share[:1].repeat(2), association, np.zeros(2)),
-            combine(share[:1].repeat(2), np.zeros(2), coupling)]  # fmt: skip
+    zero, low = np.zeros(2), np.array([0.01, 0.01])
+    grid = [
+        combine(np.array([0.01, 0.1]), zero, zero, 2000),
+        combine(low, np.array([0.0, 0.05]), zero, 2000),
+        combine(low, zero, np.array([0.0, 2.0]), 2000),
+    ]
     assert all(score[1] > score[0] for score in grid)
-    assert combine(np.array([1.0]), np.array([1.0]), np.array([1e9]))[0] <= 1
-    odds = 4.5 * 0.1 * np.exp(18 * 0.05 + 0.6 * 2)
-    assert combine(np.array([0.1]), np.array([0.05]), np.array([2.0]))[0] == pytest.approx(
-        odds / (1 + odds), rel=1e-3
-    )
+    assert combine(np.array([1.0]), np.array([1.0]), np.array([1e9]), 10)[0] <= 1
+
+
+@pytest.mark.parametrize(("n_cells", "weight"), [(2000, 0.6), (500, 0.3), (10**6, 0.6)])
+def test_score_by_hand(n_cells, weight):
+    odds = 4.5 * 0.1 * np.exp(18 * 0.05 + weight * 2)
+    found = combine(np.array([0.1]), np.array([0.05]), np.array([2.0]), n_cells)[0]
+    assert found == pytest.approx(odds / (1 + odds), rel=1e-3)
 
 
 def test_two_way_rank_equals_scipys():

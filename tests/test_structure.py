@@ -16,7 +16,8 @@ ORDER = [
     "model.fused", "model.published", "model.full", "model.full_task",
     "model.checkpoint",
     "simulation", "metrics", "resampling", "baselines", "training", "prediction", "launch",
-    "link_statistics", "link_evidence", "link_formats", "links_io", "gene_links", "linking", "link_evaluation", "plotting",
+    "link_statistics", "link_evidence", "link_formats", "links_io", "gene_links", "linking",
+    "link_evaluation", "plotting",
     "comparison", "verdict", "matching", "figure_data", "evaluation", "charts", "report", "demo",
     "cli.common", "cli.data", "cli.model", "cli.links", "cli.evaluation", "cli", "__main__",
 ]  # fmt: skip

@@ -8,7 +8,8 @@ A link is a pair of a gene and a cCRE in its window. Its odds are those of a pri
   contact, Fulco et al. 2019); 4.5 is the number of links that a gene is expected to have.
 - *association*: does the gene go with the cCRE from cell state to cell state, given the other cCREs near it?
   From the model's denoised states, not from single cells.
-- *coupling*: do they go together from cell to cell beyond the states? A z-score.
+- *coupling*: do they go together from cell to cell beyond the states? A z-score of all cells; of fewer than 2,000
+  it counts less, as the square root of their number.
 
 The numbers were fitted to simulated cells (seeds 1 to 3) and rounded; the share enters as it is, since
 CRISPRi screens (K562) want it at least so steep. Attention and in-silico effect raised the area under the
@@ -27,6 +28,7 @@ from cisformer.data.reference import Reference
 
 CONTACT_OFFSET_BP, CONTACT_POWER = 5_000, 0.9
 EXPECTED_LINKS, ASSOCIATION_WEIGHT, COUPLING_WEIGHT = 4.5, 18.0, 0.6
+COUPLING_CELLS = 2_000
 SMALLEST_SHARE = 1e-5
 MOST_COUPLING = 6.0
 UNEXPLAINED = 3.0
@@ -245,12 +247,21 @@ def false_discovery_rate(p_value: np.ndarray) -> np.ndarray:
     return fdr
 
 
-def combine(share: np.ndarray, association: np.ndarray, coupling: np.ndarray) -> np.ndarray:
-    """Return odds / (1 + odds) of links, see the formula of this module; float32 [E]."""
+def combine(share: np.ndarray, association: np.ndarray, coupling: np.ndarray, n_cells: int) -> np.ndarray:
+    """Return odds / (1 + odds) of links, see the formula of this module; float32 [E].
+
+    Parameters
+    ----------
+    share, association, coupling
+        Evidence; [E] each.
+    n_cells
+        From how many cells `coupling` is. What a z-score of a link is to be grows with their square root.
+    """
+    coupling_weight = COUPLING_WEIGHT * min(1.0, (n_cells / COUPLING_CELLS) ** 0.5)
     log_odds = (
         np.log(EXPECTED_LINKS * (share + SMALLEST_SHARE))
         + ASSOCIATION_WEIGHT * association
-        + COUPLING_WEIGHT * np.clip(coupling, -MOST_COUPLING, MOST_COUPLING)
+        + coupling_weight * np.clip(coupling, -MOST_COUPLING, MOST_COUPLING)
     )
     return (1 / (1 + np.exp(-log_odds))).astype(np.float32)
 

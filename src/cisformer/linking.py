@@ -373,7 +373,7 @@ class _Scorer:
             "n_open": n_open,
         }
         values = {key: value[kept].astype(np.float32) for key, value in evidence.items()}
-        values["score"] = combine(share[kept], self.association[kept], self.coupling[kept])
+        values["score"] = combine(share[kept], self.association[kept], self.coupling[kept], len(self.used))
         values["p_value"], values["fdr"] = (
             x.astype(np.float32) for x in (p_value, false_discovery_rate(p_value))
         )

@@ -432,6 +432,7 @@ def fold_in(best: Checkpoint, cells: Cells) -> Checkpoint:
     those from before, when the validation cells were unknown to the model.
     """
     model, rank = best.model, int(best.metrics["linear_rank"])
+    assert isinstance(model, CisModel)
     train, val = (cells.train, cells.train_rows), (cells.val, cells.val_rows)
     options: dict[str, Any] = {"rank": rank, "ridge": best.metrics["linear_ridge"]}
     scale = model.scale.numpy()

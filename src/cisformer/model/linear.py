@@ -7,10 +7,10 @@ On the link scale (logit for accessibility, standard deviations of log1p express
 with z white over the training cells. ATAC→RNA: ridge regression, `Zᵀ(Y − mean) / (n + λ_k)`. RNA→ATAC: one Newton
 step of ridge logistic regression from the prior, `Zᵀ(Y[:, f] − p_f) / (n p_f (1 − p_f) + λ_k)`. Both are exact
 without solving a system because ZᵀZ = n·1. Component k of standard deviation σ_k is penalised by λ_k = λ σ_1 / σ_k:
-between ridge on white components (λ) and on the components as they are (λ σ_1² / σ_k²); its validation
-loss was within 0.0001 of the best of the three in six of six comparisons (benchmarks/RESULTS.md). Since principal components
-are nested, the loadings of the first r of them are the first r columns: rank and penalty are chosen on validation
-cells at the cost of a few matrix products.
+between ridge on white components (λ) and on the components as they are (λ σ_1² / σ_k²); its validation loss was within
+0.0001 of the best of the three in six of six comparisons (benchmarks/RESULTS.md). Since principal components are
+nested, the loadings of the first r of them are the first r columns: rank and penalty are chosen on validation cells at
+the cost of a few matrix products.
 """
 
 from __future__ import annotations
