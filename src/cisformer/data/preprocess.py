@@ -59,8 +59,9 @@ def preprocess(
 ) -> dict[SplitName, CellStore]:
     """Align paired RNA and ATAC to a reference, split the cells, and write them as data sets for training.
 
-    The input is read in blocks of cells: memory does not grow with their number. Cells are matched by barcode
-    and written sorted by barcode, so that the order of cells and features in the input does not matter.
+    The input is read in blocks of cells: memory does not grow with their number, but for their annotation
+    (about 1 kB each). Cells are matched by barcode and written sorted by barcode, so that the order of cells
+    and features in the input does not matter.
 
     Parameters
     ----------
