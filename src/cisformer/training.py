@@ -146,6 +146,8 @@ def train(
 
     settings = _settings(config, direction, resume)
     cells = Cells.open(data, val_data, direction, settings.training.SEED)
+    for store in {cells.train.path: cells.train, cells.val.path: cells.val}.values():
+        store.verify()
     first = None
     if resume is not None:
         first = _last_epoch(Path(resume), direction)
