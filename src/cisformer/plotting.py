@@ -69,7 +69,7 @@ def plot_links(
     *,
     output: str | Path | None = None,
     cell_types: Sequence[str] = (),
-    min_score: float = 0.0,
+    min_score: float = 0.05,
     top: int = 10,
     region: str | None = None,
 ) -> Figure:

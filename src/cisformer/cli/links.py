@@ -125,7 +125,7 @@ def evaluate_links(
 @click.option("-g", "--gene", required=True, help="Name or id of the gene.")
 @click.option("-o", "--output", help="Figure to write: .png, .svg or .pdf.  [default: <gene>_links.png]")
 @click.option("--cell_type", "cell_types", multiple=True, help="Only this cell type; may be repeated.")
-@click.option("--min_score", default=0.0, show_default=True, help="Smallest score to draw.")
+@click.option("--min_score", default=0.05, show_default=True, help="Smallest score to draw.")
 @click.option("--top", type=LENIENT_INT, default=10, show_default=True, help="Most links per cell type.")
 @click.option("--region", help="What to show: chrom:start-end.  [default: as far as links reach]")
 @_FORCE
