@@ -442,7 +442,7 @@ def fold_in(best: Checkpoint, cells: Cells) -> Checkpoint:
     prior, after = learn_from([train, val], model.projection, best.layout, scale, **options)
     with torch.no_grad():
         model.prior.copy_(torch.from_numpy(prior))
-        model.loadings[:, :rank] += torch.from_numpy(after - before)
+        model.add_to_loadings(after - before)
     metrics = best.metrics | {"n_validation_cells_folded_in": len(cells.val_rows)}
     return Checkpoint(model, best.config, best.reference, metrics, best.folder)
 
