@@ -5,9 +5,9 @@
 FOLDER holds rna.h5ad and atac.h5ad of all cells, with obs["split"] "train" or "test"; predicted_rna.h5ad or
 predicted_atac.h5ad of the test cells is written there. As its documentation shows, MultiVI learns from the paired
 training cells and the unpaired test cells together, of which only the input modality is used, stops early, and
-imputes, decoded as a paired cell. Accessibility comes with the region factors put back in and is scaled by one number, so that its mean is
-that of the training cells: MultiVI leaves depth out of it. After `--minutes` of CPU time training stops with the
-epoch at hand; the number of epochs is printed.
+imputes, decoded as a paired cell. Accessibility comes with the region factors put back in and is scaled by one
+number, so that its mean is that of the training cells: MultiVI leaves depth out of it. After `--minutes` of CPU time
+training stops with the epoch at hand; the number of epochs is printed.
 """
 
 import argparse
