@@ -70,7 +70,7 @@ def test_the_written_accelerate_config_is_one_that_accelerate_reads(command, tmp
 
 def test_training_writes_what_the_documentation_says(trained):
     for folder in trained.values():
-        assert {"config.yaml", "metrics.jsonl", "epoch0", "epoch1", "best", "training_state.pt"} <= {
+        assert {"config.yaml", "metrics.jsonl", "training.png", "epoch0", "epoch1", "best", "training_state.pt"} <= {
             p.name for p in folder.iterdir()}  # fmt: skip
 
 

@@ -6,6 +6,7 @@ lowest validation loss, so that a trained model is never worse than linear on th
     save/<date>_<name>/
         config.yaml           the resolved configuration
         metrics.jsonl         one line per epoch
+        training.png          the losses drawn
         epoch0/ epoch1/ …     checkpoints
         best/                 the best of them
         training_state.pt     optimizer and scheduler after the last whole epoch, for --resume
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 
 from cisformer.config import Config, Direction, default_config, dump_config, load_config
+from cisformer.curves import draw_curves
 from cisformer.data.batches import (
     Batch,
     Layout,
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 VALIDATION_SHARE = 0.1
-STATE = "training_state.pt"
+STATE, CURVES = "training_state.pt", "training.png"
 START_METRICS = ("linear_rank", "linear_ridge", "linear_val_loss", "mean_val_loss")
 """What is known of the closed-form start; stands in every epoch's record."""
 
@@ -238,8 +240,10 @@ class Run:
             started = time.perf_counter()
             train_loss = self._train_epoch(epoch)
             self._finish_epoch(epoch, train_loss, time.perf_counter() - started)
-        if self.accelerator.is_main_process and self.settings.fold_in:
-            self._fold_in_validation_cells()
+        if self.accelerator.is_main_process:
+            draw_curves(self.history, self.folder / CURVES, f"{self.folder.name}, {self.direction}")
+            if self.settings.fold_in:
+                self._fold_in_validation_cells()
         self.accelerator.wait_for_everyone()
 
     # ---- start -----------------------------------------------------------------------------------------------

@@ -181,12 +181,14 @@ class CisPath(nn.Module):
     def forward(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor, column: Tensor | None) -> Tensor:
         """Return cis, float [B, S]; `column` [F] gives the place of each target among the drawn ones, or −1."""
         edges = self.edges(batch, h_BR, ccre_PR, column)
-        n_columns = len(self.gene.weight) if column is None else int(column.max()) + 1
-        place = edges.gene if column is None else column[edges.gene]
+        place, n_columns = self._places(edges.gene, column)
         out = h_BR.new_zeros(batch.n_cells * n_columns)
-        return out.index_add(0, edges.cell * n_columns + place, edges.contribution).reshape(
-            batch.n_cells, n_columns
-        )
+        out = out.index_add(0, edges.cell * n_columns + place, edges.contribution)
+        return out.reshape(batch.n_cells, n_columns)
+
+    def _places(self, gene_E: Tensor, column: Tensor | None) -> tuple[Tensor, int]:
+        """Return the place of each edge's gene among the drawn ones, and the number of these."""
+        return (gene_E, len(self.gene.weight)) if column is None else (column[gene_E], int(column.max()) + 1)
 
     def edges(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor, column: Tensor | None) -> CisAttention:
         """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn.
@@ -198,9 +200,11 @@ class CisPath(nn.Module):
         state_NH = self._cell_scores(batch, h_BR, ccre_PR)
         score_WH, value_WH, slot_E = self._pair_terms(pair_E, ccre_PR)
         cell_E, gene_E = cell_N[token_E], self.window_gene[pair_E]
-        segment_E, n_segments = cell_E * len(self.gene.weight) + gene_E, batch.n_cells * len(self.gene.weight)
+        place_E, n_columns = self._places(gene_E, column)
         score_EH = (score_WH[slot_E] + state_NH[token_E]).float()
-        weight_EH = segment_softmax(score_EH, segment_E, n_segments, self.null)
+        weight_EH = segment_softmax(
+            score_EH, cell_E * n_columns + place_E, batch.n_cells * n_columns, self.null
+        )
         return CisAttention(
             cell_E,
             gene_E,
