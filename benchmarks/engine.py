@@ -228,10 +228,11 @@ def measure_training(folder: Path, direction: Direction, rate: float, n_steps: i
     with FlopCounterMode(display=False) as counter:
         counted = steps(batches[-1:])
     flops = (counter.get_total_flops() + pool_flops(training, batches[-1][1])) / counted
+    achieved = flops / cell_s / 1e9
     print(
         f"\n{direction} training, default configuration: {1 / cell_s:.1f} cells per CPU s "
         f"(closed-form start of {len(cells.train_rows)} cells: {start_s:.0f} CPU s); products of "
-        f"{flops / 1e9:.2f} GFLOP a cell, {flops / cell_s / 1e9:.0f} GFLOP/s, {flops / cell_s / 1e9 / rate:.0%} of the rate of a large one"
+        f"{flops / 1e9:.2f} GFLOP a cell, {achieved:.0f} GFLOP/s, {achieved / rate:.0%} of the rate of a large one"
     )
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         steps(batches[-1:])
