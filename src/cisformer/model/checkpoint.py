@@ -124,6 +124,11 @@ def load_checkpoint(
     direction, config, reference
         What the checkpoint has to agree with, where given.
 
+    Returns
+    -------
+    Checkpoint
+        Model, configuration, reference and metrics.
+
     Raises
     ------
     CheckpointError
