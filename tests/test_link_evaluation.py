@@ -94,7 +94,10 @@ def test_pairs_without_a_score_rank_last_and_are_counted(files, tmp_path):
 def test_a_frame_scores_as_its_file_does(files):
     _, links, truth = files
     frame = pd.read_csv(links, sep="\t").set_index("gene", drop=False)
-    assert evaluate_links(frame, truth, n_bootstrap=5).scores == evaluate_links(links, truth, n_bootstrap=5).scores
+    assert (
+        evaluate_links(frame, truth, n_bootstrap=5).scores
+        == evaluate_links(links, truth, n_bootstrap=5).scores
+    )
 
 
 def test_a_distance_without_links_is_said_to_have_none(files):
