@@ -31,7 +31,7 @@ RUN_DATE = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 OUTCOME = re.compile(r"(?<= )[-+=](?= |$)")
 VERDICT = "The model "
-WIDTH, COLOURS = 1200, 128
+WIDTH, COLOURS = 1200, 256
 
 
 @dataclass(frozen=True)
