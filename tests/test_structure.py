@@ -9,7 +9,7 @@ import cisformer
 
 ROOT = Path(cisformer.__file__).parent
 ORDER = [
-    "errors", "config", "runtime",
+    "errors", "config", "runtime", "team",
     "data.genome", "data.reference", "data.alignment", "data.sources", "data.io", "data.pairing", "data.spool",
     "data.store", "data.preprocess", "data.inspect", "data.batches",
     "model.attention", "model.linear", "model.local", "model.cis",

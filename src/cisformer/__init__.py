@@ -28,6 +28,7 @@ _FUNCTIONS = {
     "build_reference": "data.reference",
     "load_reference": "data.reference",
     "load_checkpoint": "model.checkpoint",
+    "export_checkpoint": "model.checkpoint",
     "default_config": "config",
     "load_config": "config",
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import time
 import warnings
 
 
@@ -27,7 +29,12 @@ def main() -> None:
 
 
 def _give_up(message: str, hint: str) -> None:
-    """Print what is wrong and the next step; exit with code 1."""
+    """Print what is wrong and the next step; exit with code 1.
+
+    Of several processes that fail alike the first speaks: the others wait, and the launcher ends them meanwhile.
+    """
+    if not _is_main():
+        time.sleep(3)
     print(f"error: {message}", file=sys.stderr)  # noqa: T201
     if hint:
         print(f"  hint: {hint}", file=sys.stderr)  # noqa: T201
@@ -39,9 +46,14 @@ def _speak(debug: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Plain())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("cisformer").setLevel(logging.DEBUG if debug else logging.INFO)
+    level = logging.INFO if _is_main() else logging.ERROR
+    logging.getLogger("cisformer").setLevel(logging.DEBUG if debug else level)
     if not debug:
         warnings.simplefilter("ignore")
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _Plain(logging.Formatter):

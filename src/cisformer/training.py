@@ -46,6 +46,7 @@ from cisformer.model.full_task import FullTask
 from cisformer.model.linear import FeatureCounts, LinearStart, blocks, count_features, fit_linear, learn_from
 from cisformer.model.local import Windows, fit_local
 from cisformer.runtime import atomic_path, progress
+from cisformer.team import Team
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -166,6 +167,7 @@ def train(
         given = None if config is None else settings
         first = load_checkpoint(model_parameters, direction, config=given, reference=cells.train.reference)
         settings = settings.model_copy(update={"model": first.config.model})
+    Team.current(cpu=cpu)
     tracker = None if settings.training.tracker == "none" else settings.training.tracker
     accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=str(save))
     settings = _with_total_gene(settings, cells.train.reference.n_genes)
@@ -453,7 +455,7 @@ def fold_in(best: Checkpoint, cells: Cells) -> Checkpoint:
     prior, after = learn_from([train, val], model.projection, best.layout, scale, **options)
     with torch.no_grad():
         model.prior.copy_(torch.from_numpy(prior))
-        model.loadings[:, :rank] += torch.from_numpy(after - before)
+        model.add_to_loadings(after - before)
     metrics = best.metrics | {"n_validation_cells_folded_in": len(cells.val_rows)}
     return Checkpoint(model, best.config, best.reference, metrics, best.folder)
 

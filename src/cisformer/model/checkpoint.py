@@ -161,6 +161,11 @@ def export_checkpoint(checkpoint: Checkpoint, path: str | Path) -> Path:
     path
         `pytorch_model.bin`, or a `.safetensors` file.
 
+    Returns
+    -------
+    Path
+        What was written.
+
     Raises
     ------
     CheckpointError
