@@ -79,17 +79,20 @@ def score_links(
         Cell type by barcode (a Series indexed by barcode), or a two-column table without header.
     window_bp
         Most bases between gene body and cCRE.
-    max_cells, seed
-        Most cells per type, and the seed by which they are drawn; `None` takes all.
+    max_cells
+        Most cells per type, drawn by `seed`; `None` takes all.
     covariates
         Columns of the store's `cell_info` to adjust p-values and coupling for, beside depth.
+    seed
+        Of the choice of cells.
     device
         Where the model runs; an NVIDIA GPU where there is one, else the CPU.
 
     Returns
     -------
-    Links of the types that have cells, sorted by name; see `Links`. A pair is listed where the cCRE is open
-    and the gene expressed in at least one of the type's cells, and both were seen in training.
+    Links
+        Of the types that have cells, sorted by name. A pair is listed where the cCRE is open and the gene
+        expressed in at least one of the type's cells, and both were seen in training.
 
     Raises
     ------
@@ -118,14 +121,23 @@ def link(
 
     Parameters
     ----------
-    checkpoint, data, cell_types, window_bp, max_cells, covariates, seed, device
+    checkpoint, data, cell_types
         As of `score_links`.
     output_dir
         Where the folder goes. Under `accelerate launch`, processes share the cell types.
+    window_bp, max_cells, covariates, seed
+        As of `score_links`.
     formats
-        Genome browser files to write as well, of each gene's strongest links.
+        Genome browser files to write as well, of each gene's strongest links: "bedpe", "interact", "longrange".
+    device
+        As of `score_links`.
     force
         Replace an existing folder.
+
+    Returns
+    -------
+    Path
+        The folder.
 
     Raises
     ------

@@ -104,6 +104,10 @@ def predict(
         Write to this `.h5ad` in blocks instead of returning an AnnData.
     direction
         What the checkpoint has to be for, where given.
+    batch_size
+        Cells predicted at once; memory follows it.
+    num_workers
+        Threads that prepare batches ahead.
     max_tokens
         Most tokens that attention sees; `None` takes the configuration's `enc_max_len`.
     min_prob
@@ -124,9 +128,10 @@ def predict(
 
     Returns
     -------
-    AnnData [n_cells, whole reference] with CSR float32 `X`: probabilities, or log1p-normalised expression (counts
-    per 10,000). Features not seen in training are zero and have `var["seen_in_training"]` false. With `output`, its
-    path.
+    AnnData or Path
+        [n_cells, whole reference] with CSR float32 `X`: probabilities of being open, or log1p-normalised expression
+        (counts per 10,000). Features not seen in training are zero and have `var["seen_in_training"]` false. With
+        `output`, its path.
 
     Raises
     ------

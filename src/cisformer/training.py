@@ -125,10 +125,16 @@ def train(
 
     Parameters
     ----------
-    data, val_data
-        Folders that `preprocess` wrote.
-    name, save
+    data
+        Folder that `preprocess` wrote: the one of all splits, or that of the training cells.
+    name
         The run goes to `<save>/<date>_<name>`.
+    direction
+        "rna2atac" or "atac2rna": which modality is predicted from which.
+    val_data
+        Folder of the validation cells; by default the one beside the training cells, or a tenth of these.
+    save
+        Where runs are kept.
     config
         A `Config`, a YAML file, or `None` for the defaults of the direction.
     model_parameters
@@ -137,6 +143,11 @@ def train(
         The folder of an interrupted run to finish, with its own settings.
     cpu
         Stay on the CPU although there is an accelerator.
+
+    Returns
+    -------
+    Checkpoint
+        The epoch of lowest validation loss, as `<save>/<date>_<name>/best` holds it.
 
     Raises
     ------
