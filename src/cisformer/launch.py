@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cisformer.errors import ConfigError
+from cisformer.config import read_yaml
+from cisformer.errors import ConfigError, brief
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path("cisformer_config/accelerate_config.yaml")
@@ -61,17 +60,20 @@ def read_accelerate_config(path: str | Path) -> dict[str, Any]:
     ConfigError
         It is missing or not a mapping.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    path = Path(path)
+    if not path.is_file():
         raise ConfigError(
-            f"cannot read the Accelerate config {path}: {' '.join(str(error).split())}",
+            f"there is no Accelerate config {path}",
             hint="make one with `cisformer generate_default_config` or `accelerate config`",
-        ) from None
-    if not isinstance(content, dict):
+        )
+    content = read_yaml(path, "one that `accelerate config` makes")
+    if not content:
         raise ConfigError(
             f"the Accelerate config {path} holds no keys", hint="compare it with a generated one"
         )
+    for key in ("num_processes", "num_machines"):
+        if not isinstance(content.get(key) or 1, int):
+            raise ConfigError(f"{path}: {key} is {brief(content[key])}", hint="it should be a whole number")
     return content
 
 
@@ -133,7 +135,13 @@ def relaunched(config_path: str | Path | None) -> tuple[bool, bool]:
         "-m",
         "cisformer",
     ]
-    finished = subprocess.run([*command, *sys.argv[1:]], env={**os.environ, _INSIDE: "1"}, check=False)
-    if finished.returncode:
-        sys.exit(finished.returncode)
+    process = subprocess.Popen([*command, *sys.argv[1:]], env={**os.environ, _INSIDE: "1"})
+    try:
+        returned = process.wait()
+    except BaseException:  # stopped: let the others stop as well, before this one
+        process.terminate()
+        process.wait()
+        raise
+    if returned:
+        sys.exit(returned)
     return True, wants_cpu(config)

@@ -162,6 +162,7 @@ def _prepare(
             hint="train one with cisformer atac2rna_train",
         )
     store = data if isinstance(data, CellStore) else CellStore.open(data)
+    store.verify()
     check_reference(checkpoint.reference, store.reference, "the checkpoint")
     if window_bp > checkpoint.config.model.cis_window and isinstance(checkpoint.model, CisModel):
         logger.warning(

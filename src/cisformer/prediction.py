@@ -61,6 +61,7 @@ class InputCells:
         """Open an AnnData, an `.h5ad`, `.h5mu` or 10x `.h5` file, a `.pt` shard, or a folder of shards."""
         if isinstance(data, str | Path) and (Path(data).is_dir() or Path(data).suffix in (".pt", ".json")):
             store = CellStore.open(data)
+            store.verify()
             check_reference(reference, store.reference, f"the checkpoint for {data}")
             return cls(store.cell_info, partial(_read_store, store, modality), str(data))
         adata = read_rna(data) if modality == "rna" else read_atac(data)
@@ -155,7 +156,7 @@ def predict(
     if output is None:
         return _collect(sparse, cells.obs, var, uns)
     start = 0
-    with H5adWriter(output, var, uns) as writer:
+    with H5adWriter(output, var, uns, force=force) as writer:
         for block in sparse:
             writer.append(block, cells.obs.iloc[start : start + block.shape[0]])
             start += block.shape[0]
