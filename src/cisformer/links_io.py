@@ -148,7 +148,7 @@ def safe_name(name: str, taken: Iterable[str] = ()) -> str:
     kept = re.sub(r"[^\w .+()\-]", "_", name).strip(" .")
     kept = kept.encode()[:120].decode(errors="ignore").strip(" .")
     folded = {_folded(other) for other in taken}
-    if kept == name and _folded(kept) not in folded:
+    if kept and kept == name and _folded(kept) not in folded:
         return kept
     digits = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
     names = (f"{kept or 'type'}-{digits[:length]}" for length in range(8, len(digits) + 1))

@@ -272,9 +272,8 @@ def _open_text(path: str | Path) -> Iterator[IO[str]]:
     try:
         with open(path, "rb") as handle:
             packed = handle.read(2) == b"\x1f\x8b"
-        opened = gzip.open(path, "rt", encoding="utf-8") if packed else open(path, encoding="utf-8")
-        with opened:
-            yield opened
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8") as text:
+            yield text
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(
             f"cannot read {path}: {error}", hint="check the path, or copy the file again"
