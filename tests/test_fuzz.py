@@ -62,11 +62,17 @@ def answer(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any
 
 # ---- text ------------------------------------------------------------------------------------------------------
 
-CHROMS = st.sampled_from(["chr1", "1", "GL000194.1", "chr1_random", "HLA-A*01:01", "a b", "x\ty", "", "\r", "é", "\x00"])
-NUMBERS = st.one_of(st.integers(-5, 10**15).map(str), st.sampled_from(["", "1e3", "²", "٣", "9" * 30, "0x10", " 7"]))
+CHROMS = st.sampled_from(
+    ["chr1", "1", "GL000194.1", "chr1_random", "HLA-A*01:01", "a b", "x\ty", "", "\r", "é", "\x00"]
+)
+NUMBERS = st.one_of(
+    st.integers(-5, 10**15).map(str), st.sampled_from(["", "1e3", "²", "٣", "9" * 30, "0x10", " 7"])
+)
 REGIONS = st.one_of(
     st.text(max_size=30),
-    st.builds("{}{}{}{}{}".format, CHROMS, st.sampled_from(":-_\t "), NUMBERS, st.sampled_from("-_:"), NUMBERS),
+    st.builds(
+        "{}{}{}{}{}".format, CHROMS, st.sampled_from(":-_\t "), NUMBERS, st.sampled_from("-_:"), NUMBERS
+    ),
 )
 
 
@@ -89,12 +95,16 @@ SCALARS = st.one_of(
     st.sampled_from(["whole", "auto", "5e-4", "1e4", "cis", "full", "inf", "nan"]), st.binary(max_size=4), st.dates(),
 )  # fmt: skip
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3), max_leaves=6
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3),
+    max_leaves=6,
 )
 KNOWN_KEYS = [key for _, section in default_config("atac2rna") for key, _ in section]
 SECTIONS = st.dictionaries(st.one_of(st.sampled_from(KNOWN_KEYS), SCALARS), VALUES, max_size=4)
 CONFIGS = st.dictionaries(
-    st.one_of(st.sampled_from(["model", "training", "datapreprocess"]), SCALARS), st.one_of(SECTIONS, VALUES), max_size=3
+    st.one_of(st.sampled_from(["model", "training", "datapreprocess"]), SCALARS),
+    st.one_of(SECTIONS, VALUES),
+    max_size=3,
 )
 
 
@@ -124,7 +134,9 @@ def test_config_files(pieces: list[str], tmp_path: Path):
         n_usable_processes(found, 0)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "a: &a [x]\n" + "".join(f"b{i}: &b{i} [{'*a, ' * 9}*a]\n" for i in range(3))])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "a: &a [x]\n" + "".join(f"b{i}: &b{i} [{'*a, ' * 9}*a]\n" for i in range(3))]
+)
 def test_yaml_that_is_deep_or_multiplies(text: str, tmp_path: Path):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CisformerError):
@@ -139,7 +151,9 @@ TABLES = st.one_of(
     st.binary(max_size=60),
     st.lists(TABLE_PIECES, max_size=25).map(lambda pieces: "".join(pieces).encode()),
     st.lists(TABLE_PIECES, max_size=9).map(lambda pieces: gzip.compress("".join(pieces).encode())),
-    st.lists(st.lists(TABLE_PIECES, min_size=2, max_size=12).map("\t".join), max_size=4).map(lambda rows: "\n".join(rows).encode()),
+    st.lists(st.lists(TABLE_PIECES, min_size=2, max_size=12).map("\t".join), max_size=4).map(
+        lambda rows: "\n".join(rows).encode()
+    ),
 )
 
 
@@ -176,13 +190,32 @@ def test_names_of_files(names: list[str]):
 
 DTYPES = ["int8", "uint8", "int16", "int32", "int64", "uint64", "float16", "float32", "float64", ">f4", ">i8", "bool", "longdouble",
           "complex64", "object", "U3"]  # fmt: skip
-BARCODES = st.one_of(st.sampled_from(["a", "b", "AAAC-1", "", "a\nb", "a\tb", "\x00", "é", "\ud800", "nan", "1"]), st.integers(0, 9))
+BARCODES = st.one_of(
+    st.sampled_from(["a", "b", "AAAC-1", "", "a\nb", "a\tb", "\x00", "é", "\ud800", "nan", "1"]),
+    st.integers(0, 9),
+)
 ANNOTATION = st.one_of(
     st.sampled_from(["Gene Expression", "Peaks", "chr1:1-5", "chr1", "+", "-1", "NaN", "", "x\ty\r\n"]), st.integers(), st.floats(),
     st.none(), st.booleans(),
 )  # fmt: skip
-COLUMNS = st.sampled_from(["feature_types", "interval", "chrom", "start", "end", "strand", "gene_id", "gene_name", "n", "x", 3])
-GENES = st.sampled_from(["ENSG00000000001", "ENSG00000000001.7", "ACTB", "Actb", "gene", "", "chr1:5-9", "chr1-5-9", "chr2:1-2", "é", "5"])
+COLUMNS = st.sampled_from(
+    ["feature_types", "interval", "chrom", "start", "end", "strand", "gene_id", "gene_name", "n", "x", 3]
+)
+GENES = st.sampled_from(
+    [
+        "ENSG00000000001",
+        "ENSG00000000001.7",
+        "ACTB",
+        "Actb",
+        "gene",
+        "",
+        "chr1:5-9",
+        "chr1-5-9",
+        "chr2:1-2",
+        "é",
+        "5",
+    ]
+)
 NUMERIC = st.sampled_from([0, 0, 0, 1, 1, 2, 3, 0.5, -1, 300, 70_000, 1e9, 1e30, np.nan, np.inf])
 
 
@@ -206,9 +239,15 @@ def adatas(draw: Any) -> ad.AnnData:
     with np.errstate(all="ignore"):
         dense = np.array(values, object).reshape(n_cells, n_features)
         dtype = draw(st.sampled_from(DTYPES))
-        finite = np.where(pd.isna(dense) | (dense == np.inf), 0, dense) if np.dtype(dtype).kind in "iub" else dense
+        finite = (
+            np.where(pd.isna(dense) | (dense == np.inf), 0, dense) if np.dtype(dtype).kind in "iub" else dense
+        )
         matrix = finite.astype(float).astype(dtype)
-    if matrix.dtype.kind in "biufc" and matrix.dtype not in (np.float16, np.longdouble) and matrix.dtype.isnative:
+    if (
+        matrix.dtype.kind in "biufc"
+        and matrix.dtype not in (np.float16, np.longdouble)
+        and matrix.dtype.isnative
+    ):
         matrix = draw(st.sampled_from([np.asarray, sp.csr_matrix, sp.csc_matrix, sp.csr_array]))(matrix)
         if sp.issparse(matrix) and draw(st.booleans()):
             matrix.indices, matrix.indptr = matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
@@ -298,7 +337,9 @@ def damages(draw: Any) -> Callable[[bytes], bytes]:
 
 
 @pytest.fixture(scope="module")
-def ours(tiny_data: dict, tiny_files: Path, tiny_checkpoints: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ours(
+    tiny_data: dict, tiny_files: Path, tiny_checkpoints: dict, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A folder with an h5ad, a data set, a checkpoint and a training state, to be damaged."""
     folder = tmp_path_factory.mktemp("ours")
     shutil.copy(tiny_files / "rna.h5ad", folder / "rna.h5ad")
@@ -383,7 +424,9 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["store/manifest.json", "model/checkpoint.json", "store/reference/reference.json"])
+@pytest.mark.parametrize(
+    "name", ["store/manifest.json", "model/checkpoint.json", "store/reference/reference.json"]
+)
 def test_manifests_with_other_entries(name: str, ours: Path):
     read, _ = DAMAGED[name]
     path, noted = ours / name, (ours / name).read_text()
@@ -394,7 +437,13 @@ def test_manifests_with_other_entries(name: str, ours: Path):
         about = json.loads(noted)
         node: Any = about
         for step in way:
-            keys = list(node) if isinstance(node, dict) else list(range(len(node))) if isinstance(node, list) else []
+            keys = (
+                list(node)
+                if isinstance(node, dict)
+                else list(range(len(node)))
+                if isinstance(node, list)
+                else []
+            )
             if not keys:
                 break
             parent, key = node, keys[step * len(keys) // MOST]
@@ -414,7 +463,9 @@ def test_manifests_with_other_entries(name: str, ours: Path):
 
 
 @cases(60)
-@given(content=st.one_of(st.binary(max_size=200), damages()), suffix=st.sampled_from([".bin", ".safetensors"]))
+@given(
+    content=st.one_of(st.binary(max_size=200), damages()), suffix=st.sampled_from([".bin", ".safetensors"])
+)
 def test_published_weights(content: Any, suffix: str, ours: Path, tmp_path: Path):
     whole = (ours / ("training_state.pt" if suffix == ".bin" else "model/model.safetensors")).read_bytes()
     (tmp_path / f"weights{suffix}").write_bytes(content if isinstance(content, bytes) else content(whole))

@@ -164,8 +164,8 @@ def _aligned(
     with contextlib.ExitStack() as stack:
         with open_rows(rna, "rna") as genes, open_rows(atac, "atac") as peaks:
             sources = genes, peaks
-            chosen = _choose_reference(reference, sources, gtf)
             rows = pair_barcodes(genes.obs.index, peaks.obs.index)
+            chosen = _choose_reference(reference, sources, gtf)
             maps = _map_features(sources, chosen)
             make_folder(folder)
             stack.enter_context(write_errors(folder, folder))

@@ -26,7 +26,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
@@ -226,6 +225,8 @@ class _Shard:
 
 
 def _open_shard(path: Path, about: dict[str, Any]) -> _Shard:
+    import torch  # not above: bad input is told before a second of importing
+
     if not path.is_file():
         raise _missing(path)
     if path.stat().st_size != about["bytes"]:
