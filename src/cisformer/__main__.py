@@ -81,7 +81,19 @@ def _speak(debug: bool) -> _Recap:
     ours.addHandler(recap)
     if not debug:
         warnings.simplefilter("ignore")
+        _hush_hdf5()
     return recap
+
+
+def _hush_hdf5() -> None:
+    """Leave out what HDF5 repeats for every object of a file that it could not close, once the error is told."""
+
+    def repeated(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and "Can't decrement id ref count" in str(error)
+
+    show, show_unraisable = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, error, trace: None if repeated(error) else show(kind, error, trace)
+    sys.unraisablehook = lambda found: None if repeated(found.exc_value) else show_unraisable(found)
 
 
 class _Plain(logging.Formatter):

@@ -382,6 +382,7 @@ def _source(
     values: str,
 ) -> Source:
     """Make a `Source` of checked barcodes and of this modality's features only."""
+    obs, var = _plain_columns(obs), _plain_columns(var)
     obs = obs.set_axis(obs.index.astype(str))
     unfit = obs.index[obs.index.str.contains(_CONTROL) | (obs.index == "")]
     if len(unfit):
@@ -403,6 +404,12 @@ def _source(
         )
     layout, read = _reader(node, (len(obs), len(var)), label)
     return Source(label, kind, modality, obs, chosen, slot, layout, values, read, columns)
+
+
+def _plain_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return an annotation with text for column names, each once: of several of a name, the first."""
+    named = table.set_axis(table.columns.astype(str), axis=1)
+    return named.loc[:, ~named.columns.duplicated()]
 
 
 def _columns_of(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np.int64] | None:
