@@ -203,7 +203,7 @@ class Stage:
         """Kill a run after a share of its time; return whether it had ended before, and what was lost."""
         ended, errors = stop_at(start(COMMANDS[self.name], self.folder), share * self.seconds, number)
         lost = self.lost(cleans_up=number != signal.SIGKILL)
-        return ended, lost or ("a traceback" if "Traceback" in errors else "")
+        return ended, lost or (f"a traceback: {errors}" if "Traceback" in errors else "")
 
 
 def losses(run_folder: Path) -> list[tuple[float | None, float]]:
@@ -261,7 +261,8 @@ def stop_in_training(
 
 def n_epochs(folder: Path) -> int:
     """Return how many epochs are on record in a run's folder, or in a save folder."""
-    return max((path.read_text().count("\n") for path in folder.rglob("metrics.jsonl")), default=0)
+    logs = [*folder.glob("metrics.jsonl"), *folder.glob("*/metrics.jsonl")]
+    return max((path.read_text().count("\n") for path in logs), default=0)
 
 
 def resume(save: Path) -> list[str]:
@@ -313,8 +314,8 @@ def on_disk(stage: Stage, disk: Path, then: list[str] | None = None) -> str:
     if process.returncode == 0:
         return "" if found == stage.undisturbed else "it claims to have succeeded"
     if process.returncode != 1 or errors.count("error: ") != 1 or "Traceback" in errors:
-        return f"no clear message: {errors[-300:]}"
-    if "is full" not in errors and "read-only" not in errors.lower():
+        return f"no clear message: {errors}"
+    if "is full" not in errors and "is read-only" not in errors:
         return f"it does not name the disk: {errors[-200:]}"
     return "" if found == stage.earlier and not left else f"files differ, or are left: {left[:3]}"
 

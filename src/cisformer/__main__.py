@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import threading
 import warnings
 from collections import Counter
 from types import FrameType
+from typing import Any
 
 
 def main() -> None:
     """Run the command line; a `CisformerError` becomes one line on stderr and exit code 1."""
     from cisformer.cli import cisformer
-    from cisformer.errors import CisformerError
+    from cisformer.errors import CisformerError, WriteError
 
     debug = "--debug" in sys.argv
     recap = _speak(debug)
@@ -27,11 +30,15 @@ def main() -> None:
     except CisformerError as error:
         if debug:
             raise
-        _give_up(error.message, error.hint)
+        _give_up(error.message, error.hint, at_once=isinstance(error, WriteError))
     except OSError as error:  # a file that vanished, a folder that is not the user's
         if debug:
             raise
         _give_up(str(error), "check that the disk has room, and that you may read and write there")
+    except Stopped as stopped:
+        if debug:
+            raise
+        _stopped(stopped.args[0])
     except (MemoryError, RuntimeError) as error:
         if debug or not _out_of_memory(error):
             raise
@@ -41,19 +48,23 @@ def main() -> None:
         )
 
 
-class Stopped(SystemExit):
+class Stopped(BaseException):
     """The user, or the system, wants the command to end; whoever writes cleans up on the way out."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Leave as if by an exception, so that temporary files go; 128 + signal is the exit code of shells."""
-    name = signal.Signals(number).name
+    """Leave by an exception, so that temporary files go."""
+    raise Stopped(number)
+
+
+def _stopped(number: int) -> None:
+    """Say so, and exit as shells do: with 128 + signal."""
     print(  # noqa: T201
-        f"error: stopped by {name}; earlier results are as they were\n"
+        f"error: stopped by {signal.Signals(number).name}; earlier results are as they were\n"
         "  hint: run the command again; training goes on with --resume FOLDER",
         file=sys.stderr,
     )
-    raise Stopped(128 + number)
+    sys.exit(128 + number)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -63,11 +74,18 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
-def _give_up(message: str, hint: str) -> None:
-    """Print what is wrong and the next step; exit with code 1."""
+def _give_up(message: str, hint: str, *, at_once: bool = False) -> None:
+    """Print what is wrong and the next step; exit with code 1.
+
+    After a write that failed HDF5 crashes when Python takes it down: `at_once` leaves without that.
+    """
     print(f"error: {message}", file=sys.stderr)  # noqa: T201
     if hint:
         print(f"  hint: {hint}", file=sys.stderr)  # noqa: T201
+    if at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     sys.exit(1)
 
 
@@ -81,19 +99,32 @@ def _speak(debug: bool) -> _Recap:
     ours.addHandler(recap)
     if not debug:
         warnings.simplefilter("ignore")
-        _hush_hdf5()
+        _hush_destructors()
     return recap
 
 
-def _hush_hdf5() -> None:
-    """Leave out what HDF5 repeats for every object of a file that it could not close, once the error is told."""
+def _hush_destructors() -> None:
+    """Take care of what is raised where nobody can catch it: while an object is taken down.
+
+    HDF5 repeats its error for every object of a file that it could not close. And a signal that arrives in
+    such a place would be lost: it is sent once more.
+    """
+    show, show_unraisable = sys.excepthook, sys.unraisablehook
 
     def repeated(error: BaseException | None) -> bool:
         return isinstance(error, RuntimeError) and "Can't decrement id ref count" in str(error)
 
-    show, show_unraisable = sys.excepthook, sys.unraisablehook
-    sys.excepthook = lambda kind, error, trace: None if repeated(error) else show(kind, error, trace)
-    sys.unraisablehook = lambda found: None if repeated(found.exc_value) else show_unraisable(found)
+    def unraisable(found: Any) -> None:
+        if isinstance(found.exc_value, Stopped):
+            threading.Timer(0.01, os.kill, (os.getpid(), found.exc_value.args[0])).start()
+        elif not repeated(found.exc_value):
+            show_unraisable(found)
+
+    def uncaught(kind: Any, error: BaseException, trace: Any) -> None:
+        if not repeated(error) and not isinstance(error, Stopped):
+            show(kind, error, trace)
+
+    sys.excepthook, sys.unraisablehook = uncaught, unraisable
 
 
 class _Plain(logging.Formatter):

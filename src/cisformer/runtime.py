@@ -50,7 +50,7 @@ def atomic_path(path: str | Path, *, force: bool = True) -> Iterator[Path]:
             refuse_existing(path, force=force)
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 @contextlib.contextmanager
@@ -112,10 +112,12 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
+    """Remove a file or folder, or what can be removed of it; what went wrong before is the error to tell."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def make_folder(folder: Path) -> None:
@@ -139,6 +141,10 @@ _DISK = {
 }
 
 
+_TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected pos")
+"""What `torch.save` says of a disk that takes no more; it keeps the reason to itself."""
+
+
 @contextlib.contextmanager
 def write_errors(path: Path, temporary: Path) -> Iterator[None]:
     """Turn whatever a writer raises where the disk is full into one `WriteError` that names `path`."""
@@ -146,7 +152,7 @@ def write_errors(path: Path, temporary: Path) -> Iterator[None]:
         yield
     except Exception as error:
         reason = _disk_reason(error, temporary)
-        if reason is None or isinstance(error, CisformerError):
+        if reason is None or (isinstance(error, CisformerError) and not isinstance(error, WriteError)):
             raise
         raise WriteError(
             f"cannot write {path}: {reason}; nothing was changed there",
@@ -160,6 +166,8 @@ def _disk_reason(error: BaseException | None, temporary: Path) -> str | None:
         text = str(error)
         told = re.search(r"errno = (\d+)|os error (\d+)", text)
         number = getattr(error, "errno", None) or (int(told[1] or told[2]) if told else None)
+        if number is None and _TORCH_CANNOT_WRITE.search(text):
+            number = errno.ENOSPC
         denied = number in (errno.EACCES, errno.EPERM)
         if number in _DISK and (not denied or str(temporary) in text):
             return _DISK[number]
