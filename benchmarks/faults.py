@@ -7,8 +7,8 @@ Killed at random moments (SIGINT, SIGTERM, SIGKILL): `data_preprocess`, `atac2rn
 time; a full disk and a read-only one (where this user may mount one); shards, checkpoints and training states with bits
 flipped or cut; an input that is written to while it is read; two runs at once into one folder. Prints a markdown table.
 
-Nothing is lost when every result is, byte for byte, the earlier one or that of an undisturbed run; when there is no other
-file, but for hidden temporary ones after SIGKILL, which lets nobody clean up; when a full or read-only disk gives one
+Nothing is lost when every result is, byte for byte, the earlier one or that of an undisturbed run; when there is no
+other file, but for hidden temporary ones after SIGKILL, which lets nobody clean up; when a full or read-only disk gives one
 line and no traceback; when damage is refused; and when a resumed training ends with the losses and weights of an
 uninterrupted one.
 """
@@ -250,7 +250,7 @@ def kill_training(
 def stop_in_training(
     process: subprocess.Popen[str], save: Path, number: signal.Signals, rng: random.Random
 ) -> tuple[bool, str]:
-    """Kill a training: one time in four while it starts, else within a second after an epoch has ended; as `stop_at`."""
+    """Kill a training, one time in four while it starts, else within a second after an epoch has ended."""
     if rng.random() < 0.25:
         return stop_at(process, rng.uniform(0.5, 3), number)
     known = n_epochs(save)

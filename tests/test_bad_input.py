@@ -282,7 +282,8 @@ ACCEPTED = {
         (
             "warning: 2 of 150 cells have no gene or no cCRE of the reference and are left out",
             "warning: 10 of 160 RNA cells have no partner",
-            "2 warnings in all:\n  - 10 of 160 RNA cells have no partner in the other modality and are left out\n  - 2 of 150 cells",
+            "2 warnings in all:\n  - 10 of 160 RNA cells have no partner",
+            "are left out\n  - 2 of 150 cells",
         ),
     ),
     "a type that is absent": Accepted(

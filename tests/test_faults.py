@@ -5,6 +5,8 @@ A small part of what `benchmarks/faults.py` counts, with its own machinery; and 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import os
 import random
@@ -102,14 +104,10 @@ def test_damage_is_noticed(faults: ModuleType, workplace: Path):
 # ---- an input that changes -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["written", "longer", "cut"])
-def test_an_input_that_changes_while_it_is_read(change: str, tiny_files: Path, tmp_path: Path):
-    path = Path(shutil.copy(tiny_files / "rna.h5ad", tmp_path))
+def change_while_reading(path: Path, change: str) -> None:
+    """Read some cells, change the file in place, read more."""
     content = path.read_bytes()
-    with (
-        pytest.raises(InputError, match=r"rna.h5ad (changed while it was read|is cut short or damaged)"),
-        open_rows(path, "rna") as source,
-    ):
+    with open_rows(path, "rna") as source:
         source.rows(0, 10)
         with open(path, "rb+") as file:
             if change == "written":
@@ -123,6 +121,13 @@ def test_an_input_that_changes_while_it_is_read(change: str, tiny_files: Path, t
         source.rows(10, 20)
 
 
+@pytest.mark.parametrize("change", ["written", "longer", "cut"])
+def test_an_input_that_changes_while_it_is_read(change: str, tiny_files: Path, tmp_path: Path):
+    path = Path(shutil.copy(tiny_files / "rna.h5ad", tmp_path))
+    with pytest.raises(InputError, match=r"rna.h5ad (changed while it was read|is cut short or damaged)"):
+        change_while_reading(path, change)
+
+
 def test_an_input_that_is_replaced_while_it_is_read_is_read_to_its_end(tiny_files: Path, tmp_path: Path):
     path = Path(shutil.copy(tiny_files / "rna.h5ad", tmp_path))
     with open_rows(path, "rna") as source:
@@ -134,16 +139,22 @@ def test_an_input_that_is_replaced_while_it_is_read_is_read_to_its_end(tiny_file
 # ---- two at once -----------------------------------------------------------------------------------------------------
 
 
+def write_twice(
+    path: Path, writer: Callable[[Path], contextlib.AbstractContextManager[Path]], name: str
+) -> None:
+    """Write a result while another run writes the same one, and ends first."""
+    with writer(path) as second:
+        with writer(path) as first:
+            (first / name).write_text("first")
+        (second / name).write_text("second")
+
+
 def test_the_second_of_two_runs_into_one_folder_is_refused(tmp_path: Path):
-    with pytest.raises(OutputExistsError), atomic_folder(tmp_path / "out") as second:
-        with atomic_folder(tmp_path / "out") as first:
-            (first / "a").write_text("first")
-        (second / "a").write_text("second")
+    with pytest.raises(OutputExistsError):
+        write_twice(tmp_path / "out", atomic_folder, "a")
     assert (tmp_path / "out" / "a").read_text() == "first"
-    with pytest.raises(OutputExistsError), atomic_path(tmp_path / "file", force=False) as second:
-        with atomic_path(tmp_path / "file", force=False) as first:
-            first.write_text("first")
-        second.write_text("second")
+    with pytest.raises(OutputExistsError):
+        write_twice(tmp_path / "file", functools.partial(atomic_path, force=False), "")
     assert (tmp_path / "file").read_text() == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
 
@@ -253,11 +264,9 @@ def full_disk(text: str) -> Callable[[], None]:
 )
 def test_whatever_a_library_says_of_a_full_disk_is_told_in_one_way(write: Callable[[], None], tmp_path: Path):
     (tmp_path / "a.h5ad").write_text("old")
-    with pytest.raises(
-        WriteError, match=r"cannot write .*a.h5ad: the disk is full; nothing was changed there"
-    ) as caught:
-        with atomic_path(tmp_path / "a.h5ad"):
-            write()
+    wanted = r"cannot write .*a.h5ad: the disk is full; nothing was changed there"
+    with pytest.raises(WriteError, match=wanted) as caught, atomic_path(tmp_path / "a.h5ad"):
+        write()
     assert "make room" in caught.value.hint
     assert (tmp_path / "a.h5ad").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]

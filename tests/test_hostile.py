@@ -35,9 +35,35 @@ from cisformer.training import _new_folder, _read_state
 
 HUGE = 10**15
 HOSTILE_TYPES = [
-    "../x", "..", ".", "a/b", "a_b", "A_B", "/etc/passwd", "CON", "con", "nul.txt", "T" * 300, "\U0001f9ec", "é", "e\u0301", "-rf", "$(touch x)",
-    "`touch x`", "; touch x", "a\\b", "C:\\x", "type|pipe", "<script>alert(1)</script>", "x\ty", "$\\frac{$", "a\nb", " lead", "trail. ", "%s{}",
-]  # fmt: skip
+    "../x",
+    "..",
+    ".",
+    "a/b",
+    "a_b",
+    "A_B",
+    "/etc/passwd",
+    "CON",
+    "con",
+    "nul.txt",
+    "T" * 300,
+    "\U0001f9ec",
+    "é",
+    "e\u0301",
+    "-rf",
+    "$(touch x)",
+    "`touch x`",
+    "; touch x",
+    "a\\b",
+    "C:\\x",
+    "type|pipe",
+    "<script>alert(1)</script>",
+    "x\ty",
+    "$\\frac{$",
+    "a\nb",
+    " lead",
+    "trail. ",
+    "%s{}",
+]
 
 
 # ---- no code -----------------------------------------------------------------------------------------------------
@@ -162,13 +188,13 @@ def test_a_manifest_cannot_name_files_elsewhere(name: object, store_folder: Path
 @pytest.mark.parametrize("name", ["../x", "/tmp", "mouse/../human"])
 def test_a_manifest_cannot_name_a_reference_elsewhere(name: str, store_folder: Path):
     edit_json(store_folder / "manifest.json", lambda m: m["reference"].update(name=name, built_in=True))
-    with pytest.raises(StoreError, match="manifest.json is damaged: reference"):
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged: reference"):
         CellStore.open(store_folder)
 
 
 def test_other_files_of_a_manifest_stay_in_the_folder(store_folder: Path):
     edit_json(store_folder / "manifest.json", lambda manifest: manifest["files"].update({"../../x": "0"}))
-    with pytest.raises(StoreError, match="manifest.json is damaged: files"):
+    with pytest.raises(StoreError, match=r"manifest\.json is damaged: files"):
         CellStore.open(store_folder)
 
 
@@ -218,8 +244,12 @@ def test_cell_types_with_hostile_names_stay_in_the_folder(
     assert not (tmp_path / "x").exists()
 
 
-def test_genes_with_hostile_names(command: Callable[..., subprocess.CompletedProcess[str]], tiny_checkpoints: dict, tiny_data: dict,
-                                  tmp_path: Path):  # fmt: skip
+def test_genes_with_hostile_names(
+    command: Callable[..., subprocess.CompletedProcess[str]],
+    tiny_checkpoints: dict,
+    tiny_data: dict,
+    tmp_path: Path,
+):
     store = CellStore.open(tiny_data["atac2rna"] / "atac2rna_train")
     folder = link(
         tiny_checkpoints["atac2rna"],
