@@ -8,8 +8,8 @@ time; a full disk and a read-only one (where this user may mount one); shards, c
 flipped or cut; an input that is written to while it is read; two runs at once into one folder. Prints a markdown table.
 
 Nothing is lost when every result is, byte for byte, the earlier one or that of an undisturbed run; when there is no
-other file, but for hidden temporary ones after SIGKILL, which lets nobody clean up; when a full or read-only disk gives one
-line and no traceback; when damage is refused; and when a resumed training ends with the losses and weights of an
+other file, but for hidden temporary ones after SIGKILL, which lets nobody clean up; when a full or read-only disk gives
+one line and no traceback; when damage is refused; and when a resumed training ends with the losses and weights of an
 uninterrupted one.
 """
 
