@@ -423,13 +423,19 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     rng, workplace = random.Random(given.seed), given.work / "workplace"
     make_workplace(workplace, given.seed)
-    counts = [*count_stages(given, rng, workplace), *count_training(given, rng, workplace)]
+    print("| fault | tried | nothing lost | |\n|---|---|---|---|", flush=True)
+    for counts in (count_training, count_stages, count_damage):
+        for count in counts(given, rng, workplace):
+            print(count.row(), flush=True)
+
+
+def count_damage(given: argparse.Namespace, rng: random.Random, workplace: Path) -> Iterator[Count]:
+    """Yield the counts of damaged files."""
     for name, (path, read) in readers(workplace).items():
-        counts.append(Count(f"{name} with a flipped bit, or cut"))
+        count = Count(f"{name} with a flipped bit, or cut")
         for _ in range(given.flips):
-            counts[-1].add(unnoticed(read, path, rng))
-    print("\n| fault | tried | nothing lost | |\n|---|---|---|---|")
-    print("\n".join(count.row() for count in counts))
+            count.add(unnoticed(read, path, rng))
+        yield count
 
 
 def count_stages(given: argparse.Namespace, rng: random.Random, workplace: Path) -> Iterator[Count]:

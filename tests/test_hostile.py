@@ -353,7 +353,6 @@ def test_weights_that_claim_more_than_they_hold(model_folder: Path, tmp_path: Pa
         "dec_depth",
         "dec_ff_mult",
         "dec_dim_head",
-        "max_express",
         "cis_window",
     ],
 )
