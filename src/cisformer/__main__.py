@@ -4,54 +4,133 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
+from collections import Counter
+from types import FrameType
+from typing import Any
 
 
 def main() -> None:
     """Run the command line; a `CisformerError` becomes one line on stderr and exit code 1."""
     from cisformer.cli import cisformer
-    from cisformer.errors import CisformerError
+    from cisformer.errors import CisformerError, WriteError
 
     # A waiting thread gives its core away: spinning made training on a busy machine fifteen times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
-    _speak(debug)
+    recap = _speak(debug)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
-        cisformer(prog_name="cisformer")
+        try:
+            cisformer(prog_name="cisformer")
+        finally:
+            recap.print()
     except CisformerError as error:
         if debug:
             raise
-        _give_up(error.message, error.hint)
-    except OSError as error:  # a full disk, a file that vanished
+        _give_up(error.message, error.hint, at_once=isinstance(error, WriteError))
+    except OSError as error:  # a file that vanished, a folder that is not the user's
         if debug:
             raise
         _give_up(str(error), "check that the disk has room, and that you may read and write there")
+    except Stopped as stopped:
+        if debug:
+            raise
+        _stopped(stopped.args[0])
+    except (MemoryError, RuntimeError) as error:
+        if debug or not _out_of_memory(error):
+            raise
+        _give_up(
+            f"out of memory: {' '.join(str(error).split())[:200]}",
+            "lower batch_size (or dim), or take a larger machine",
+        )
 
 
-def _give_up(message: str, hint: str) -> None:
+class Stopped(BaseException):
+    """The user, or the system, wants the command to end; whoever writes cleans up on the way out."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Leave by an exception, so that temporary files go."""
+    raise Stopped(number)
+
+
+def _stopped(number: int) -> None:
+    """Say so, and exit as shells do: with 128 + signal."""
+    print(  # noqa: T201
+        f"error: stopped by {signal.Signals(number).name}; earlier results are as they were\n"
+        "  hint: run the command again; training goes on with --resume FOLDER",
+        file=sys.stderr,
+    )
+    sys.exit(128 + number)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Tell whether there was no memory left: torch says so with a `RuntimeError` of many kinds."""
+    return (
+        isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error)
+    )
+
+
+def _give_up(message: str, hint: str, *, at_once: bool = False) -> None:
     """Print what is wrong and the next step; exit with code 1.
 
     Of several processes that fail alike the first speaks: the others wait, and the launcher ends them meanwhile.
+    After a write that failed HDF5 crashes when Python takes it down: `at_once` leaves without that.
     """
     if not _is_main():
         time.sleep(3)
     print(f"error: {message}", file=sys.stderr)  # noqa: T201
     if hint:
         print(f"  hint: {hint}", file=sys.stderr)  # noqa: T201
+    if at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     sys.exit(1)
 
 
-def _speak(debug: bool) -> None:
+def _speak(debug: bool) -> _Recap:
     """Send log messages to stderr; keep the warnings of libraries out of a user's sight unless debugging."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler, recap = logging.StreamHandler(sys.stderr), _Recap()
     handler.setFormatter(_Plain())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    level = logging.INFO if _is_main() else logging.ERROR
-    logging.getLogger("cisformer").setLevel(logging.DEBUG if debug else level)
+    ours = logging.getLogger("cisformer")
+    ours.setLevel(logging.DEBUG if debug else logging.INFO if _is_main() else logging.ERROR)
+    ours.addHandler(recap)
     if not debug:
         warnings.simplefilter("ignore")
+        _hush_destructors()
+    return recap
+
+
+def _hush_destructors() -> None:
+    """Take care of what is raised where nobody can catch it: while an object is taken down.
+
+    HDF5 repeats its error for every object of a file that it could not close. And a signal that arrives in
+    such a place would be lost: it is sent once more.
+    """
+    show, show_unraisable = sys.excepthook, sys.unraisablehook
+
+    def repeated(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and "Can't decrement id ref count" in str(error)
+
+    def unraisable(found: Any) -> None:
+        if isinstance(found.exc_value, Stopped):
+            threading.Timer(0.01, os.kill, (os.getpid(), found.exc_value.args[0])).start()
+        elif not repeated(found.exc_value):
+            show_unraisable(found)
+
+    def uncaught(kind: Any, error: BaseException, trace: Any) -> None:
+        if not repeated(error) and not isinstance(error, Stopped):
+            show(kind, error, trace)
+
+    sys.excepthook, sys.unraisablehook = uncaught, unraisable
 
 
 def _is_main() -> bool:
@@ -64,6 +143,31 @@ class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
         return message if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {message}"
+
+
+class _Recap(logging.Handler):
+    """Keeps our warnings, to say them once more at the end where other lines have followed them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._warnings: Counter[str] = Counter()
+        self._followed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self._warnings[record.getMessage()] += 1
+        else:
+            self._followed |= bool(self._warnings)
+
+    def print(self) -> None:
+        """Print each warning once, with how often it came."""
+        total = self._warnings.total()
+        if not self._followed and total == len(self._warnings):  # they stand right above, once each
+            return
+        lines = [f"{total} warning{'s' if total > 1 else ''} in all:"]
+        for message, times in self._warnings.items():
+            lines.append(f"  - {message}{f' ({times} times)' if times > 1 else ''}")
+        print("\n".join(lines), file=sys.stderr)  # noqa: T201
 
 
 if __name__ == "__main__":

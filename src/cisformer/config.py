@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from cisformer.errors import ConfigError
+from cisformer.errors import ConfigError, brief
 
 Direction = Literal["atac2rna", "rna2atac"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
@@ -26,7 +26,7 @@ def _whole(value: Any) -> Any:
     """Accept 1e4 and "1e4" (PyYAML reads both as not an integer) where an integer is meant."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return value
     return int(number) if number.is_integer() else value
 
@@ -37,7 +37,7 @@ WholeNumber = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 class Section(BaseModel):
     """A part of the configuration: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class DataPreprocess(Section):
@@ -66,7 +66,7 @@ class Model(Section):
         "architecture cis reads RNA through them; architecture full predicts them."
     )
     dim: Positive = Field(description="Width of the latent tokens. architecture full: a multiple of 7.")
-    dec_depth: Annotated[int, Field(ge=0)] = Field(description="Number of attention blocks.")
+    dec_depth: Annotated[int, Field(ge=0, le=1000)] = Field(description="Number of attention blocks.")
     dec_heads: Positive = Field(description="Attention heads.")
     dec_ff_mult: Positive = Field(description="Width of the feed-forward layer, in multiples of dim.")
     dec_dim_head: Positive = Field(description="Width of one attention head.")
@@ -83,7 +83,7 @@ class Model(Section):
         "auto",
         description="cis: penalty of the closed-form start; 'auto' takes the best on validation cells.",
     )
-    cis_window: WholeNumber = Field(
+    cis_window: Annotated[WholeNumber, Field(le=10_000_000)] = Field(
         250_000, description="cis: a gene attends to open cCREs within this many bp of its body."
     )
     mask_padding: bool = Field(
@@ -95,7 +95,7 @@ class Model(Section):
 class Training(Section):
     """How the model is trained."""
 
-    SEED: Annotated[int, Field(ge=0)] = Field(description="Seed of every random draw.")
+    SEED: Annotated[int, Field(ge=0, lt=2**63)] = Field(description="Seed of every random draw.")
     batch_size: Positive = Field(description="Cells per training batch and process.")
     num_workers: Annotated[int, Field(ge=0)] = Field(2, description="Threads that prepare batches ahead.")
     epoch: Annotated[int, Field(ge=0)] = Field(description="Most epochs; 0 keeps the closed-form start.")
@@ -207,10 +207,11 @@ def parse_config(content: dict[str, Any], direction: Direction, *, source: str =
     sections: dict[str, Any] = {name: dict(values) for name, values in _DEFAULTS[direction].items()}
     for name, values in content.items():
         if name not in sections:
-            raise ConfigError(f"{source}: unknown section '{name}'", hint=_nearest(name, sections))
+            raise ConfigError(f"{source}: unknown section {brief(name)}", hint=_nearest(name, sections))
         if values is not None and not isinstance(values, dict):
             raise ConfigError(
-                f"{source}: section '{name}' holds {values!r}", hint="write `key: value` lines under it"
+                f"{source}: section {brief(name)} holds {brief(values)}",
+                hint="write `key: value` lines under it",
             )
         sections[name] |= values or {}
     try:
@@ -239,22 +240,36 @@ def _scalar(value: Any) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise ConfigError(
             f"config file {path} does not exist", hint="make one with `cisformer generate_default_config`"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        )
+    return read_yaml(path, "a generated one")
+
+
+def read_yaml(path: Path, example: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping, or nothing.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read or holds something else; `example` is what to compare it with.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (
+        Exception
+    ) as error:  # PyYAML raises whatever a value comes upon: ValueError, KeyError, RecursionError …
         raise ConfigError(
-            f"{path} is not a YAML file: {reason}", hint="compare it with a generated one"
+            f"{path} is not a YAML file: {' '.join(str(error).split())[:300]}",
+            hint=f"compare it with {example}",
         ) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{path} holds a {type(content).__name__}, not sections of keys", hint="see the documentation"
+            f"{path} holds a {type(content).__name__}, not sections of keys",
+            hint=f"compare it with {example}",
         )
     return content
 
@@ -265,11 +280,11 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
     section, key = (*map(str, first["loc"][:2]), "")[:2]
     if first["type"] == "extra_forbidden":
         known = type_of_section(section).model_fields
-        return ConfigError(f"{source}: unknown key '{section}.{key}'", hint=_nearest(key, known))
+        return ConfigError(f"{source}: unknown key {brief(f'{section}.{key}')}", hint=_nearest(key, known))
     if first["type"] == "missing":
         return ConfigError(f"{source}: key '{section}.{key}' is missing", hint="add it")
     wanted = first["msg"].removeprefix("Input should be ")
-    return ConfigError(f"{source}: {section}.{key} is {first['input']!r}", hint=f"it should be {wanted}")
+    return ConfigError(f"{source}: {section}.{key} is {brief(first['input'])}", hint=f"it should be {wanted}")
 
 
 def type_of_section(name: str) -> type[Section]:

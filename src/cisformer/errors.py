@@ -4,6 +4,10 @@ Everything that a user can mend is a :class:`CisformerError`: its message says w
 found and what was wanted; its hint says what to do next. The command line prints both and no traceback.
 """
 
+from __future__ import annotations
+
+import reprlib
+
 
 class CisformerError(Exception):
     """Base of all errors that a user can mend.
@@ -49,5 +53,19 @@ class OutputExistsError(CisformerError):
     """Writing would overwrite earlier results."""
 
 
+class WriteError(CisformerError):
+    """A result cannot be written: the disk is full, read-only, or not the user's."""
+
+
 class TrainingError(CisformerError):
     """Training cannot start or cannot go on."""
+
+
+def brief(value: object) -> str:
+    """Return the `repr` of what a file held, cut to a line: files may hold anything, in any amount."""
+    shown = reprlib.Repr()
+    shown.maxlevel, shown.maxstring, shown.maxother = 2, 80, 80
+    try:
+        return shown.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"too long a {type(value).__name__}"

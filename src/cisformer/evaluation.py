@@ -21,7 +21,7 @@ from cisformer.data.store import find_split
 from cisformer.figure_data import figure_data
 from cisformer.matching import Case, case_of_files, case_of_store
 from cisformer.metrics import Matrix
-from cisformer.runtime import atomic_path, provenance
+from cisformer.runtime import atomic_path, occasion, provenance
 from cisformer.verdict import MODEL, judge, score_text
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ def _facts(
             **{name: metadata.version(name) for name in PACKAGES},
         },
     }
-    return {**(facts or {}), **known, **provenance()}
+    return {**(facts or {}), **known, **provenance(**occasion())}
 
 
 def _source(data: Any) -> str:

@@ -96,7 +96,7 @@ def read_training_log(path: str | Path) -> dict[str, list[Any]]:
         records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
         keys = list(dict.fromkeys(key for record in records for key in record))
         columns = {key: [record.get(key) for record in records] for key in keys}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} is not a training log: {error}", hint="give a run's metrics.jsonl"
         ) from error

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cisformer.errors import ConfigError
+from cisformer.config import read_yaml
+from cisformer.errors import ConfigError, brief
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path("cisformer_config/accelerate_config.yaml")
@@ -60,17 +59,20 @@ def read_accelerate_config(path: str | Path) -> dict[str, Any]:
     ConfigError
         It is missing or not a mapping.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    path = Path(path)
+    if not path.is_file():
         raise ConfigError(
-            f"cannot read the Accelerate config {path}: {' '.join(str(error).split())}",
+            f"there is no Accelerate config {path}",
             hint="make one with `cisformer generate_default_config` or `accelerate config`",
-        ) from None
-    if not isinstance(content, dict):
+        )
+    content = read_yaml(path, "one that `accelerate config` makes")
+    if not content:
         raise ConfigError(
             f"the Accelerate config {path} holds no keys", hint="compare it with a generated one"
         )
+    for key in ("num_processes", "num_machines"):
+        if not isinstance(content.get(key) or 1, int):
+            raise ConfigError(f"{path}: {key} is {brief(content[key])}", hint="it should be a whole number")
     return content
 
 
@@ -136,6 +138,7 @@ def _launch(path: Path, config: dict[str, Any]) -> None:
     What failed has said so; the launchers' own account of it is left out.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
@@ -148,6 +151,8 @@ def _launch(path: Path, config: dict[str, Any]) -> None:
             launch_command(launch_command_parser().parse_args(["--config_file", str(path), *command]))
     except ChildFailedError:
         sys.exit(1)
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
 
 
 def processes_here(config: dict[str, Any]) -> int:

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import gzip
 import io
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Literal
@@ -325,7 +326,7 @@ def read_any_table(path: Path) -> pd.DataFrame:
         sample = pd.read_csv(path, sep="\t", nrows=2, comment=None)
         separator = "\t" if sample.shape[1] > 1 else ","
         return pd.read_csv(path, sep=separator, low_memory=False)
-    except (OSError, UnicodeDecodeError, EOFError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(
             f"cannot read a table from {path}: {str(error).strip()}",
             hint="give a tab-separated table with a header",
@@ -337,7 +338,7 @@ def read_bedpe(path: Path) -> pd.DataFrame:
     names = ["chrom", "start", "end", "chrom2", "start2", "end2", "name", "score"]
     try:
         table = pd.read_csv(path, sep="\t", comment="#", header=None, usecols=range(8), names=names)
-    except (OSError, ValueError, pd.errors.ParserError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(
             f"{path} is not BEDPE: {str(error).strip()}",
             hint="wanted: two regions, name, score in eight columns",

@@ -8,6 +8,7 @@ are kept.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +55,8 @@ WINDOW_BP = 250_000
 BATCH_CELLS = 16
 BLOCK_CELLS = 256
 SMALLEST_P = 1e-37  # what float32 holds
+HEADER = re.compile(r"(cell[ _.-]?)?(types?|labels?|annotations?|clusters?)", re.IGNORECASE)
+"""What a column of cell types is called."""
 
 
 def score_links(
@@ -222,6 +225,7 @@ def _prepare(
             hint="train one with cisformer atac2rna_train",
         )
     store = data if isinstance(data, CellStore) else CellStore.open(data)
+    store.verify()
     check_reference(checkpoint.reference, store.reference, "the checkpoint")
     if window_bp > checkpoint.config.model.cis_window and isinstance(checkpoint.model, CisModel):
         logger.warning(
@@ -274,7 +278,8 @@ def choose_cells(
             f"{_some(types.index)} against {_some(barcodes)}",
             hint="give the barcodes as in the data set's barcodes.txt",
         )
-    if not known[0] and known[1:].all() and len(types) > 1 and (types == types.iloc[0]).sum() == 1:
+    once = len(types) > 1 and (types == types.iloc[0]).sum() == 1
+    if not known[0] and once and (known[1:].all() or HEADER.fullmatch(types.iloc[0])):
         raise InputError(
             f"line 1 of {source} looks like a header: {types.index[0]!r}, {types.iloc[0]!r}",
             hint="remove it: the table has no header",

@@ -15,6 +15,8 @@ import hashlib
 import json
 import pickle
 import re
+import unicodedata
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -145,10 +147,17 @@ def safe_name(name: str, taken: Iterable[str] = ()) -> str:
     """
     kept = re.sub(r"[^\w .+()\-]", "_", name).strip(" .")
     kept = kept.encode()[:120].decode(errors="ignore").strip(" .")
-    folded = {other.casefold() for other in taken}
-    if kept == name and kept.casefold() not in folded:
+    folded = {_folded(other) for other in taken}
+    if kept and kept == name and _folded(kept) not in folded:
         return kept
-    return f"{kept or 'type'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    digits = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
+    names = (f"{kept or 'type'}-{digits[:length]}" for length in range(8, len(digits) + 1))
+    return next(one for one in names if _folded(one) not in folded)
+
+
+def _folded(name: str) -> str:
+    """Return what a file system may take a name for: some know no case, some write letters in one way only."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 class LinkWriter:
@@ -289,7 +298,7 @@ def read_cell_types(path: str | Path) -> pd.Series:
         table = pd.read_csv(
             path, sep="\t", header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig"
         )
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(
             f"cannot read cell types from {path}: {str(error).strip()}",
             hint="give a tab-separated file without header: barcode, cell type",

@@ -334,9 +334,10 @@ def _open(data: Any) -> AnnData:
         raise InputError(f"there is no file {data}", hint="check the path")
     try:
         return anndata.read_h5ad(data)
-    except (OSError, KeyError) as error:
+    except Exception as error:  # of a damaged file, h5py and anndata raise whatever they come upon
         raise InputError(
-            f"{data} is not an h5ad: {error}", hint="give the file that predict wrote"
+            f"{data} is not an h5ad: {' '.join(str(error).split())[:300]}",
+            hint="give the file that predict wrote",
         ) from error
 
 

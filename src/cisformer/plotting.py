@@ -36,6 +36,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cisformer",
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # names are names, also where they hold a $
 }
 CLONE = re.compile(r"^(?:[A-Z]{2}\d{6}|ENSG|ENSMUSG|RNU|RNA5|Y_RNA|MIR\d|SNOR|Gm\d)|P\d*$")
 

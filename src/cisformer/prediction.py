@@ -63,6 +63,7 @@ class InputCells:
         """Open an AnnData, an `.h5ad`, `.h5mu` or 10x `.h5` file, a `.pt` shard, or a folder of shards."""
         if isinstance(data, str | Path) and (Path(data).is_dir() or Path(data).suffix in (".pt", ".json")):
             store = CellStore.open(data)
+            store.verify()
             check_reference(reference, store.reference, f"the checkpoint for {data}")
             return cls(store.cell_info, partial(_read_store, store, modality), str(data))
         adata = read_rna(data) if modality == "rna" else read_atac(data)
@@ -162,23 +163,29 @@ def predict(
     if output is None:
         return _collect(sparse, cells.obs, var, uns)
     if team.size == 1:
-        _write(sparse, Path(output), cells.obs, var, uns)
+        _write(sparse, Path(output), cells.obs, var, uns, force=force)
         return Path(output)
     with team.scratch(Path(output)) as folder:
         _write(sparse, folder / f"{team.rank}.h5ad", cells.obs.iloc[_rows(mine)], var, {})
         team.wait()
         if team.is_main:
             written = (part for rank in range(team.size) for part in _read(folder / f"{rank}.h5ad"))
-            _write(written, Path(output), cells.obs, var, uns)
+            _write(written, Path(output), cells.obs, var, uns, force=force)
     return Path(output)
 
 
 def _write(
-    sparse: Iterator[sp.csr_matrix], path: Path, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]
+    sparse: Iterator[sp.csr_matrix],
+    path: Path,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    uns: dict[str, Any],
+    *,
+    force: bool = True,
 ) -> None:
     """Write the cells in `obs` as they come."""
     start = 0
-    with H5adWriter(path, var, uns) as writer:
+    with H5adWriter(path, var, uns, force=force) as writer:
         for block in sparse:
             writer.append(block, obs.iloc[start : start + block.shape[0]])
             start += block.shape[0]

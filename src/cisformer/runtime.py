@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
+import json
 import logging
 import os
+import re
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cisformer.errors import InputError, OutputExistsError
+from cisformer.errors import CisformerError, OutputExistsError, WriteError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -23,21 +27,30 @@ LOG_EVERY_S = 10.0
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, force: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it onto `path`.
 
     A reader sees the old file or the whole new one, never a part. On any exception the temporary file is removed.
     The temporary name keeps the suffixes of `path`, since writers choose their format by them.
+
+    Raises
+    ------
+    WriteError
+        The disk is full or cannot be written to.
+    OutputExistsError
+        Without `force`, if `path` appeared in the meantime.
     """
     path = Path(path)
-    _make_folder(path.parent)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    make_folder(path.parent)
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
+        with write_errors(path, temporary):
+            yield temporary
+            _flush(temporary)
+            refuse_existing(path, force=force)
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 @contextlib.contextmanager
@@ -47,46 +60,126 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     Raises
     ------
     OutputExistsError
-        If `path` exists with content and `force` is not given. Nothing has been written then.
+        If `path` exists with content, now or at the end, and `force` is not given. Nothing has changed then.
+    WriteError
+        The disk is full or cannot be written to.
     """
     path = Path(path)
     refuse_existing(path, force=force)
-    _make_folder(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        _swap_folder(temporary, path)
+        with write_errors(path, temporary):
+            temporary.mkdir()
+            yield temporary
+            flush_folder(temporary)
+            _place_folder(temporary, path, force=force)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
-def _swap_folder(new: Path, path: Path) -> None:
-    """Rename `new` onto `path`, moving an existing folder aside first so that it can be put back."""
+def _place_folder(new: Path, path: Path, *, force: bool) -> None:
+    """Rename `new` onto `path`; with `force`, what was there is found at `new` afterwards, or is gone."""
     if not path.exists():
         os.replace(new, path)
         return
-    old = path.with_name(f".{path.name}.old{os.getpid()}")
+    if not force:
+        with contextlib.suppress(OSError):  # an empty folder makes way, one that another run filled does not
+            path.rmdir()
+        refuse_existing(path, force=False)
+        os.rename(new, path)
+        return
+    if _exchange(new, path):
+        return
+    old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
     os.replace(path, old)
     try:
         os.replace(new, path)
     except OSError:
         os.replace(old, path)
         raise
-    shutil.rmtree(old)
+    _remove(old)
 
 
-def _make_folder(folder: Path) -> None:
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths in one step, so that neither is missing at any moment; `False` where that cannot be.
+
+    Linux has a system call for it (renameat2); elsewhere a kill between two renames leaves the old folder
+    under a hidden name.
+    """
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return swap is not None and swap(-100, os.fsencode(first), -100, os.fsencode(second), 2) == 0
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, or what can be removed of it; what went wrong before is the error to tell."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
+        raise WriteError(
             f"cannot make the output folder {folder}: {error.strerror}",
             hint="choose a folder you may write to",
         ) from error
+
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "it would be larger than files may be here",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "you may not write there",
+    errno.EPERM: "you may not write there",
+}
+
+
+_TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected pos")
+"""What `torch.save` says of a disk that takes no more; it keeps the reason to itself."""
+
+
+@contextlib.contextmanager
+def write_errors(path: Path, temporary: Path) -> Iterator[None]:
+    """Turn whatever a writer raises where the disk is full into one `WriteError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        reason = _disk_reason(error, temporary)
+        if reason is None or (isinstance(error, CisformerError) and not isinstance(error, WriteError)):
+            raise
+        raise WriteError(
+            f"cannot write {path}: {reason}; nothing was changed there",
+            hint="make room, or choose another folder, and run the command again",
+        ) from error
+
+
+def _disk_reason(error: BaseException | None, temporary: Path) -> str | None:
+    """Return what the disk said, out of an error or one before it; libraries have it in their text only."""
+    while error is not None:
+        text = str(error)
+        told = re.search(r"errno = (\d+)|os error (\d+)", text)
+        number = getattr(error, "errno", None) or (int(told[1] or told[2]) if told else None)
+        if number is None and _TORCH_CANNOT_WRITE.search(text):
+            number = errno.ENOSPC
+        denied = number in (errno.EACCES, errno.EPERM)
+        if number in _DISK and (not denied or str(temporary) in text):
+            return _DISK[number]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def flush_folder(folder: Path) -> None:
+    """Force what was written to the files of a folder onto the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _flush(file)
 
 
 def _flush(path: Path) -> None:
@@ -117,6 +210,17 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object; `ValueError` where it holds anything else."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, wanted an object")
+    return content
+
+
 def package_version() -> str:
     """Return the version of the installed package."""
     from cisformer import __version__
@@ -125,13 +229,18 @@ def package_version() -> str:
 
 
 def provenance(**extra: Any) -> dict[str, Any]:
-    """Return what every file we write carries: package, version, time, command, and `extra`."""
+    """Return what every file we write carries: package, version and `extra`.
+
+    Nothing of the moment or the command line, so that the same work gives the same bytes; see `occasion`.
+    """
+    return {"package": "cisformer", "version": package_version(), **extra}
+
+
+def occasion() -> dict[str, str]:
+    """Return when and by which command a file was made, for manifests and reports."""
     return {
-        "package": "cisformer",
-        "version": package_version(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        **extra,
     }
 
 

@@ -14,11 +14,13 @@ lowest validation loss, so that a trained model is never worse than linear on th
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
 import shutil
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -40,6 +42,7 @@ from cisformer.data.batches import (
     prefetch,
     read_modality,
 )
+from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore, SplitName, find_split
 from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
@@ -47,7 +50,7 @@ from cisformer.model.cis import CisModel
 from cisformer.model.full_task import FullTask
 from cisformer.model.linear import FeatureCounts, LinearStart, blocks, count_features, fit_linear, learn_from
 from cisformer.model.local import Windows, fit_local
-from cisformer.runtime import atomic_path, progress
+from cisformer.runtime import atomic_path, make_folder, progress
 from cisformer.team import Team
 
 if TYPE_CHECKING:
@@ -164,7 +167,7 @@ def train(
         store.verify()
     first = None
     if resume is not None:
-        first = _last_epoch(Path(resume), direction)
+        first = _last_epoch(Path(resume), direction, cells.train.reference)
     elif model_parameters is not None:
         given = None if config is None else settings
         first = load_checkpoint(model_parameters, direction, config=given, reference=cells.train.reference)
@@ -181,6 +184,11 @@ def train(
 
 def _settings(config: Config | str | Path | None, direction: Direction, resume: str | Path | None) -> Config:
     if resume is not None:
+        if not (Path(resume) / "config.yaml").is_file():
+            raise CheckpointError(
+                f"{resume} is not the folder of a training run: it has no config.yaml",
+                hint="give --resume a folder under the save directory, such as save/<date>_<name>",
+            )
         return load_config(Path(resume) / "config.yaml", direction)
     if isinstance(config, Config):
         return config
@@ -201,10 +209,14 @@ def _new_folder(accelerator: Accelerator, save: Path, name: str, config: Config)
     safe = re.sub(r"[^\w.+-]+", "_", name).strip("._")[:100] or "cisformer"
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     chosen = [save / f"{stamp}_{safe}"]
-    attempt = 1
-    while chosen[0].exists():
-        attempt += 1
-        chosen = [save / f"{stamp}_{safe}_{attempt}"]
+    if accelerator.is_main_process:
+        make_folder(save)
+        for attempt in itertools.count(2):  # making it is claiming it: no two runs write to one folder
+            try:
+                chosen[0].mkdir()
+                break
+            except FileExistsError:
+                chosen = [save / f"{stamp}_{safe}_{attempt}"]
     broadcast_object_list(chosen)
     if accelerator.is_main_process:
         with atomic_path(chosen[0] / "config.yaml") as path:
@@ -213,13 +225,31 @@ def _new_folder(accelerator: Accelerator, save: Path, name: str, config: Config)
     return chosen[0]
 
 
-def _last_epoch(folder: Path, direction: Direction) -> Checkpoint:
-    """Return the checkpoint that `training_state.pt` belongs to, or epoch 0 where training had not begun."""
-    state = folder / STATE
-    epoch = torch.load(state, weights_only=True, mmap=True)["epoch"] if state.is_file() else 0
+def _last_epoch(folder: Path, direction: Direction, reference: Reference) -> Checkpoint | None:
+    """Return the checkpoint that `training_state.pt` belongs to, epoch 0, or `None` where nothing was done yet."""
+    epoch = _read_state(folder / STATE)["epoch"] if (folder / STATE).is_file() else 0
     if not (folder / f"epoch{epoch}").is_dir():
+        if epoch == 0:
+            return None
         raise CheckpointError(f"{folder} holds no epoch{epoch} to resume from", hint="start a new run")
-    return load_checkpoint(folder / f"epoch{epoch}", direction)
+    return load_checkpoint(folder / f"epoch{epoch}", direction, reference=reference)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """Read a `training_state.pt`; nothing in it is run, and its checksums (of the archive) are compared."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums of its archives
+            if (part := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {part} differs")
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if int(state["epoch"]) < 0 or not {"optimizer", "scheduler", "history"} <= state.keys():
+            raise ValueError("it lacks a part")
+        return state | {"history": json.loads(state["history"])}
+    except Exception as error:  # damaged archives raise whatever torch, zipfile or pickle come upon
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than a training state: {' '.join(str(error).split())[:200]}",
+            hint="restore it, or go on from the best epoch in a new run: -m FOLDER",
+        ) from error
 
 
 class Run:
@@ -436,10 +466,13 @@ class Run:
         path = self.folder / STATE
         if not path.is_file():
             return
-        state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
-        self.optimizer.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.history = json.loads(state["history"])
+        state = _read_state(path)
+        try:
+            self.optimizer.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} does not belong to the model of its epoch: {error}") from error
+        self.history = state["history"]
         logger.info("resuming %s after epoch %d", self.folder, state["epoch"])
 
 

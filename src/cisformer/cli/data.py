@@ -58,7 +58,9 @@ def data_preprocess(config: str | None, atac2rna: bool, **options: Any) -> None:
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--reference", help="Count features in this reference; by default the built-in one that fits.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-@click.option("--verify", is_flag=True, help="Compare the shards of data sets with their checksums.")
+@click.option(
+    "--verify", is_flag=True, help="Compare data sets, checkpoints and references with their checksums."
+)
 def inspect(files: tuple[Path, ...], reference: str | None, as_json: bool, verify: bool) -> None:
     """Tell what FILES are: kind, cells, features, values, genome, coverage, shared barcodes."""
     import json

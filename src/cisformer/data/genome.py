@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cisformer.errors import InputError
 
-_REGION = re.compile(r"^(.+)[:_-](\d+)[_-](\d+)$", re.MULTILINE)
+_REGION = re.compile(r"^([^\s\x00\ud800-\udfff]+)[:_-]([0-9]{1,12})[_-]([0-9]{1,12})$", re.MULTILINE)
 _STRIDE = 1 << 40  # more than any chromosome is long: position + code * _STRIDE orders a whole genome
 
 

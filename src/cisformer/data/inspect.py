@@ -32,6 +32,7 @@ from cisformer.data.sources import (
 )
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
+from cisformer.runtime import read_json, sha256_file
 
 OWN_MANIFESTS = {
     "manifest.json": "preprocessed cells",
@@ -39,6 +40,9 @@ OWN_MANIFESTS = {
     "reference.json": "reference",
 }
 """Files that tell what a folder of ours is."""
+
+CHECKPOINT_SUMS = {"model.safetensors": "sha256", "config.yaml": "config_sha256"}
+"""Files of a checkpoint, and under which key its `checkpoint.json` has their checksums."""
 
 OWN_SUFFIXES = (".pt", ".json", ".yaml", ".safetensors")
 OWN_KEYS = (
@@ -70,7 +74,7 @@ def inspect(
     reference
         What to count found genes and peaks in; by default the built-in one that fits the genome.
     verify
-        Compare the shards of data sets with their checksums.
+        Compare the files of data sets, checkpoints and references with their checksums.
 
     Returns
     -------
@@ -108,6 +112,7 @@ def _own_folders(path: Path) -> list[tuple[Path, str]]:
     inside = [
         (child, name)
         for child in sorted(path.iterdir())
+        if not child.name.startswith(".")  # what a killed command left
         for name in OWN_MANIFESTS
         if (child / name).is_file()
     ]
@@ -122,7 +127,7 @@ def _own_folders(path: Path) -> list[tuple[Path, str]]:
 def _describe_own(path: Path, name: str, verify: bool) -> Record:
     folder = path if path.is_dir() else path.parent
     try:
-        manifest = json.loads((folder / name).read_text())
+        manifest = read_json(folder / name)
         reference = manifest.get("reference", manifest)
         record: Record = {"path": str(path), "kind": OWN_MANIFESTS[name]}
         record |= {key: manifest[key] for key in OWN_KEYS if manifest.get(key) is not None}
@@ -131,17 +136,34 @@ def _describe_own(path: Path, name: str, verify: bool) -> Record:
         )
         record["reference"] = reference["name"]
         record |= {key: reference[key] for key in ("genome", "n_genes", "n_ccres", "fingerprint")}
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / name} is damaged: {error}", hint="make it again") from error
     if name == "manifest.json":
         store = CellStore.open(path)
         record |= {"n_cells": store.n_cells, "n_shards": len(manifest["shards"])}
-        if verify:
-            store.verify()
-            record["checksums"] = "agree"
+    if verify:
+        _verify(path, folder, name, manifest)
+        record["checksums"] = "agree"
     if (folder / "config.yaml").is_file():
-        record["config"] = (folder / "config.yaml").read_text()
+        record["config"] = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
     return record
+
+
+def _verify(path: Path, folder: Path, name: str, manifest: dict[str, Any]) -> None:
+    """Compare the files of a folder of ours with what was noted when they were written."""
+    if name == "manifest.json":
+        CellStore.open(path).verify()
+    for file, key in CHECKPOINT_SUMS.items() if name == "checkpoint.json" else ():
+        if not (folder / file).is_file():
+            raise InputError(f"{folder / file} is missing", hint="copy the folder again")
+        if manifest.get(key, "") not in ("", sha256_file(folder / file)):
+            raise InputError(
+                f"{folder / file} is damaged: its checksum differs from that in {name}",
+                hint="copy the folder again",
+            )
+    own = folder if name == "reference.json" else folder / "reference"
+    if own.is_dir():
+        load_reference(own)  # which compares its fingerprint
 
 
 def _modalities(path: Path) -> Iterator[Source]:

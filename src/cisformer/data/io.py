@@ -86,13 +86,15 @@ class H5adWriter:
     Parameters
     ----------
     path
-        The ``.h5ad`` file to write. An existing one is replaced at the end.
+        The ``.h5ad`` file to write.
     var
         Annotation of the features, indexed by name.
     uns
         Unstructured annotation; ``uns["cisformer"]`` with the provenance is added where it is missing.
     compression
         ``"gzip"``, ``"lzf"`` or `None`; of the matrix.
+    force
+        Replace the file if there is one at the end.
 
     Examples
     --------
@@ -111,12 +113,13 @@ class H5adWriter:
         uns: dict[str, Any] | None = None,
         *,
         compression: str | None = None,
+        force: bool = True,
     ) -> None:
         self.path = Path(path)
         self.n_cells = 0
         self._var = var
         self._uns = {"cisformer": provenance()} | (uns or {})
-        self._compression = compression
+        self._compression, self._force = compression, force
         self._obs: list[pd.DataFrame] = []
         self._indptr = [np.zeros(1, np.int64)]
         self._exit = contextlib.ExitStack()
@@ -125,7 +128,7 @@ class H5adWriter:
         import h5py
 
         with contextlib.ExitStack() as stack:
-            temporary = stack.enter_context(atomic_path(self.path))
+            temporary = stack.enter_context(atomic_path(self.path, force=self._force))
             self._file: h5py.File = stack.enter_context(h5py.File(temporary, "w"))
             self._file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
             matrix = self._file.create_group("X")

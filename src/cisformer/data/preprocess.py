@@ -27,7 +27,15 @@ from cisformer.data.sources import Source, open_rows
 from cisformer.data.spool import Spool
 from cisformer.data.store import CellStore, ParkedCells, SplitName, write_split
 from cisformer.errors import InputError
-from cisformer.runtime import progress, provenance, refuse_existing
+from cisformer.runtime import (
+    atomic_folder,
+    make_folder,
+    occasion,
+    progress,
+    provenance,
+    refuse_existing,
+    write_errors,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -122,28 +130,21 @@ def preprocess(
     for path in folders.values():
         refuse_existing(path, force=force)
     seconds: Seconds = defaultdict(float)
-    stores: dict[SplitName, CellStore] = {}
     with _aligned(rna, atac, reference, gtf, folder, (batch_size, num_workers), seconds) as aligned:
         cells, chosen, origin = aligned
         positions = _split(cells.obs, splits, seed, split_by, shuffle)
         origin |= {"seed": seed, "split_by": split_by, "shuffle": shuffle}
         start = time.perf_counter()
-        for split, path in folders.items():
-            whole = split in ("val", "test")
-            sampling = task.datapreprocess.model_dump() | ({"multiple": 1} if whole else {})
-            about = {"split": split, "datapreprocess": sampling, **origin}
-            part = cells.take(positions[split])
-            stores[split] = write_split(
-                path,
-                part,
-                chosen,
-                direction,
-                None if whole else cnt,
-                about,
-                cell_info=not shuffle,
-                force=force,
-            )
+        with contextlib.ExitStack() as placing:  # all splits are whole before the first is put in place
+            for split, path in folders.items():
+                whole = split in ("val", "test")
+                sampling = task.datapreprocess.model_dump() | ({"multiple": 1} if whole else {})
+                about = {"split": split, "datapreprocess": sampling, **origin}
+                temporary = placing.enter_context(atomic_folder(path, force=force))
+                part, size = cells.take(positions[split]), None if whole else cnt
+                write_split(temporary, part, chosen, direction, size, about, cell_info=not shuffle)
         seconds["write"] += time.perf_counter() - start
+    stores = {split: CellStore.open(path) for split, path in folders.items()}
     _log_summary(stores, seconds)
     if write_h5ad:
         write_mapped(stores[splits[-1]])
@@ -162,19 +163,21 @@ def _aligned(
 ) -> Iterator[tuple[ParkedCells, Reference, dict[str, Any]]]:
     """Yield the paired cells, aligned and parked on disk; their reference; what a manifest says of them."""
     with contextlib.ExitStack() as stack:
-        sources = stack.enter_context(open_rows(rna, "rna")), stack.enter_context(open_rows(atac, "atac"))
-        chosen = _choose_reference(reference, sources, gtf)
-        rows = pair_barcodes(sources[0].obs.index, sources[1].obs.index)
-        maps = _map_features(sources, chosen)
-        folder.mkdir(parents=True, exist_ok=True)
-        parked = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".spool", dir=folder)))
-        spools = [stack.enter_context(Spool(parked, with_values=values)) for values in (True, False)]
-        _align(sources, maps, spools, workers, seconds)
+        with open_rows(rna, "rna") as genes, open_rows(atac, "atac") as peaks:
+            sources = genes, peaks
+            rows = pair_barcodes(genes.obs.index, peaks.obs.index)
+            chosen = _choose_reference(reference, sources, gtf)
+            maps = _map_features(sources, chosen)
+            make_folder(folder)
+            stack.enter_context(write_errors(folder, folder))
+            parked = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".spool", dir=folder)))
+            spools = [stack.enter_context(Spool(parked, with_values=values)) for values in (True, False)]
+            _align(sources, maps, spools, workers, seconds)
         cells, empty = _without_empty(ParkedCells(spools[0], spools[1], *rows, _join_obs(sources, rows)))
         inputs = {
             source.modality: _describe(source, found) for source, found in zip(sources, maps, strict=True)
         }
-        yield cells, chosen, {"input": inputs, "empty_cells": empty, "provenance": provenance()}
+        yield cells, chosen, {"input": inputs, "empty_cells": empty, "provenance": provenance(**occasion())}
 
 
 def _choose_reference(

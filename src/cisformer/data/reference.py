@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib.resources
@@ -9,6 +10,7 @@ import io
 import json
 import logging
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from cisformer.data.genome import overlap_pairs, parse_regions, region_names, rename_chroms
 from cisformer.errors import InputError, ReferenceMismatchError
-from cisformer.runtime import atomic_folder, package_version
+from cisformer.runtime import atomic_folder, package_version, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "start", "end", "strand"]
 CCRE_COLUMNS = ["chrom", "start", "end"]
 NAME_COLUMNS = ("gene_name", "gene_names", "gene_symbol", "gene_symbols", "feature_name", "symbol", "name")
 STRANDS = {"+": "+", "-": "-", "1": "+", "-1": "-", "1.0": "+", "-1.0": "-"}
+_POSITION = re.compile("[0-9]{1,12}")
 ENSEMBL = r"^(ENS[A-Z]*G\d{11})(?:\.\d+)?$"
 
 
@@ -205,14 +208,15 @@ def save_reference(reference: Reference, folder: str | Path) -> None:
 
 def _load_folder(folder: Path) -> Reference:
     try:
-        about = json.loads((folder / "reference.json").read_text())
+        about = read_json(folder / "reference.json")
         with open(folder / "genes.tsv.gz", "rb") as handle:
             genes = _read_genes(handle)
         ccres = pd.read_csv(
             folder / "ccres.bed.gz", sep="\t", names=CCRE_COLUMNS, dtype={"chrom": str}, keep_default_na=False
         )
-        reference = Reference(about["name"], about["genome"], genes, ccres)
-    except (OSError, EOFError, ValueError, KeyError) as error:
+        ccres = ccres.astype({"start": np.int64, "end": np.int64})
+        reference = Reference(str(about["name"]), str(about["genome"]), genes, ccres)
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
         raise InputError(
             f"{folder} is not a reference folder: {error}",
             hint="make one with `cisformer build_reference --gtf GTF --peaks BED -o DIR`",
@@ -272,14 +276,18 @@ def _few(values: pd.Series) -> str:
     return ", ".join(map(str, pd.unique(values)[:3]))
 
 
-def _open_text(path: str | Path) -> IO[str]:
-    """Open a plain or gzipped text file, whatever its name."""
+@contextlib.contextmanager
+def _open_text(path: str | Path) -> Iterator[IO[str]]:
+    """Open a plain or gzipped text file, whatever its name; `InputError` where it is neither."""
     try:
         with open(path, "rb") as handle:
             packed = handle.read(2) == b"\x1f\x8b"
-        return gzip.open(path, "rt") if packed else open(path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", hint="check the path") from error
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8") as text:
+            yield text
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(
+            f"cannot read {path}: {error}", hint="check the path, or copy the file again"
+        ) from error
 
 
 def read_bed(path: str | Path) -> pd.DataFrame:
@@ -290,9 +298,12 @@ def read_bed(path: str | Path) -> pd.DataFrame:
             fields = line.split()
             if not fields or fields[0] in ("browser", "track") or fields[0].startswith("#"):
                 continue
-            numeric = len(fields) >= 3 and fields[1].isdigit() and fields[2].isdigit()
+            numeric = len(fields) >= 3 and all(_POSITION.fullmatch(field) for field in fields[1:3])
             if not numeric or int(fields[1]) >= int(fields[2]):
-                raise InputError(f"{path} line {number} is not a BED region: {line.strip()[:60]!r}")
+                raise InputError(
+                    f"{path} line {number} is not a BED region: {line.strip()[:60]!r}",
+                    hint="wanted: chrom, start, end, separated by tabs, with start < end",
+                )
             rows.append((fields[0], int(fields[1]), int(fields[2])))
     return pd.DataFrame(rows, columns=CCRE_COLUMNS).drop_duplicates(ignore_index=True)
 
@@ -323,7 +334,7 @@ def _gtf_lines(path: str | Path) -> Iterator[tuple[str, str, str, str, int, int,
     gene_id = re.compile(r'gene_id "([^"]*)"')
     gene_name = re.compile(r'gene_name "([^"]*)"|(?<!\w)gene "([^"]*)"')
     with _open_text(path) as handle:
-        for line in handle:
+        for number, line in enumerate(handle, start=1):
             fields = line.split("\t")
             identity = gene_id.search(fields[8]) if len(fields) >= 9 else None
             if line.startswith("#") or identity is None:
@@ -331,6 +342,11 @@ def _gtf_lines(path: str | Path) -> Iterator[tuple[str, str, str, str, int, int,
             name = gene_name.search(fields[8])
             label = (name.group(1) or name.group(2)) if name else identity.group(1)
             strand = fields[6] if fields[6] in "+-" else ""
+            if not (_POSITION.fullmatch(fields[3]) and _POSITION.fullmatch(fields[4])):
+                raise InputError(
+                    f"{path} line {number} has no positions: {line.strip()[:60]!r}",
+                    hint="wanted: GTF, with start and end in columns 4 and 5",
+                )
             yield fields[2], identity.group(1), label, fields[0], int(fields[3]) - 1, int(fields[4]), strand
 
 

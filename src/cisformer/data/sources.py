@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cisformer.errors import InputError
+from cisformer.errors import CisformerError, InputError
 
 if TYPE_CHECKING:
     import h5py
@@ -41,6 +42,12 @@ FEATURE_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
 
 SLOTS = ("layers/counts", "raw/X", "X")
 """Where counts may be, in the order in which they are looked for."""
+
+MAX_COUNT = 1 << 24
+"""No gene is counted more often in a cell; float32, in which counts are summed, holds whole numbers up to here."""
+
+_CONTROL = r"[\x00-\x1f\x7f\ud800-\udfff]"
+"""What no line of a text file can hold."""
 
 _SAMPLE = 200_000  # values looked at to tell counts from other values
 
@@ -99,8 +106,12 @@ class Source:
         """Return cells as `rows` does, unchecked."""
         try:
             block = self._read(start, end)
-        except OSError as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # HDF5 and scipy raise whatever they come upon in a damaged file
             raise _damaged(self.label, error) from error
+        if block.indices.size and not 0 <= block.indices.min() <= block.indices.max() < block.shape[1]:
+            raise _damaged(self.label, f"its matrix holds features outside 0 to {block.shape[1] - 1}")
         return block if self._columns is None else sp.csr_matrix(block[:, self._columns])
 
     def blocks(self, n_rows: int) -> Iterator[sp.csr_matrix]:
@@ -121,7 +132,7 @@ class Source:
 
 def _first_bad(values: NDArray, *, whole: bool) -> tuple[str, int]:
     """Return what is wrong with the first value that is not a count, and its position; ``""`` if none is."""
-    if not len(values) or values.dtype.kind in "ub":
+    if not len(values):
         return "", 0
     if not 0 <= values.min() <= values.max() < np.inf:
         return "negative, infinite or not a number", int(np.argmin((values >= 0) & (values < np.inf)))
@@ -129,6 +140,8 @@ def _first_bad(values: NDArray, *, whole: bool) -> tuple[str, int]:
         fractional = values != np.rint(values)
         if fractional.any():
             return "not a whole number", int(np.argmax(fractional))
+    if whole and values.max() > MAX_COUNT:
+        return "more than any gene is counted", int(np.argmax(values))
     return "", 0
 
 
@@ -179,14 +192,39 @@ def _announce(source: Source) -> None:
 
 
 def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> Source:
-    kind = kind_of(file, label)
     try:
+        kind = kind_of(file, label)
+        _check_claims(file, label)
         if kind == "10x h5":
             return _of_10x(file["matrix"], modality, label, strict)
         group = _modality_group(file, modality, label) if kind == "h5mu" else file
         return _of_group(group, kind, modality, label, strict)
-    except (OSError, KeyError) as error:  # a chunk that cannot be unpacked; a part that is not there
+    except (CisformerError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged file, h5py and anndata raise whatever they come upon
         raise _damaged(label, error) from error
+
+
+def _check_claims(file: h5py.File, label: str) -> None:
+    """Raise `InputError` where a table claims to hold far more than the file can: it would be read into memory."""
+    import h5py
+
+    def claim(name: str, node: h5py.Group | h5py.Dataset) -> None:
+        if not isinstance(node, h5py.Dataset) or node.shape is None or node.nbytes <= _SMALL_BYTES:
+            return
+        if node.nbytes > _MOST_PACKED * node.id.get_storage_size():
+            raise InputError(
+                f"{label} is damaged: {name} claims {node.nbytes:,} bytes, of which the file holds "
+                f"{node.id.get_storage_size():,}",
+                hint="copy or make the file again",
+            )
+
+    file.visititems(claim)
+
+
+_SMALL_BYTES = 1 << 26
+_MOST_PACKED = 2_000
+"""What a compressed table may hold per byte of the file; gzip reaches 1,032."""
 
 
 def is_10x_folder(folder: Path) -> bool:
@@ -209,7 +247,10 @@ def _read_mtx(folder: Path) -> AnnData:
             hint='pip install "cisformer[io]", or give the .h5 file that Cell Ranger writes beside it',
         ) from error
     logger.info("%s: a 10x folder, loaded whole", folder)
-    return scanpy.read_10x_mtx(folder, gex_only=False)
+    try:
+        return scanpy.read_10x_mtx(folder, gex_only=False)
+    except Exception as error:  # pandas, scipy and gzip raise whatever they come upon
+        raise _damaged(str(folder), error) from error
 
 
 @contextlib.contextmanager
@@ -227,12 +268,21 @@ def open_hdf5(path: str | Path) -> Iterator[h5py.File]:
             f"{path} is not an HDF5 file; wanted .h5ad, .h5mu or 10x .h5",
             hint="convert it, for instance scanpy.read(…).write_h5ad(…)",
         )
+    before = path.stat()
     try:
         file = h5py.File(path, "r")
     except OSError as error:
         raise _damaged(str(path), error) from error
     with file:
         yield file
+    after = path.stat() if path.exists() else before
+    # A new file of that name does no harm, the old one was read to its end; a change within it does.
+    if after.st_ino == before.st_ino and _state(after) != _state(before):
+        raise InputError(f"{path} changed while it was read", hint="run the command again when it is whole")
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    return found.st_mtime_ns, found.st_size
 
 
 def kind_of(file: h5py.File, label: str) -> Literal["h5ad", "h5mu", "10x h5"]:
@@ -249,8 +299,9 @@ def kind_of(file: h5py.File, label: str) -> Literal["h5ad", "h5mu", "10x h5"]:
     )
 
 
-def _damaged(label: str, error: Exception) -> InputError:
-    return InputError(f"{label} is cut short or damaged: {error}", hint="copy or make the file again")
+def _damaged(label: str, error: Exception | str) -> InputError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return InputError(f"{label} is cut short or damaged: {reason}", hint="copy or make the file again")
 
 
 def _modality_group(file: h5py.File, modality: Modality, label: str) -> h5py.Group:
@@ -331,7 +382,14 @@ def _source(
     values: str,
 ) -> Source:
     """Make a `Source` of checked barcodes and of this modality's features only."""
+    obs, var = _plain_columns(obs), _plain_columns(var)
     obs = obs.set_axis(obs.index.astype(str))
+    unfit = obs.index[obs.index.str.contains(_CONTROL) | (obs.index == "")]
+    if len(unfit):
+        raise InputError(
+            f"{label} has {len(unfit):,} barcodes that are empty or hold control characters, such as {unfit[0]!r}",
+            hint="rename these cells",
+        )
     repeated = obs.index[obs.index.duplicated()].unique()
     if len(repeated):
         raise InputError(
@@ -348,6 +406,12 @@ def _source(
     return Source(label, kind, modality, obs, chosen, slot, layout, values, read, columns)
 
 
+def _plain_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return an annotation with text for column names, each once: of several of a name, the first."""
+    named = table.set_axis(table.columns.astype(str), axis=1)
+    return named.loc[:, ~named.columns.duplicated()]
+
+
 def _columns_of(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np.int64] | None:
     """Return which features are of this modality; `None` for all."""
     name = next((name for name in FEATURE_TYPE_COLUMNS if name in var), None)
@@ -359,7 +423,7 @@ def _columns_of(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np
         return None
     if not mine.any():
         raise InputError(
-            f"{label} has no {modality.upper()} features: {name} holds {', '.join(var[name].unique()[:3])}",
+            f"{label} has no {modality.upper()} features: {name} holds {', '.join(map(str, var[name].unique()[:3]))}",
             hint="give the RNA file with -r and the ATAC file with -a",
         )
     return np.flatnonzero(mine)
@@ -372,11 +436,11 @@ def _choose_slot(nodes: dict[str, Any], modality: Modality, label: str, strict: 
     for slot, values in found.items():
         if values in ("binary", "counts"):
             return slot, values
-    if "X" in found and (modality == "atac" or not strict):
+    if found.get("X", "unreadable") != "unreadable" and (modality == "atac" or not strict):
         return "X", found["X"]
     looks = ", ".join(f"{values} values in {slot}" for slot, values in found.items()) or "no matrix"
     raise InputError(
-        f"{label}: no RNA counts; wanted whole numbers in layers['counts'], raw or X, found {looks}",
+        f"{label}: no {modality.upper()} counts; wanted whole numbers in layers['counts'], raw or X, found {looks}",
         hint="store the raw counts in layers['counts']",
     )
 
@@ -386,11 +450,13 @@ def describe_values(values: NDArray | None) -> str:
 
     Returns
     -------
-    ``binary``, ``counts``, ``log-normalised``, ``normalised``, ``scaled`` (some are negative) or ``missing``
-    (some are NaN or infinite); ``""`` for `None`.
+    ``binary``, ``counts``, ``log-normalised``, ``normalised``, ``scaled`` (some are negative), ``missing``
+    (some are NaN or infinite) or ``unreadable`` (no numbers); ``""`` for `None`.
     """
     if values is None:
         return ""
+    if values.dtype.kind not in "buif":
+        return "unreadable"
     if not np.isfinite(values).all():
         return "missing"
     if ((values == 0) | (values == 1)).all():
@@ -420,17 +486,45 @@ def _is_sparse(node: Any) -> bool:
 def _reader(node: Any, shape: tuple[int, int], label: str) -> tuple[str, Reader]:
     """Return the layout of a matrix [n_cells, n_features], and how to read rows `start` to `end` of it."""
     if not _is_sparse(node):
-        return "dense", lambda start, end: sp.csr_matrix(node[start:end])
+        if tuple(node.shape) != shape:
+            raise _damaged(
+                label, f"a matrix of {node.shape} for {shape[0]:,} cells and {shape[1]:,} features"
+            )
+        return "dense", lambda start, end: sp.csr_matrix(_numbers(node[start:end]))
     layout = node.format if sp.issparse(node) else _layout_on_disk(node)
-    if layout == "csr":
-        return "csr", (lambda start, end: node[start:end]) if sp.issparse(node) else _csr_reader(node, shape)
-    if layout != "csc":
+    if layout not in ("csr", "csc"):
         raise InputError(f"{label}: the matrix is stored as {layout!r}; wanted csr, csc or dense")
-    if not sp.issparse(node):
-        logger.info("%s: the matrix is stored by feature (CSC) and is loaded whole", label)
-        node = sp.csc_matrix(tuple(node[name][:] for name in ("data", "indices", "indptr")), shape=shape)
-    by_row = node.tocsr()
-    return "csc", lambda start, end: by_row[start:end]
+    if sp.issparse(node):
+        by_row = node.tocsr()
+        return layout, lambda start, end: by_row[start:end]
+    _check_sparse(node, shape[layout == "csc"], label)
+    if layout == "csr":
+        return "csr", _csr_reader(node, shape)
+    logger.info("%s: the matrix is stored by feature (CSC) and is loaded whole", label)
+    whole = _numbers(node["data"][:]), node["indices"][:], node["indptr"][:]
+    if len(whole[1]) and not 0 <= whole[1].min() <= whole[1].max() < shape[0]:
+        raise _damaged(label, f"its matrix holds cells outside 0 to {shape[0] - 1}")
+    transposed = sp.csc_matrix(whole, shape=shape).tocsr()
+    return "csc", lambda start, end: transposed[start:end]
+
+
+def _check_sparse(node: h5py.Group, n_lines: int, label: str) -> None:
+    """Raise `InputError` unless the three arrays of a sparse matrix fit each other and `n_lines` rows or columns."""
+    sizes = {name: node[name].shape for name in ("indptr", "indices", "data")}
+    if sizes["indptr"] != (n_lines + 1,) or sizes["indices"] != sizes["data"]:
+        raise _damaged(label, f"its sparse matrix of {n_lines:,} lines has arrays of {sizes}")
+    indptr = node["indptr"][:]
+    if indptr[0] != 0 or indptr[-1] != len(node["data"]) or (indptr[1:] < indptr[:-1]).any():
+        raise _damaged(label, f"the index pointer does not lead through {len(node['data']):,} entries")
+
+
+def _numbers(values: NDArray) -> NDArray:
+    """Return matrix values in a type that scipy's sparse matrices take."""
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"its matrix holds {values.dtype}, not numbers")
+    if values.dtype in (np.bool_, np.float16):
+        return values.astype(np.float32)
+    return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def _layout_on_disk(node: h5py.Group) -> str:
@@ -444,7 +538,8 @@ def _csr_reader(node: h5py.Group, shape: tuple[int, int]) -> Reader:
 
     def read(start: int, end: int) -> sp.csr_matrix:
         low, high = int(indptr[start]), int(indptr[end])
-        index = indices[low:high].astype(np.int32, copy=False)
-        return sp.csr_matrix((data[low:high], index, indptr[start : end + 1] - low), (end - start, shape[1]))
+        index = indices[low:high]
+        pointer = indptr[start : end + 1].astype(np.int64) - low
+        return sp.csr_matrix((_numbers(data[low:high]), index, pointer), (end - start, shape[1]))
 
     return read

@@ -15,11 +15,14 @@ import zipfile
 from collections.abc import Iterator
 from io import BufferedRandom
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 _CHUNK = 1 << 21  # elements held at once
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: its name and extra field follow, then its bytes
@@ -122,6 +125,8 @@ def write_shard(
     -------
     ``n_cells, rna_nnz, atac_nnz``.
     """
+    import torch
+
     rna_indptr, atac_indptr = _indptr(rna, rna_rows), _indptr(atac, atac_rows)
     rna_nnz, atac_nnz = int(rna_indptr[-1]), int(atac_indptr[-1])
     counts = torch.int16 if rna.max_value <= np.iinfo(np.int16).max else torch.int32
@@ -165,6 +170,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], contents: list[I
     contents
         The bytes of each storage, in the order of `tensors`, in parts.
     """
+    import torch
+
     with torch.serialization.skip_data():
         torch.save(tensors, path)
     with zipfile.ZipFile(path) as archive:

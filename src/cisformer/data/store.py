@@ -6,7 +6,9 @@ A split folder holds
   ``rna_indptr, rna_indices, rna_values`` (counts), ``atac_indptr, atac_indices, atac_values`` (1);
 - ``barcodes.txt``, one per cell; ``cell_info.tsv`` with what the input said of them (not for shuffled cells);
 - ``reference/``, where the reference is not a built-in one;
-- ``manifest.json``: format, sizes, reference fingerprint, checksums of the shards, where it all came from.
+- ``manifest.json``: format, sizes, reference fingerprint, checksums of the files, where it all came from.
+
+A folder may come from anyone: what its files claim is checked before it is believed, and nothing in them is run.
 """
 
 from __future__ import annotations
@@ -18,25 +20,26 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from pickle import UnpicklingError
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from cisformer.config import Direction
 from cisformer.data.alignment import PairedCells
 from cisformer.data.reference import Reference, load_reference, save_reference
 from cisformer.data.spool import Spool, write_shard
-from cisformer.errors import ReferenceMismatchError, StoreError
-from cisformer.runtime import atomic_folder, sha256_file
+from cisformer.errors import ReferenceMismatchError, StoreError, brief
+from cisformer.runtime import atomic_folder, flush_folder, read_json, sha256_file
 from cisformer.runtime import provenance as current_provenance
 
 FORMAT = "cisformer-cells"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+MANIFEST, BARCODES, CELL_INFO = "manifest.json", "barcodes.txt", "cell_info.tsv"
 
 SplitName = Literal["train", "val", "test", "all"]
 Modality = Literal["rna", "atac"]
@@ -130,23 +133,31 @@ class CellStore:
     @cached_property
     def barcodes(self) -> NDArray[np.object_]:
         """Barcode of each cell, as str."""
-        lines = (self.path / "barcodes.txt").read_text().splitlines()
-        if len(lines) != self.manifest["n_cells"]:
-            raise StoreError(
-                f"{self.path / 'barcodes.txt'} has {len(lines)} lines for {self.manifest['n_cells']} cells",
-                hint="preprocess the data again",
-            )
+        path = self.path / BARCODES
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        except (OSError, UnicodeDecodeError) as error:
+            raise _damaged(path, str(error)) from error
+        self._check_length(path, len(lines))
         return np.array(lines[self._rows], dtype=object)
+
+    def _check_length(self, path: Path, n_found: int) -> None:
+        if n_found != self.manifest["n_cells"]:
+            raise _damaged(path, f"it has {n_found:,} cells, the manifest {self.manifest['n_cells']:,}")
 
     @cached_property
     def cell_info(self) -> pd.DataFrame:
         """What the input's `obs` said, columns suffixed ``_rna`` and ``_atac``; none for shuffled cells."""
-        path = self.path / "cell_info.tsv"
+        path = self.path / CELL_INFO
         if not path.exists():
             return pd.DataFrame(index=pd.Index(self.barcodes, name="barcode"))
-        table = pd.read_csv(
-            path, sep="\t", index_col=0, dtype={0: str}, keep_default_na=False, na_values=[""]
-        )
+        try:
+            table = pd.read_csv(
+                path, sep="\t", index_col=0, dtype={0: str}, keep_default_na=False, na_values=[""]
+            )
+        except (OSError, ValueError) as error:
+            raise _damaged(path, str(error)) from error
+        self._check_length(path, len(table))
         return table.iloc[self._rows]
 
     def rna(self, rows: NDArray[np.int64]) -> sp.csr_matrix:
@@ -174,16 +185,20 @@ class CellStore:
         return sp.csr_matrix(sp.vstack(parts, format="csr")[np.argsort(gathered, kind="stable")])
 
     def verify(self) -> None:
-        """Compare every shard with its checksum; reads all of it, about 1 GB a second.
+        """Compare every file with its checksum; reads all of it, about 1 GB a second.
 
         Raises
         ------
         StoreError
-            Naming the first shard that differs.
+            Naming the first file that differs or is missing.
         """
-        for shard in self._about:
-            if sha256_file(self.path / shard["file"]) != shard["sha256"]:
-                raise _damaged(self.path / shard["file"], "its checksum differs from the manifest's")
+        checksums = {shard["file"]: shard["sha256"] for shard in self._about} | self.manifest.get("files", {})
+        for name, sha256 in checksums.items():
+            path = self.path / name
+            if not path.is_file():
+                raise _missing(path)
+            if sha256_file(path) != sha256:
+                raise _damaged(path, "its checksum differs from the manifest's")
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,24 +225,102 @@ class _Shard:
 
 
 def _open_shard(path: Path, about: dict[str, Any]) -> _Shard:
-    if not path.exists():
-        raise StoreError(f"{path} is missing", hint="restore it, or preprocess the data again")
+    import torch  # not above: bad input is told before a second of importing
+
+    if not path.is_file():
+        raise _missing(path)
     if path.stat().st_size != about["bytes"]:
         raise _damaged(path, f"it has {path.stat().st_size:,} bytes, the manifest says {about['bytes']:,}")
     try:
         tensors = torch.load(path, mmap=True, weights_only=True)
-    except Exception as error:
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    except UnpicklingError as error:
+        raise StoreError(
+            f"{path} is damaged, or holds more than tensors",
+            hint="it is not loaded, since it may run code; restore it, or preprocess the data again",
+        ) from error
+    except Exception as error:  # damaged archives raise whatever torch, zipfile or pickle come upon
         raise _damaged(path, f"torch cannot load it ({type(error).__name__})") from error
-    return _Shard(path, {name: tensor.numpy() for name, tensor in tensors.items()})
+    _check_arrays(path, arrays, about)
+    return _Shard(path, arrays)
+
+
+_KINDS = {
+    **{f"{modality}_{part}": "i" for modality in ("rna", "atac") for part in ("indptr", "indices", "values")},
+    "atac_values": "u",
+}
+"""Tensors of a shard, and the kind of their numbers."""
+
+
+def _check_arrays(path: Path, arrays: dict[str, NDArray], about: dict[str, Any]) -> None:
+    """Raise `StoreError` unless the arrays are the CSR matrices that the manifest speaks of, within the file."""
+    if {name: array.dtype.kind for name, array in arrays.items()} != _KINDS:
+        raise _damaged(path, f"it holds {brief(sorted(arrays))}, wanted {', '.join(_KINDS)}, whole numbers")
+    for modality in ("rna", "atac"):
+        indptr, indices = arrays[f"{modality}_indptr"], arrays[f"{modality}_indices"]
+        sizes = {"indptr": about["n_cells"] + 1, "indices": about[f"{modality}_nnz"]}
+        sizes["values"] = sizes["indices"]
+        for part, size in sizes.items():
+            array = arrays[f"{modality}_{part}"]
+            # A tensor may repeat one number for ever (stride 0); only the ones of ATAC, never read, do so.
+            never_read = (modality, part) == ("atac", "values")
+            if array.shape != (size,) or not (never_read or array.nbytes <= about["bytes"]):
+                raise _damaged(path, f"{modality}_{part} has shape {array.shape}, wanted {size:,}")
+        if indptr[0] != 0 or indptr[-1] != len(indices) or (indptr[1:] < indptr[:-1]).any():
+            raise _damaged(path, f"{modality}_indptr does not lead through {len(indices):,} entries")
+
+
+def _missing(path: Path) -> StoreError:
+    return StoreError(f"{path} is missing", hint="restore it, or preprocess the data again")
 
 
 def _damaged(path: Path, what: str) -> StoreError:
     return StoreError(f"{path} is damaged: {what}", hint="restore the file, or preprocess the data again")
 
 
+class _ShardRecord(BaseModel):
+    """A shard in a manifest. Its name is one that we give, so that it cannot lead out of the folder."""
+
+    file: Annotated[str, Field(pattern=r"^(atac2rna|rna2atac)_[0-9]+\.pt$")]
+    n_cells: NonNegativeInt
+    rna_nnz: NonNegativeInt
+    atac_nnz: NonNegativeInt
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class _OwnRecord(BaseModel):
+    """A reference that stands in the folder itself."""
+
+    name: str
+    built_in: Literal[False]
+    n_genes: PositiveInt
+    n_ccres: PositiveInt
+    fingerprint: str
+
+
+class _BuiltInRecord(_OwnRecord):
+    """A reference of the package: its name is looked up, and leads nowhere else."""
+
+    name: Literal["human", "mouse"]
+    built_in: Literal[True]  # type: ignore[assignment]
+
+
+class _Manifest(BaseModel):
+    """What is relied on in a `manifest.json`; it holds more."""
+
+    model_config = ConfigDict(strict=True)
+
+    direction: Direction
+    n_cells: NonNegativeInt
+    reference: _BuiltInRecord | _OwnRecord
+    shards: list[_ShardRecord]
+    files: dict[Literal["barcodes.txt", "cell_info.tsv"], str] = {}
+
+
 def _read_manifest(path: Path, folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST)
     except OSError as error:
         splits = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
         raise StoreError(
@@ -240,12 +333,32 @@ def _read_manifest(path: Path, folder: Path) -> dict[str, Any]:
         raise StoreError(
             f"{folder / MANIFEST} does not describe preprocessed cells", hint="give another folder"
         )
-    if manifest["format_version"] > FORMAT_VERSION:
+    version = manifest.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise StoreError(
-            f"{folder} has format version {manifest['format_version']}; wanted {FORMAT_VERSION} or lower",
+            f"{folder} has format version {brief(version)}; wanted {FORMAT_VERSION} or lower",
             hint="upgrade cisformer",
         )
+    _check_manifest(manifest, folder)
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
+    """Raise `StoreError` naming the first entry of a manifest that is not as it has to be."""
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        entry = ".".join(map(str, first["loc"]))
+        raise StoreError(
+            f"{folder / MANIFEST} is damaged: {entry} is {brief(first['input'])}; {first['msg'].lower()}",
+            hint="restore it, or preprocess the data again",
+        ) from None
+    if sum(shard["n_cells"] for shard in manifest["shards"]) != manifest["n_cells"]:
+        raise StoreError(
+            f"{folder / MANIFEST} is damaged: its shards do not hold {manifest['n_cells']:,} cells",
+            hint="restore it, or preprocess the data again",
+        )
 
 
 def find_split(path: str | Path, split: SplitName, direction: Direction | None = None) -> Path | None:
@@ -326,7 +439,9 @@ def write_store(
         info = pd.concat(obs)
         cells = ParkedCells(rna, atac, np.arange(len(info)), np.arange(len(info)), info)
         about = {"split": split, "provenance": current_provenance(**(provenance or {}))}
-        return write_split(folder, cells, reference, direction, cnt, about, cell_info=cell_info, force=force)
+        temporary = stack.enter_context(atomic_folder(folder, force=force))
+        write_split(temporary, cells, reference, direction, cnt, about, cell_info=cell_info)
+    return CellStore.open(folder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,37 +470,36 @@ def write_split(
     about: dict[str, Any],
     *,
     cell_info: bool,
-    force: bool,
-) -> CellStore:
-    """Write one split folder, in one shard where `cnt` is `None`; `about` goes into its manifest."""
+) -> None:
+    """Fill the empty `folder` of a split, one shard where `cnt` is `None`; `about` goes into its manifest."""
     n_cells = len(cells.obs)
     cnt = cnt or max(n_cells, 1)
     built_in = reference.is_built_in
-    with atomic_folder(folder, force=force) as temporary:
-        shards = []
-        for number, start in enumerate(range(0, n_cells, cnt)):
-            path = temporary / f"{direction}_{number}.pt"
-            part = cells.take(np.arange(start, min(start + cnt, n_cells)))
-            sizes = write_shard(path, part.rna, part.atac, part.rna_rows, part.atac_rows)
-            shards.append(
-                {"file": path.name, **sizes, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            )
-        (temporary / "barcodes.txt").write_text("".join(f"{barcode}\n" for barcode in cells.obs.index))
-        if cell_info:
-            cells.obs.to_csv(temporary / "cell_info.tsv", sep="\t", index_label="barcode")
-        if not built_in:
-            save_reference(reference, temporary / "reference")
-        manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "direction": direction,
-            "n_cells": n_cells,
-            "reference": reference_record(reference, built_in=built_in),
-            "shards": shards,
-            **about,
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    return CellStore.open(folder)
+    shards = []
+    for number, start in enumerate(range(0, n_cells, cnt)):
+        path = folder / f"{direction}_{number}.pt"
+        part = cells.take(np.arange(start, min(start + cnt, n_cells)))
+        sizes = write_shard(path, part.rna, part.atac, part.rna_rows, part.atac_rows)
+        shards.append({"file": path.name, **sizes, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
+    (folder / BARCODES).write_bytes("".join(f"{barcode}\n" for barcode in cells.obs.index).encode())
+    if cell_info:
+        cells.obs.to_csv(folder / CELL_INFO, sep="\t", index_label="barcode")
+    if not built_in:
+        save_reference(reference, folder / "reference")
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "direction": direction,
+        "n_cells": n_cells,
+        "reference": reference_record(reference, built_in=built_in),
+        "shards": shards,
+        "files": {
+            name: sha256_file(folder / name) for name in (BARCODES, CELL_INFO) if (folder / name).is_file()
+        },
+        **about,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    flush_folder(folder)  # so that putting several splits in place takes no time between them
 
 
 def reference_record(reference: Reference, *, built_in: bool) -> dict[str, Any]:

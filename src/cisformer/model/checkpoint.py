@@ -2,10 +2,10 @@
 
     model.safetensors   weights, and the reference rows of known features
     config.yaml         the resolved configuration
-    checkpoint.json     format, version, direction, reference, sizes, metrics, sha256 of the weights
+    checkpoint.json     format, version, direction, reference, sizes, metrics, sha256 of weights and configuration
     reference/          the reference, where it is not a built-in one
 
-Loading runs no code.
+Loading runs no code, and takes no more memory than the file of weights says by its size.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from cisformer.config import Config, Direction, dump_config, load_config
 from cisformer.data.batches import Layout
 from cisformer.data.reference import Reference, load_reference, save_reference
-from cisformer.errors import CheckpointError, ReferenceMismatchError
+from cisformer.errors import CheckpointError, ReferenceMismatchError, brief
 from cisformer.model.cis import CisModel
 from cisformer.model.full import export_published, load_published
 from cisformer.model.full_task import FullTask
 from cisformer.model.local import Windows
-from cisformer.runtime import atomic_folder, provenance, sha256_file
+from cisformer.runtime import atomic_folder, occasion, provenance, read_json, sha256_file
 
 FORMAT = "cisformer-checkpoint"
 FORMAT_VERSION = 1
@@ -82,12 +82,12 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, *, force: bool =
         (temporary / CONFIG).write_text(dump_config(checkpoint.config), encoding="utf-8")
         if checkpoint.reference.name not in BUILT_IN:
             save_reference(checkpoint.reference, temporary / REFERENCE)
-        manifest = _manifest(checkpoint, sha256_file(temporary / WEIGHTS))
+        manifest = _manifest(checkpoint, *(sha256_file(temporary / name) for name in (WEIGHTS, CONFIG)))
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return Path(folder)
 
 
-def _manifest(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
+def _manifest(checkpoint: Checkpoint, sha256: str, config_sha256: str) -> dict[str, Any]:
     reference = checkpoint.reference
     return {
         "format": FORMAT,
@@ -102,8 +102,9 @@ def _manifest(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
         },
         "linear_rank": checkpoint.model.rank,
         "sha256": sha256,
+        "config_sha256": config_sha256,
         "metrics": checkpoint.metrics,
-        "provenance": provenance(seed=checkpoint.config.training.SEED),
+        "provenance": provenance(seed=checkpoint.config.training.SEED, **occasion()),
     }
 
 
@@ -141,6 +142,8 @@ def load_checkpoint(
     folder = _folder_of(Path(path))
     manifest = _read_manifest(folder)
     _check_direction(manifest, direction, folder)
+    _check_sum(folder / WEIGHTS, manifest["sha256"])
+    _check_sum(folder / CONFIG, manifest.get("config_sha256"))
     saved = load_config(folder / CONFIG, manifest["direction"])
     if config is not None:
         _check_config(saved, config, folder)
@@ -210,26 +213,61 @@ def _folder_of(path: Path) -> Path:
     return folder
 
 
+class _ReferenceRecord(BaseModel):
+    """The reference in a `checkpoint.json`."""
+
+    name: str
+    fingerprint: str
+
+
+class _Manifest(BaseModel):
+    """What is relied on in a `checkpoint.json`; it holds more."""
+
+    model_config = ConfigDict(strict=True)
+
+    direction: Direction
+    reference: _ReferenceRecord
+    sha256: str
+    config_sha256: str = ""
+    linear_rank: NonNegativeInt
+    metrics: dict[str, Any]
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        found = manifest["format"], manifest["format_version"]
-        (
-            manifest["direction"],
-            manifest["reference"]["fingerprint"],
-            manifest["sha256"],
-            manifest["linear_rank"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, ValueError) as error:
+        raise _damaged(folder / MANIFEST, str(error)) from None
+    found = manifest.get("format"), manifest.get("format_version")
+    if found[0] != FORMAT or not isinstance(found[1], int) or found[1] > FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder / MANIFEST} is damaged: {error}", hint="copy the checkpoint again"
-        ) from None
-    if found[0] != FORMAT or found[1] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} is of format {found[0]} {found[1]}, this version reads {FORMAT} {FORMAT_VERSION}",
+            f"{folder} is of format {brief(found[0])} {brief(found[1])}, this version reads {FORMAT} "
+            f"{FORMAT_VERSION}",
             hint="update cisformer",
         )
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        entry = ".".join(map(str, first["loc"]))
+        raise _damaged(
+            folder / MANIFEST, f"{entry} is {brief(first['input'])}; {first['msg'].lower()}"
+        ) from None
     return manifest
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {what}", hint="copy the checkpoint again")
+
+
+def _check_sum(path: Path, sha256: str | None) -> None:
+    """Raise `CheckpointError` unless a file has its checksum; early versions noted none of the configuration."""
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", hint="copy the checkpoint again") from None
+    if sha256 and found != sha256:
+        raise CheckpointError(f"{path} does not match its checksum", hint="copy the checkpoint again")
 
 
 def _check_direction(manifest: dict[str, Any], direction: Direction | None, folder: Path) -> None:
@@ -269,20 +307,22 @@ def _load_model(
     from safetensors.torch import load_file
 
     try:
-        if sha256_file(folder / WEIGHTS) != manifest["sha256"]:
-            raise CheckpointError(
-                f"{folder / WEIGHTS} does not match its checksum", hint="copy the checkpoint again"
-            )
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder / WEIGHTS} cannot be read: {error}", hint="copy the checkpoint again"
         ) from None
-    layout = _layout(manifest["direction"], reference, tensors)
-    model = _new_model(config, layout, manifest["linear_rank"], reference)
+    layout = _layout(manifest["direction"], reference, tensors, folder / WEIGHTS)
+    windows = None
+    if config.model.architecture == "cis" and layout.direction == "atac2rna":
+        windows = Windows.of(reference, layout, config.model.cis_window)
     try:
+        with torch.device("meta"):  # shapes first: a configuration may ask for any amount of memory
+            wanted = _new_model(config, layout, manifest["linear_rank"], windows).state_dict()
+        _check_shapes(tensors, wanted)
+        model = _new_model(config, layout, manifest["linear_rank"], windows)
         model.load_state_dict(tensors)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder} does not fit its own config: {reason}", hint="copy it again"
@@ -290,12 +330,16 @@ def _load_model(
     return model.eval()
 
 
-def _new_model(config: Config, layout: Layout, rank: int, reference: Reference) -> CisModel | FullTask:
+def _check_shapes(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    for name in wanted | found:
+        shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"tensor {name} has shape {shapes[0]}, the config asks for {shapes[1]}")
+
+
+def _new_model(config: Config, layout: Layout, rank: int, windows: Windows | None) -> CisModel | FullTask:
     if config.model.architecture == "full":
         return FullTask(config, layout)
-    windows = (
-        Windows.of(reference, layout, config.model.cis_window) if layout.direction == "atac2rna" else None
-    )
     return CisModel(config, layout, rank, windows)
 
 
@@ -321,8 +365,17 @@ def _load_published(
     return Checkpoint(model.eval(), config, reference, {}, path.parent)
 
 
-def _layout(direction: Direction, reference: Reference, tensors: dict[str, torch.Tensor]) -> Layout:
-    index = [tensors.pop(f"layout.{name}_index").numpy().astype(np.int64) for name in ("input", "target")]
+def _layout(
+    direction: Direction, reference: Reference, tensors: dict[str, torch.Tensor], path: Path
+) -> Layout:
+    """Take the layout out of the tensors of a checkpoint; `CheckpointError` where it does not fit the reference."""
     sizes = (reference.n_ccres, reference.n_genes)
     n_input, n_target = sizes if direction == "atac2rna" else sizes[::-1]
+    index = []
+    for name, size in (("input", n_input), ("target", n_target)):
+        rows = tensors.pop(f"layout.{name}_index", torch.zeros(0))
+        ascending = rows.dtype == torch.int64 and rows.dim() == 1 and bool((rows.diff() > 0).all())
+        if not (ascending and len(rows) and rows[0] >= 0 and rows[-1] < size):
+            raise _damaged(path, f"layout.{name}_index does not list features among {size:,}")
+        index.append(rows.numpy())
     return Layout(direction, index[0], index[1], n_input, n_target)
