@@ -172,3 +172,23 @@ def test_tokens_can_be_limited(sources, tiny_checkpoints):
     epoch2 = load_checkpoint(tiny_checkpoints["rna2atac"].folder.parent / "epoch2")
     whole, few = (predict(epoch2, store.path, max_tokens=n, min_prob=0).X.toarray() for n in (None, 2))
     assert 0 < np.abs(whole - few).max() < 0.2
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_cells_are_read_in_blocks_of_any_size(direction, sources, tiny_checkpoints, tmp_path, monkeypatch):
+    """Batches that end within, at, and beyond a block of the file hold the same cells."""
+    _, adata = sources[direction]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    whole = predict(tiny_checkpoints[direction], adata, batch_size=1000)
+    for block, batch in ((7, 5), (5, 5), (3, 11)):
+        monkeypatch.setattr("cisformer.prediction.READ_CELLS", block)
+        parts = predict(tiny_checkpoints[direction], tmp_path / "cells.h5ad", batch_size=batch)
+        assert parts.obs_names.equals(whole.obs_names)
+        np.testing.assert_allclose(parts.X.toarray(), whole.X.toarray(), rtol=1e-4, atol=1e-5)
+
+
+def test_rna_is_not_taken_for_atac(tiny, tiny_checkpoints):
+    """Genes with coordinates could be read as regions."""
+    assert {"chrom", "start", "end"} <= set(tiny.rna.var)
+    with pytest.raises(InputError, match="these features are genes"):
+        predict(tiny_checkpoints["atac2rna"], tiny.rna)

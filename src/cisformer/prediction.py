@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ import scipy.sparse as sp
 import torch
 
 from cisformer.config import Direction
-from cisformer.data.alignment import align_atac, align_rna
+from cisformer.data.alignment import FeatureMap, log_found, map_genes, map_peaks, require_found
 from cisformer.data.batches import Batch, Modality, encode_input, normalise, prefetch, read_modality
-from cisformer.data.io import H5adWriter, read_atac, read_rna
+from cisformer.data.io import H5adWriter
 from cisformer.data.reference import Reference
+from cisformer.data.sources import Source, is_10x_folder, open_rows
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
@@ -49,7 +51,7 @@ class InputCells:
     obs
         Annotation of the cells, indexed by barcode.
     read
-        Rows (int64) → normalised cells [len(rows), whole reference], CSR.
+        A run of rows (int64) → normalised cells [len(rows), whole reference], CSR.
     source
         Where they come from, for records.
     """
@@ -59,21 +61,43 @@ class InputCells:
     source: str
 
     @classmethod
-    def open(cls, data: AnnData | str | Path, modality: Modality, reference: Reference) -> InputCells:
+    @contextmanager
+    def open(
+        cls, data: AnnData | str | Path, modality: Modality, reference: Reference
+    ) -> Iterator[InputCells]:
         """Open an AnnData, an `.h5ad`, `.h5mu` or 10x `.h5` file, a `.pt` shard, or a folder of shards."""
-        if isinstance(data, str | Path) and (Path(data).is_dir() or Path(data).suffix in (".pt", ".json")):
+        if isinstance(data, str | Path) and (Path(data).suffix in (".pt", ".json") or _is_store(Path(data))):
             store = CellStore.open(data)
-            store.verify()
             check_reference(reference, store.reference, f"the checkpoint for {data}")
-            return cls(store.cell_info, partial(_read_store, store, modality), str(data))
-        adata = read_rna(data) if modality == "rna" else read_atac(data)
-        aligned = align_rna(adata, reference) if modality == "rna" else align_atac(adata, reference)
-        cells = normalise(aligned, modality)
-        return cls(adata.obs, cells.__getitem__, str(data) if isinstance(data, str | Path) else "AnnData")
+            yield cls(store.cell_info, partial(read_modality, store, modality=modality), str(data))
+            return
+        with open_rows(data, modality) as source:
+            find = map_genes if modality == "rna" else map_peaks
+            found = find(source.var, reference)
+            require_found(found, source.var, reference, source.label)
+            log_found(found, reference, source.label)
+            yield cls(source.obs, _reader(source, found), source.label)
 
 
-def _read_store(store: CellStore, modality: Modality, rows: np.ndarray) -> sp.csr_matrix:
-    return read_modality(store, rows, modality)
+def _is_store(path: Path) -> bool:
+    return path.is_dir() and not is_10x_folder(path)
+
+
+def _reader(source: Source, found: FeatureMap) -> Callable[[np.ndarray], sp.csr_matrix]:
+    """Return a function that reads a run of cells and normalises them; a few blocks of the file are kept."""
+
+    @lru_cache(maxsize=4)
+    def block(number: int) -> sp.csr_matrix:
+        rows = source.rows(number * READ_CELLS, min((number + 1) * READ_CELLS, source.n_cells))
+        return normalise(found.apply(rows), source.modality)
+
+    def read(rows: np.ndarray) -> sp.csr_matrix:
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        numbers = range(first // READ_CELLS, (last - 1) // READ_CELLS + 1)
+        start = numbers[0] * READ_CELLS
+        return sp.vstack([block(number) for number in numbers], format="csr")[first - start : last - start]
+
+    return read
 
 
 def predict(
@@ -147,30 +171,30 @@ def predict(
         raise InputError(f"min_prob is {min_prob}", hint="it is a probability: at least 0, below 1")
     team = Team.current(cpu=str(device) == "cpu") if output is not None else Team()
     checkpoint = _as_asked(checkpoint, genes, chunk)
-    cells = InputCells.open(data, checkpoint.layout.input_modality, checkpoint.reference)
     limit = max_tokens if max_tokens is not None else checkpoint.config.datapreprocess.enc_max_len
-    parts = list(blocks(np.arange(len(cells.obs)), batch_size))
-    mine = team.share(parts)
-    results = _predict_blocks(
-        checkpoint, cells, mine, num_workers, None if limit == "whole" else limit,
-        torch.device(device or team.device or best_device()),
-    )  # fmt: skip
-    sparse = (
-        _to_csr(part, checkpoint, min_prob=min_prob, binarize=binarize)
-        for part in progress(results, total=len(mine), desc="predicting", unit="batches")
-    )
-    var, uns = _target_var(checkpoint), {"cisformer": _record(checkpoint, cells, min_prob, binarize)}
-    if output is None:
-        return _collect(sparse, cells.obs, var, uns)
-    if team.size == 1:
-        _write(sparse, Path(output), cells.obs, var, uns, force=force)
-        return Path(output)
-    with team.scratch(Path(output)) as folder:
-        _write(sparse, folder / f"{team.rank}.h5ad", cells.obs.iloc[_rows(mine)], var, {})
-        team.wait()
-        if team.is_main:
-            written = (part for rank in range(team.size) for part in _read(folder / f"{rank}.h5ad"))
-            _write(written, Path(output), cells.obs, var, uns, force=force)
+    with InputCells.open(data, checkpoint.layout.input_modality, checkpoint.reference) as cells:
+        parts = list(blocks(np.arange(len(cells.obs)), batch_size))
+        mine = team.share(parts)
+        results = _predict_blocks(
+            checkpoint, cells, mine, num_workers, None if limit == "whole" else limit,
+            torch.device(device or team.device or best_device()),
+        )  # fmt: skip
+        sparse = (
+            _to_csr(part, checkpoint, min_prob=min_prob, binarize=binarize)
+            for part in progress(results, total=len(mine), desc="predicting", unit="batches")
+        )
+        var, uns = _target_var(checkpoint), {"cisformer": _record(checkpoint, cells, min_prob, binarize)}
+        if output is None:
+            return _collect(sparse, cells.obs, var, uns)
+        if team.size == 1:
+            _write(sparse, Path(output), cells.obs, var, uns, force=force)
+            return Path(output)
+        with team.scratch(Path(output)) as folder:
+            _write(sparse, folder / f"{team.rank}.h5ad", cells.obs.iloc[_rows(mine)], var, {})
+            team.wait()
+            if team.is_main:
+                written = (part for rank in range(team.size) for part in _read(folder / f"{rank}.h5ad"))
+                _write(written, Path(output), cells.obs, var, uns, force=force)
     return Path(output)
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cisformer.data.genome import overlap_pairs, rename_chroms
+from cisformer.data.genome import overlap_pairs, parse_regions, rename_chroms
 from cisformer.data.reference import (
     BUILT_IN,
     ENSEMBL,
@@ -25,6 +25,7 @@ from cisformer.data.reference import (
     gene_identity,
     guess_genome,
     peak_regions,
+    stated_coordinates,
 )
 from cisformer.errors import InputError
 
@@ -182,6 +183,11 @@ def map_peaks(var: pd.DataFrame, reference: Reference) -> FeatureMap:
 
     A peak that is itself in the reference opens that cCRE alone. Chromosomes match with or without ``chr``.
     """
+    if are_genes(var, reference):
+        raise InputError(
+            f"these features are genes, such as {var.index[0]!r}, where peaks are wanted",
+            hint="give the ATAC file, with peaks named chrom:start-end",
+        )
     peaks = peak_regions(var)
     peaks["chrom"] = rename_chroms(peaks["chrom"], reference.ccres["chrom"])
     peak, ccre = overlap_pairs(peaks, reference.ccres)
@@ -194,6 +200,16 @@ def map_peaks(var: pd.DataFrame, reference: Reference) -> FeatureMap:
         notes.append(f"peaks are named like {var.index[0]!r}; read as chrom:start-end")
     shape = (len(peaks), reference.n_ccres)
     return FeatureMap("peaks", _incidence(peak[kept], ccre[kept], shape), "regions", tuple(notes))
+
+
+def are_genes(var: pd.DataFrame, reference: Reference) -> bool:
+    """Tell whether features are genes: not named by regions, and with strands or names that `reference` has."""
+    try:
+        parse_regions(var.index[:10])
+    except InputError:
+        stranded = (stated_coordinates(var)["strand"] != "").mean() > 0.5
+        return bool(stranded) or map_genes(var, reference).share_found > 0.1
+    return False
 
 
 def _same_region(

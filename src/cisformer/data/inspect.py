@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from cisformer.data.alignment import describe_genes, map_genes, map_peaks
+from cisformer.data.alignment import are_genes, describe_genes, map_genes, map_peaks
 from cisformer.data.genome import parse_regions
 from cisformer.data.reference import (
     BUILT_IN,
@@ -193,13 +192,9 @@ def _holds(source: Source) -> bool:
         looks: Modality = "atac"
     except InputError:
         in_columns = "interval" in var or set(CCRE_COLUMNS) <= set(var.columns)
-        looks = "atac" if in_columns and not _known_genes(var) else "rna"
+        genes = any(are_genes(var, load_reference(name)) for name in BUILT_IN)
+        looks = "atac" if in_columns and not genes else "rna"
     return source.modality == looks
-
-
-def _known_genes(var: pd.DataFrame) -> bool:
-    shares = (map_genes(var, load_reference(name)).share_found for name in BUILT_IN)
-    return max(shares) > 0.1
 
 
 def _describe_source(source: Source, wanted: Reference | None) -> Record:
