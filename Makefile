@@ -6,7 +6,7 @@ JOBS ?= 2
 # One thread per test process: the tests' matrices are tiny, and thread pools only get in each other's way.
 THREADS = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo demo-quick test lint docs wheel clean
+.PHONY: demo demo-quick test lint docs tutorials wheel clean
 
 $(VENV)/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,7 +35,11 @@ lint: $(VENV)/dev ## style and types
 docs: $(VENV)/dev ## HTML pages in docs/_build
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-wheel: $(VENV)/dev
+tutorials: $(VENV)/dev ## run the tutorials and write their outputs and figures anew
+	$(THREADS) $(BIN)/python docs/run_tutorials.py --refresh docs/tutorials/*.md
+	$(BIN)/python docs/draw_model.py
+
+wheel: $(VENV)/dev ## the package, in dist
 	$(BIN)/python -m build --wheel --outdir dist
 
 clean:

@@ -200,26 +200,41 @@ def other_tool(
     tool: str, interpreter: Path, data: Path, direction: Direction, case: Case, folder: Path,
     options: argparse.Namespace,
 ) -> tuple[Cost, dict[str, np.ndarray]]:  # fmt: skip
-    """Run another tool on the same cells; return what it took and, if it came to an end in time, its prediction."""
-    exchange = folder / f"{direction}_{tool}"
+    """Run another tool on the same cells; return what it took and, if it came to an end in time, its prediction.
+
+    scButterfly learns both directions at once: what it wrote for one is there for the other.
+    """
+    exchange = folder / (tool if tool == "scButterfly" else f"{direction}_{tool}")
     exchange.mkdir(exist_ok=True)
     names = export(data, direction, exchange)
+    kept = exchange / "cost.json"
+    if tool != "scButterfly" or not kept.exists():
+        cost = run_other_tool(tool, interpreter, direction, exchange, options)
+        kept.write_text(json.dumps(asdict(cost)))
+    cost = Cost(**json.loads(kept.read_text()))
+    written = exchange / f"predicted_{'atac' if direction == 'rna2atac' else 'rna'}.h5ad"
+    if not written.exists():
+        return cost, {}
+    predicted = ad.read_h5ad(written)[case.barcodes]
+    columns = names[direction].get_indexer(case.features)
+    return cost, {tool: np.asarray(predicted[:, names[direction][columns]].X, dtype=np.float32)}
+
+
+def run_other_tool(
+    tool: str, interpreter: Path, direction: Direction, exchange: Path, options: argparse.Namespace
+) -> Cost:
+    """Run another tool's script on the files in `exchange`."""
     script = str((HERE / f"{tool.lower()}.py").resolve())
     arguments = [str(exchange), "--seed", str(options.seed)]
     if tool == "MultiVI":  # it can stop by itself and still predict
         arguments += ["--minutes", str(options.minutes), direction]
     print("$", script, *arguments, flush=True)
-    cost, code, said = measured(
-        [str(interpreter), "-W", "ignore", script, *arguments], exchange, options.minutes * 120
-    )
+    command = [str(interpreter), "-W", "ignore", script, *arguments]
+    cost, code, said = measured(command, exchange, options.minutes * 120)
     print(said.strip(), flush=True)
-    written = exchange / f"predicted_{'atac' if direction == 'rna2atac' else 'rna'}.h5ad"
-    if code or not written.exists():
+    if code:
         print(f"{tool} did not finish: exit code {code} after {cost.cpu_s:.0f} CPU s", flush=True)
-        return cost, {}
-    predicted = ad.read_h5ad(written)[case.barcodes]
-    columns = names[direction].get_indexer(case.features)
-    return cost, {tool: np.asarray(predicted[:, names[direction][columns]].X, dtype=np.float32)}
+    return cost
 
 
 def export(data: Path, direction: Direction, exchange: Path) -> dict[str, Any]:

@@ -5,9 +5,9 @@
 FOLDER holds rna.h5ad and atac.h5ad of all cells, with obs["split"] "train" or "test"; predicted_rna.h5ad or
 predicted_atac.h5ad of the test cells is written there. As its documentation shows, MultiVI learns from the paired
 training cells and the unpaired test cells together, of which only the input modality is used, stops early, and
-imputes. Accessibility comes with the region factors put back in and is scaled by one number, so that its mean is
-that of the training cells: MultiVI leaves depth out of it. After `--minutes` of CPU time training stops with the
-epoch at hand; the number of epochs is printed.
+imputes, decoded as a paired cell. Accessibility comes with the region factors put back in and is scaled by one
+number, so that its mean is that of the training cells: MultiVI leaves depth out of it. After `--minutes` of CPU time
+training stops with the epoch at hand; the number of epochs is printed.
 """
 
 import argparse
@@ -80,12 +80,15 @@ def joined(paired: dict[str, ad.AnnData], alone: ad.AnnData, source: str) -> MuD
 
 def expression(model: scvi.model.MULTIVI, test: np.ndarray) -> np.ndarray:
     """Return log1p(counts per 10,000)."""
-    return np.log1p(1e4 * np.asarray(model.get_normalized_expression(indices=test, return_numpy=True)))
+    found = model.get_normalized_expression(indices=test, transform_batch="paired", return_numpy=True)
+    return np.log1p(1e4 * np.asarray(found))
 
 
 def accessibility(model: scvi.model.MULTIVI, test: np.ndarray, mean: float) -> np.ndarray:
     """Return probabilities whose mean is `mean`."""
-    found = model.get_normalized_accessibility(indices=test, normalize_regions=True, return_numpy=True)
+    found = model.get_normalized_accessibility(
+        indices=test, transform_batch="paired", normalize_regions=True, return_numpy=True
+    )
     found = found.toarray() if sp.issparse(found) else np.asarray(found)
     return np.clip(found * (mean / found.mean()), 1e-4, 1 - 1e-4)
 

@@ -131,7 +131,7 @@ def scale(sizes: list[int], work: Path, flags: list[str], compression: str | Non
     print(f"\npeak memory, last by first: {peaks[-1] / peaks[0]:.2f}")
 
 
-def simulate(folder: Path, n_cells: int, compression: str | None, seed: int) -> None:
+def simulate(folder: Path, n_cells: int, compression: str | None, seed: int, n_peaks: int = N_PEAKS) -> None:
     """Write paired cells in blocks: random genes and peaks, ATAC in another order of cells."""
     import numpy as np
     import pandas as pd
@@ -142,7 +142,7 @@ def simulate(folder: Path, n_cells: int, compression: str | None, seed: int) -> 
 
     rng = np.random.default_rng(seed)
     human = load_reference("human")
-    ccres = np.sort(rng.choice(human.n_ccres, N_PEAKS, replace=False))
+    ccres = np.sort(rng.choice(human.n_ccres, n_peaks, replace=False))
     genes = rng.choice(human.genes["gene_name"].to_numpy(), N_GENES, replace=False)
     barcodes = np.array([f"{number:016x}-1" for number in rng.permutation(n_cells)])
 

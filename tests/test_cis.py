@@ -7,7 +7,7 @@ import torch
 from cisformer.data.batches import add_targets, encode_input, read_modality
 from cisformer.data.store import CellStore, find_split
 from cisformer.model.cis import CisModel
-from cisformer.model.linear import count_features, fit_linear, states
+from cisformer.model.linear import count_features, fit_linear, pace_of, states
 from cisformer.model.local import Windows, fit_local
 from cisformer.training import make_layout
 
@@ -128,8 +128,25 @@ def test_the_effect_of_closing_a_ccre_is_exact(shaken):
         without = replace(
             batch, index=batch.index[kept], value=batch.value[kept], indptr=torch.tensor([0, kept.sum()])
         )
-        change = (model.cis(without, h_BR, model.encoder.token.weight, None) - whole)[0, attention.gene[edge]]
+        gene = attention.gene[edge]
+        change = (model.cis(without, h_BR, model.encoder.token.weight, None) - whole)[0, gene]
+        change = change * model.pace[gene]
         torch.testing.assert_close(attention.effect[edge], change, rtol=1e-3, atol=1e-5)
+
+
+def test_a_training_step_moves_a_target_by_no_more_than_its_pace(tiny_data, tiny_config):
+    store, layout, start, _, model = started("atac2rna", tiny_data, tiny_config("atac2rna"))
+    before, weights = model.state_loadings(), model.pair_weights()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    model(batch_of(store, layout, np.arange(40), targets=True)).mean().backward()
+    optimizer.step()
+    np.testing.assert_allclose(model.pace, pace_of(start.loadings))
+    moved = (model.state_loadings() - before).abs().amax(dim=1)
+    assert model.pace.min() < 0.1
+    assert (moved <= 1.01e-2 * model.pace + 1e-7).all()
+    assert (moved >= 0.5e-2 * model.pace).float().mean() > 0.9
+    moved_weight = (model.pair_weights() - weights).abs()
+    assert (moved_weight <= 1.01e-2 * model.pace[model.cis.window_gene] + 1e-7).all()
 
 
 def test_attention_of_a_gene_and_its_null_slot_sum_to_one(shaken):

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import anndata as ad
 import numpy as np
 import pytest
 import torch
@@ -513,6 +514,36 @@ def test_bare_weights_are_loaded_with_a_config(full_checkpoints, tiny_data, tmp_
     )
     torch.testing.assert_close(found, logits, atol=0.05, rtol=0)
     assert isinstance(loaded.model, FullTask)
+
+
+def test_the_commands_choose_genes_decode_in_chunks_and_export(
+    full_checkpoints, tiny_files, command, tmp_path
+):
+    (tmp_path / "genes.txt").write_text(
+        "\n".join(full_checkpoints["atac2rna"].reference.genes["gene_id"][:5])
+    )
+    given = ["-m", full_checkpoints["atac2rna"].folder, "-d", tiny_files / "atac.h5ad"]
+    done = command("atac2rna_predict", *given, "--genes", "genes.txt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = ad.read_h5ad(tmp_path / "output/cisformer_predicted_rna.h5ad")
+    assert set(found.X.indices) == set(range(5))
+
+    given = ["rna2atac_predict", "-r", tiny_files / "rna.h5ad", "--min_prob", "0"]
+    best = full_checkpoints["rna2atac"].folder
+    for name, more in (("whole", []), ("parts", ["--chunk", "1e2"])):
+        done = command(*given, "-m", best, "-n", name, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    whole, parts = (ad.read_h5ad(tmp_path / f"output/{name}.h5ad").X.toarray() for name in ("whole", "parts"))
+    np.testing.assert_allclose(parts, whole, atol=1e-3)
+
+    done = command("export_checkpoint", "-m", best, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tensors = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert "dec.block.net.layers.0.0.fn.to_q.weight" in tensors
+    assert command("export_checkpoint", "-m", best, cwd=tmp_path).returncode == 1
+    cis = command("rna2atac_predict", "-r", tiny_files / "rna.h5ad", "-m", best.parent, "--chunk", "0", cwd=tmp_path,
+                  )  # fmt: skip
+    assert "the chunk is 0 cCREs" in cis.stderr
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -8,7 +8,16 @@ from sklearn.linear_model import Ridge
 
 from cisformer.data.batches import encode_input, read_modality
 from cisformer.data.store import CellStore, find_split
-from cisformer.model.linear import count_features, fit_linear, fit_projection, link_loss, solve, states
+from cisformer.model.linear import (
+    LEAST_PACE,
+    count_features,
+    fit_linear,
+    fit_projection,
+    link_loss,
+    pace_of,
+    solve,
+    states,
+)
 from cisformer.training import make_layout
 
 
@@ -160,3 +169,18 @@ def test_the_penalty_shrinks():
             np.abs(solve(product, prior, scale, 100, np.full(3, r), direction)) for r in (1, 1000)
         )
         assert (tight < loose).all()
+
+
+def test_pace_is_the_share_of_explained_variance():
+    loadings = np.zeros((100, 3), np.float32)
+    loadings[:, 1] = np.linspace(0, 1, 100)
+    pace = pace_of(loadings)
+    explained = loadings[:, 1] ** 2
+    np.testing.assert_allclose(
+        pace, np.clip(explained / np.quantile(explained, 0.95), LEAST_PACE, 1), rtol=1e-6
+    )
+    assert pace[0] == np.float32(LEAST_PACE)
+    assert (pace[-5:] == 1).all()
+    assert (
+        pace_of(np.zeros((7, 3), np.float32)) == 1
+    ).all()  # the mean profile: nothing is known of any target

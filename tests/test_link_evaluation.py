@@ -91,6 +91,23 @@ def test_pairs_without_a_score_rank_last_and_are_counted(files, tmp_path):
     assert result.auprc("score") == pytest.approx(average_precision_score(table["Regulated"], worst))
 
 
+def test_a_frame_scores_as_its_file_does(files):
+    _, links, truth = files
+    frame = pd.read_csv(links, sep="\t").set_index("gene", drop=False)
+    assert (
+        evaluate_links(frame, truth, n_bootstrap=5).scores
+        == evaluate_links(links, truth, n_bootstrap=5).scores
+    )
+
+
+def test_a_distance_without_links_is_said_to_have_none(files):
+    table, links, truth = files
+    table[~((table["distanceToTSS"] > 250_000) & table["Regulated"])].to_csv(truth, sep="\t", index=False)
+    text = evaluate_links(links, truth, n_bootstrap=5).describe()
+    assert "no links" in text
+    assert "nan" not in text
+
+
 def test_overlap_and_gene_decide_which_score_counts():
     pairs = pd.DataFrame(
         {"chrom": "chr1", "start": [100, 100, 900], "end": [200, 200, 950], "gene": ["A", "B", "A"]}

@@ -97,7 +97,7 @@ def test_effect_equals_running_the_model_without_the_ccre(checkpoint, store, typ
             ccre = np.searchsorted(layout.input_index, part.ccre[at])
             open_cells = np.asarray(cells[:, part.ccre[at]].todense()).ravel() > 0
             changes = cis_path(model, close(batch, ccre), h) - cis
-            change = changes[open_cells, gene].mean() * model.scale[gene]
+            change = changes[open_cells, gene].mean() * model.scale[gene] * model.pace[gene]
             assert float(change) == pytest.approx(part.evidence["effect"][at], rel=1e-3, abs=1e-7)
     assert np.abs(part.evidence["effect"]).max() > 1e-4
 

@@ -9,13 +9,13 @@ import cisformer
 
 ROOT = Path(cisformer.__file__).parent
 ORDER = [
-    "errors", "config", "runtime",
+    "errors", "config", "runtime", "team",
     "data.genome", "data.reference", "data.alignment", "data.sources", "data.io", "data.pairing", "data.spool",
     "data.store", "data.preprocess", "data.inspect", "data.batches",
     "model.attention", "model.linear", "model.local", "model.cis",
     "model.fused", "model.published", "model.full", "model.full_task",
     "model.checkpoint",
-    "simulation", "metrics", "resampling", "baselines", "training", "prediction", "launch",
+    "simulation", "metrics", "resampling", "baselines", "curves", "training", "prediction", "launch",
     "link_statistics", "link_evidence", "link_formats", "links_io", "gene_links", "linking",
     "link_evaluation", "plotting",
     "comparison", "verdict", "matching", "figure_data", "evaluation", "charts", "report", "demo",

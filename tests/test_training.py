@@ -64,7 +64,7 @@ def test_best_is_its_epoch_with_the_closed_form_of_all_cells(direction, tiny_che
     ]
     np.testing.assert_allclose(best.model.prior, closed[1][0], atol=1e-6)
     np.testing.assert_allclose(
-        (best.model.loadings - epoch.model.loadings).detach()[:, :rank],
+        (best.model.state_loadings() - epoch.model.state_loadings())[:, :rank],
         closed[1][1] - closed[0][1],
         atol=1e-5,
     )

@@ -14,14 +14,28 @@ _FUNCTIONS = {
     "preprocess": "data.preprocess",
     "train": "training",
     "predict": "prediction",
-    "load_checkpoint": "model.checkpoint",
-    "simulate": "simulation",
-    "evaluate": "evaluation",
     "link": "linking",
+    "score_links": "linking",
+    "evaluate": "evaluation",
+    "evaluate_model": "evaluation",
+    "write_report": "report",
     "evaluate_links": "link_evaluation",
+    "export_links": "link_formats",
+    "plot": "plotting",
     "plot_links": "plotting",
+    "simulate": "simulation",
+    "inspect": "data.inspect",
+    "build_reference": "data.reference",
+    "load_reference": "data.reference",
+    "load_checkpoint": "model.checkpoint",
+    "export_checkpoint": "model.checkpoint",
+    "default_config": "config",
+    "load_config": "config",
 }
 """Public function → module that defines it."""
+
+_DEFINED_AS = {"plot": "plot_links"}
+"""Public names that are called otherwise where they are defined."""
 
 __all__ = ["__version__", *_FUNCTIONS]
 
@@ -29,7 +43,8 @@ __all__ = ["__version__", *_FUNCTIONS]
 def __getattr__(name: str) -> Any:
     if name not in _FUNCTIONS:
         raise AttributeError(f"module 'cisformer' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"cisformer.{_FUNCTIONS[name]}"), name)
+    module = importlib.import_module(f"cisformer.{_FUNCTIONS[name]}")
+    return getattr(module, _DEFINED_AS.get(name, name))
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from types import FrameType
@@ -18,6 +19,8 @@ def main() -> None:
     from cisformer.cli import cisformer
     from cisformer.errors import CisformerError, WriteError
 
+    # A waiting thread gives its core away: spinning made training on a busy machine fifteen times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     recap = _speak(debug)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -77,8 +80,11 @@ def _out_of_memory(error: Exception) -> bool:
 def _give_up(message: str, hint: str, *, at_once: bool = False) -> None:
     """Print what is wrong and the next step; exit with code 1.
 
+    Of several processes that fail alike the first speaks: the others wait, and the launcher ends them meanwhile.
     After a write that failed HDF5 crashes when Python takes it down: `at_once` leaves without that.
     """
+    if not _is_main():
+        time.sleep(3)
     print(f"error: {message}", file=sys.stderr)  # noqa: T201
     if hint:
         print(f"  hint: {hint}", file=sys.stderr)  # noqa: T201
@@ -95,7 +101,7 @@ def _speak(debug: bool) -> _Recap:
     handler.setFormatter(_Plain())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     ours = logging.getLogger("cisformer")
-    ours.setLevel(logging.DEBUG if debug else logging.INFO)
+    ours.setLevel(logging.DEBUG if debug else logging.INFO if _is_main() else logging.ERROR)
     ours.addHandler(recap)
     if not debug:
         warnings.simplefilter("ignore")
@@ -125,6 +131,10 @@ def _hush_destructors() -> None:
             show(kind, error, trace)
 
     sys.excepthook, sys.unraisablehook = uncaught, unraisable
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _Plain(logging.Formatter):

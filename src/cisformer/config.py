@@ -156,7 +156,20 @@ _SMALL: dict[str, dict[str, Any]] = {
 
 
 def default_config(direction: Direction, preset: Preset = "default") -> Config:
-    """Return the configuration that `generate_default_config` writes for a direction and preset."""
+    """Return the configuration that `generate_default_config` writes for a direction and preset.
+
+    Parameters
+    ----------
+    direction
+        "rna2atac" or "atac2rna".
+    preset
+        "default", as documented, or "small", a model that trains in minutes on a laptop.
+
+    Returns
+    -------
+    Config
+        Frozen; `config.model_copy(update=...)` makes another.
+    """
     sections = {name: dict(values) for name, values in _DEFAULTS[direction].items()}
     if preset == "small":
         for name, values in _SMALL.items():
@@ -171,6 +184,13 @@ def load_config(path: str | Path | None, direction: Direction) -> Config:
     ----------
     path
         A YAML file; `None` gives the defaults.
+    direction
+        Whose defaults fill in what the file leaves out: "rna2atac" or "atac2rna".
+
+    Returns
+    -------
+    Config
+        Frozen and checked.
 
     Raises
     ------

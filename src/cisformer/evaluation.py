@@ -129,6 +129,11 @@ def evaluate(
     seed
         Of the bootstrap and of the baselines' choices.
 
+    Returns
+    -------
+    EvaluationReport
+        Scores with intervals, comparisons, and the verdict; `write_report` makes a page of it.
+
     Raises
     ------
     InputError
@@ -172,8 +177,18 @@ def evaluate_model(
         `metrics.jsonl` of the training run; looked for beside the checkpoint unless given.
     seed
         Of the bootstrap and of the baselines' choices.
-    options
-        For `cisformer.prediction.predict`, such as `device`.
+    **options
+        For `predict`, such as `device`.
+
+    Returns
+    -------
+    EvaluationReport
+        As of `evaluate`.
+
+    Raises
+    ------
+    CheckpointError, ReferenceMismatchError, StoreError, InputError
+        The data or the checkpoint cannot be used, or do not belong together.
     """
     from cisformer.model.checkpoint import Checkpoint, load_checkpoint
 

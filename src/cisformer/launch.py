@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -125,23 +124,50 @@ def relaunched(config_path: str | Path | None) -> tuple[bool, bool]:
     several_machines = int(config.get("num_machines") or 1) > 1
     if n_usable_processes(config, n_gpus) == 1 and not several_machines:
         return False, wants_cpu(config)
-    # The arguments are passed on as a list: no shell reads them.
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(path),
-        "-m",
-        "cisformer",
-    ]
-    process = subprocess.Popen([*command, *sys.argv[1:]], env={**os.environ, _INSIDE: "1"})
-    try:
-        returned = process.wait()
-    except BaseException:  # stopped: let the others stop as well, before this one
-        process.terminate()
-        process.wait()
-        raise
-    if returned:
-        sys.exit(returned)
+    os.environ[_INSIDE] = "1"
+    if wants_cpu(config):
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes_here(config))))
+    _launch(path, config)
     return True, wants_cpu(config)
+
+
+def _launch(path: Path, config: dict[str, Any]) -> None:
+    """Run this command in as many processes as the config says; exit if one of them fails.
+
+    What failed has said so; the launchers' own account of it is left out.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    command = ["-m", "cisformer", *sys.argv[1:]]  # a list: no shell reads it
+    try:
+        if wants_cpu(config):
+            run(parse_args([*cpu_arguments(config), *command]))
+        else:
+            launch_command(launch_command_parser().parse_args(["--config_file", str(path), *command]))
+    except ChildFailedError:
+        sys.exit(1)
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+
+
+def processes_here(config: dict[str, Any]) -> int:
+    """Return how many of the processes an Accelerate config starts on this machine."""
+    return max(1, int(config.get("num_processes") or 1) // max(1, int(config.get("num_machines") or 1)))
+
+
+def cpu_arguments(config: dict[str, Any]) -> list[str]:
+    """Return what torchrun needs to start CPU processes: `accelerate launch` starts but one without MPI."""
+    machines = int(config.get("num_machines") or 1)
+    processes = ["--nproc_per_node", str(processes_here(config))]
+    if machines == 1:
+        return [*processes, "--standalone"]
+    return [
+        *processes, "--nnodes", str(machines), "--node_rank", str(config.get("machine_rank") or 0),
+        "--master_addr", str(config.get("main_process_ip") or "127.0.0.1"),
+        "--master_port", str(config.get("main_process_port") or 29934),
+    ]  # fmt: skip

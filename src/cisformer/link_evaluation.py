@@ -125,7 +125,10 @@ class LinkEvaluation:
             f"{'AUPRC':<18}" + "".join(f"{name:>24}" for name in self.table["distance_bin"].unique()),
         ]
         for method, rows in self.table.groupby("method", sort=False):
-            cells = (f"{r.auprc:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in rows.itertuples())
+            cells = (
+                f"{r.auprc:.3f} [{r.low:.3f}, {r.high:.3f}]" if r.n_links else "no links"
+                for r in rows.itertuples()
+            )
             lines.append(f"{method:<18}" + "".join(f"{cell:>24}" for cell in cells))
         return "\n".join(lines)
 
@@ -151,9 +154,10 @@ def evaluate_links(
     Parameters
     ----------
     links
-        A table as `read_links` reads, or such a frame. Without it only the baselines are scored.
+        The table of any tool, as a file or a frame (`Links.table` too): cCRE (chrom:start-end, or chrom, start,
+        end), gene, score; or BEDPE. Without it only the baselines are scored.
     truth
-        A table as `read_truth` reads, or its result.
+        Tested pairs with a yes or no (a CRISPRi screen), fine-mapped eQTL (`pip`), or links alone.
     score
         Column to rank by.
     cell_type
@@ -165,13 +169,19 @@ def evaluate_links(
     n_bootstrap, seed
         Draws for the intervals, and their seed.
 
+    Returns
+    -------
+    LinkEvaluation
+        Average precision and enrichment of the score and of the baselines, overall and by distance;
+        `describe()` is the text that the command prints.
+
     Raises
     ------
     InputError
         If a file cannot be read, or no pair or no link is left.
     """
     pairs = truth if isinstance(truth, TruePairs) else read_truth(truth)
-    predicted = read_links(links, score=score) if isinstance(links, str | Path) else links
+    predicted = None if links is None else read_links(links, score=score)
     if predicted is not None and cell_type is not None:
         predicted = _of_type(predicted, cell_type)
     table = pairs.table

@@ -33,10 +33,10 @@ def state_profiles(model: CisModel, n_open: float) -> tuple[np.ndarray, np.ndarr
     """
     components = model.projection.components.double().cpu().numpy()
     ccre = components / np.maximum(np.square(components).sum(axis=0), 1e-30)
-    gene = model.loadings.detach().double().cpu().numpy()[:, : components.shape[1]]
+    gene = model.state_loadings().double().cpu().numpy()
     assert model.cis is not None
     unit = np.log1p(TFIDF_SCALE * model.projection.idf.double().cpu().numpy() / n_open)
-    weight = model.cis.pair_weight.detach().double().cpu().numpy()
+    weight = model.pair_weights().double().cpu().numpy()
     where = (model.cis.window_gene.cpu().numpy(), model.cis.window_ccre.cpu().numpy())
     gene = gene + sp.csr_matrix((weight, where), shape=(len(gene), len(ccre))) @ (ccre / unit[:, None])
     strength = np.square(gene).sum(axis=0)

@@ -112,7 +112,8 @@ def export_links(
 
     Returns
     -------
-    Number of links written.
+    int
+        Number of links written.
 
     Raises
     ------
@@ -267,15 +268,15 @@ SCORE_NAMES = ("score", "weight", "value", "correlation", "abc.score", "importan
 CELL_TYPE_NAMES = ("cell_type", "celltype", "cell type")
 
 
-def read_links(path: str | Path, *, score: str | None = None) -> pd.DataFrame:
+def read_links(links: str | Path | pd.DataFrame, *, score: str | None = None) -> pd.DataFrame:
     """Read links of any tool: a tidy table with a header, or BEDPE.
 
     Parameters
     ----------
-    path
-        Tab- or comma-separated, possibly gzipped. The cCRE stands in one column (chrom:start-end) or in
-        chrom, start, end; the gene under gene_name, gene, gene_id or the like. BEDPE (suffix `.bedpe`): the
-        cCRE is the first region, the gene the part of the name before `|`.
+    links
+        A file, tab- or comma-separated, possibly gzipped; or a frame. The cCRE stands in one column
+        (chrom:start-end) or in chrom, start, end; the gene under gene_name, gene, gene_id or the like. BEDPE
+        (suffix `.bedpe`): the cCRE is the first region, the gene the part of the name before `|`.
     score
         Column to rank by; found by name otherwise (score, weight, correlation …).
 
@@ -288,10 +289,13 @@ def read_links(path: str | Path, *, score: str | None = None) -> pd.DataFrame:
     InputError
         If the file is missing, or a column cannot be found.
     """
-    path = Path(path)
-    if is_bedpe(path):
-        return read_bedpe(path)
-    table = read_any_table(path)
+    if isinstance(links, pd.DataFrame):
+        return _tidy(links.reset_index(drop=True), Path("the table"), score)
+    path = Path(links)
+    return read_bedpe(path) if is_bedpe(path) else _tidy(read_any_table(path), path, score)
+
+
+def _tidy(table: pd.DataFrame, path: Path, score: str | None) -> pd.DataFrame:
     places = {str(name).lower(): name for name in table.columns}
     found = regions_of(table, places, path)
     gene = first_column(places, GENE_NAMES)

@@ -33,12 +33,21 @@ from cisformer.link_statistics import (
     false_discovery_rate,
     orthonormal,
 )
-from cisformer.links_io import FOLDER, Links, LinkWriter, TypeLinks, check_cell_types, read_cell_types
+from cisformer.links_io import (
+    FOLDER,
+    Links,
+    LinkWriter,
+    TypeLinks,
+    check_cell_types,
+    read_cell_types,
+    safe_name,
+)
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.full_task import FullTask
 from cisformer.model.linear import blocks, count_features
-from cisformer.runtime import atomic_folder, progress, refuse_existing
+from cisformer.runtime import atomic_folder, best_device, progress, refuse_existing
+from cisformer.team import Team
 from cisformer.training import Cells, fit_closed_form, make_layout
 
 logger = logging.getLogger(__name__)
@@ -59,7 +68,7 @@ def score_links(
     max_cells: int | None = None,
     covariates: Sequence[str] = (),
     seed: int = 0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> Links:
     """Score the link of every gene with every cCRE near it, in each cell type.
 
@@ -73,17 +82,20 @@ def score_links(
         Cell type by barcode (a Series indexed by barcode), or a two-column table without header.
     window_bp
         Most bases between gene body and cCRE.
-    max_cells, seed
-        Most cells per type, and the seed by which they are drawn; `None` takes all.
+    max_cells
+        Most cells per type, drawn by `seed`; `None` takes all.
     covariates
         Columns of the store's `cell_info` to adjust p-values and coupling for, beside depth.
+    seed
+        Of the choice of cells.
     device
-        Where the model runs.
+        Where the model runs; an NVIDIA GPU where there is one, else the CPU.
 
     Returns
     -------
-    Links of the types that have cells, sorted by name; see `Links`. A pair is listed where the cCRE is open
-    and the gene expressed in at least one of the type's cells, and both were seen in training.
+    Links
+        Of the types that have cells, sorted by name. A pair is listed where the cCRE is open and the gene
+        expressed in at least one of the type's cells, and both were seen in training.
 
     Raises
     ------
@@ -105,21 +117,30 @@ def link(
     covariates: Sequence[str] = (),
     seed: int = 0,
     formats: Iterable[FormatName] = (),
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     force: bool = False,
 ) -> Path:
     """Score links and write them type by type; return the folder, `<output_dir>/cisformer_link`.
 
     Parameters
     ----------
-    checkpoint, data, cell_types, window_bp, max_cells, covariates, seed, device
+    checkpoint, data, cell_types
         As of `score_links`.
     output_dir
-        Where the folder goes.
+        Where the folder goes. Under `accelerate launch`, processes share the cell types.
+    window_bp, max_cells, covariates, seed
+        As of `score_links`.
     formats
-        Genome browser files to write as well, of each gene's strongest links.
+        Genome browser files to write as well, of each gene's strongest links: "bedpe", "interact", "longrange".
+    device
+        As of `score_links`.
     force
         Replace an existing folder.
+
+    Returns
+    -------
+    Path
+        The folder.
 
     Raises
     ------
@@ -128,15 +149,53 @@ def link(
     """
     folder = Path(output_dir) / FOLDER
     refuse_existing(folder, force=force)
+    team = Team.current(cpu=str(device) == "cpu")
+    device = device or team.device
     scorer = _prepare(checkpoint, data, cell_types, window_bp, max_cells, covariates, seed, device)
+    if team.size == 1:
+        _write(scorer, scorer.types(), folder, formats, force)
+        return folder
+    with team.scratch(folder) as parts:
+        for name in team.balance(scorer.cell_num):
+            if len(scorer.members[name]):
+                _save_part(scorer.of_type(name, scorer.members[name]), parts)
+        team.wait()
+        if team.is_main:
+            found = (_load_part(name, n, parts) for name, n in scorer.cell_num.items() if n)
+            _write(scorer, found, folder, formats, force)
+    return folder
+
+
+def _write(
+    scorer: _Scorer, types: Iterable[TypeLinks], folder: Path, formats: Iterable[FormatName], force: bool
+) -> None:
     with (
         atomic_folder(folder, force=force) as temporary,
-        LinkWriter(temporary, scorer.store.reference, window_bp, formats, scorer.record) as writer,
+        LinkWriter(temporary, scorer.store.reference, scorer.window_bp, formats, scorer.record) as writer,
     ):
-        for links in scorer.types():
+        for links in types:
             writer.add(links)
         writer.finish(scorer.cell_num)
-    return folder
+
+
+def _save_part(links: TypeLinks, folder: Path) -> None:
+    """Keep the links of a type for the process that writes them all."""
+    from safetensors.numpy import save_file
+
+    place = {"gene": links.gene, "ccre": links.ccre, "distance": links.distance}
+    save_file(place | links.evidence, _part(links.cell_type, folder))
+
+
+def _load_part(name: str, n_cells: int, folder: Path) -> TypeLinks:
+    from safetensors.numpy import load_file
+
+    arrays = load_file(_part(name, folder))
+    place = {key: arrays.pop(key) for key in ("gene", "ccre", "distance")}
+    return TypeLinks(name, n_cells, evidence=arrays, **place)
+
+
+def _part(name: str, folder: Path) -> Path:
+    return folder / f"{safe_name(name, [name])}.safetensors"  # always with its hash: no two are the same
 
 
 def _prepare(
@@ -147,9 +206,10 @@ def _prepare(
     max_cells: int | None,
     covariates: Sequence[str],
     seed: int,
-    device: str | torch.device,
+    device: str | torch.device | None,
 ) -> _Scorer:
     """Check that the parts belong together and choose the cells."""
+    device = torch.device(device or best_device())
     for name, value in (("distance", window_bp), ("number of cells", 1 if max_cells is None else max_cells)):
         if value < 1:
             raise InputError(f"the {name} is {value}", hint="give a number above 0")
@@ -183,9 +243,7 @@ def _prepare(
     model, attending = checkpoint.model, None
     if isinstance(model, FullTask):
         model, attending = _closed_form(model, store, members, seed)
-    return _Scorer(
-        model.to(device), store, members, window_bp, adjust, record, torch.device(device), attending
-    )
+    return _Scorer(model.to(device), store, members, window_bp, adjust, record, device, attending)
 
 
 def _closed_form(

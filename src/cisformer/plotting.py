@@ -91,6 +91,11 @@ def plot_links(
     region
         What to show, chrom:start-end; as far as the drawn links reach, otherwise.
 
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Accessibility of each type as bars (share of its cells in which a cCRE is open), links as arcs, genes below.
+
     Raises
     ------
     InputError

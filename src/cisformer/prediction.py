@@ -7,7 +7,7 @@ modality is opened. Results leave in blocks of cells, so that memory does not gr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
 from cisformer.model.full_task import FullTask, choose_genes
 from cisformer.model.linear import blocks
-from cisformer.runtime import progress, provenance, refuse_existing
+from cisformer.runtime import best_device, progress, provenance, refuse_existing
+from cisformer.team import Team
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MIN_PROB = 0.001
+READ_CELLS = 256
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def predict(
     min_prob: float = MIN_PROB,
     binarize: bool = False,
     genes: str | Path = "expressed_in_training",
+    chunk: int | None = None,
     device: str | torch.device | None = None,
     force: bool = False,
 ) -> AnnData | Path:
@@ -102,6 +105,10 @@ def predict(
         Write to this `.h5ad` in blocks instead of returning an AnnData.
     direction
         What the checkpoint has to be for, where given.
+    batch_size
+        Cells predicted at once; memory follows it.
+    num_workers
+        Threads that prepare batches ahead.
     max_tokens
         Most tokens that attention sees; `None` takes the configuration's `enc_max_len`.
     min_prob
@@ -112,16 +119,20 @@ def predict(
     genes
         ATAC→RNA, architecture full: which genes to predict: "expressed_in_training" (all that the model knows),
         "all" of the reference, or a file of ids or names. Never those that a cell expresses: that is the answer.
+    chunk
+        RNA→ATAC, architecture full: cCREs decoded together, which bounds memory; 8,192 if not given.
     device
-        Where to compute; an NVIDIA GPU where there is one, else the CPU.
+        Where to compute; an NVIDIA GPU where there is one, else the CPU. Under `accelerate launch`, processes share
+        the cells where there is an `output`.
     force
         Overwrite `output`.
 
     Returns
     -------
-    AnnData [n_cells, whole reference] with CSR float32 `X`: probabilities, or log1p-normalised expression (counts
-    per 10,000). Features not seen in training are zero and have `var["seen_in_training"]` false. With `output`, its
-    path.
+    AnnData or Path
+        [n_cells, whole reference] with CSR float32 `X`: probabilities of being open, or log1p-normalised expression
+        (counts per 10,000). Features not seen in training are zero and have `var["seen_in_training"]` false. With
+        `output`, its path.
 
     Raises
     ------
@@ -134,33 +145,81 @@ def predict(
         checkpoint = load_checkpoint(checkpoint, direction)
     if not 0 <= min_prob < 1:
         raise InputError(f"min_prob is {min_prob}", hint="it is a probability: at least 0, below 1")
-    if genes != "expressed_in_training":
-        checkpoint = _with_genes(checkpoint, genes)
+    team = Team.current(cpu=str(device) == "cpu") if output is not None else Team()
+    checkpoint = _as_asked(checkpoint, genes, chunk)
     cells = InputCells.open(data, checkpoint.layout.input_modality, checkpoint.reference)
     limit = max_tokens if max_tokens is not None else checkpoint.config.datapreprocess.enc_max_len
+    parts = list(blocks(np.arange(len(cells.obs)), batch_size))
+    mine = team.share(parts)
     results = _predict_blocks(
-        checkpoint,
-        cells,
-        batch_size,
-        num_workers,
-        None if limit == "whole" else limit,
-        torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-    )
+        checkpoint, cells, mine, num_workers, None if limit == "whole" else limit,
+        torch.device(device or team.device or best_device()),
+    )  # fmt: skip
     sparse = (
         _to_csr(part, checkpoint, min_prob=min_prob, binarize=binarize)
-        for part in progress(
-            results, total=-(-len(cells.obs) // batch_size), desc="predicting", unit="batches"
-        )
+        for part in progress(results, total=len(mine), desc="predicting", unit="batches")
     )
     var, uns = _target_var(checkpoint), {"cisformer": _record(checkpoint, cells, min_prob, binarize)}
     if output is None:
         return _collect(sparse, cells.obs, var, uns)
-    start = 0
-    with H5adWriter(output, var, uns, force=force) as writer:
-        for block in sparse:
-            writer.append(block, cells.obs.iloc[start : start + block.shape[0]])
-            start += block.shape[0]
+    if team.size == 1:
+        _write(sparse, Path(output), cells.obs, var, uns, force=force)
+        return Path(output)
+    with team.scratch(Path(output)) as folder:
+        _write(sparse, folder / f"{team.rank}.h5ad", cells.obs.iloc[_rows(mine)], var, {})
+        team.wait()
+        if team.is_main:
+            written = (part for rank in range(team.size) for part in _read(folder / f"{rank}.h5ad"))
+            _write(written, Path(output), cells.obs, var, uns, force=force)
     return Path(output)
+
+
+def _write(
+    sparse: Iterator[sp.csr_matrix],
+    path: Path,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    uns: dict[str, Any],
+    *,
+    force: bool = True,
+) -> None:
+    """Write the cells in `obs` as they come."""
+    start = 0
+    with H5adWriter(path, var, uns, force=force) as writer:
+        for block in sparse:
+            writer.append(block, obs.iloc[start : start + block.shape[0]])
+            start += block.shape[0]
+
+
+def _rows(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _read(path: Path) -> Iterator[sp.csr_matrix]:
+    """Yield the cells of a written prediction in blocks."""
+    import h5py
+    from anndata.io import sparse_dataset
+
+    with h5py.File(path) as file:
+        cells = sparse_dataset(file["X"])
+        for start in range(0, cells.shape[0], READ_CELLS):
+            yield cells[start : start + READ_CELLS]
+
+
+def _as_asked(checkpoint: Checkpoint, genes: str | Path, chunk: int | None) -> Checkpoint:
+    """Return the checkpoint with the genes and the chunk that architecture full was asked for."""
+    if genes != "expressed_in_training":
+        checkpoint = _with_genes(checkpoint, genes)
+    if chunk is not None:
+        if checkpoint.direction != "rna2atac" or not isinstance(checkpoint.model, FullTask):
+            raise InputError(
+                "a chunk of cCREs is for RNA→ATAC models of architecture full",
+                hint="leave it out: this model gives all cCREs at once",
+            )
+        if chunk < 1:
+            raise InputError(f"the chunk is {chunk} cCREs", hint="give at least 1")
+        checkpoint.model.network.chunk = chunk
+    return checkpoint
 
 
 def _with_genes(checkpoint: Checkpoint, genes: str | Path) -> Checkpoint:
@@ -176,19 +235,19 @@ def _with_genes(checkpoint: Checkpoint, genes: str | Path) -> Checkpoint:
 def _predict_blocks(
     checkpoint: Checkpoint,
     cells: InputCells,
-    batch_size: int,
+    parts: Sequence[np.ndarray],
     num_workers: int,
     max_len: int | None,
     device: torch.device,
 ) -> Iterator[np.ndarray]:
-    """Yield predictions of known targets, float32 [≤ batch_size, F], in the order of the cells."""
+    """Yield predictions of known targets, float32 [cells, F], for each part of the cells."""
     layout = checkpoint.layout
     model = checkpoint.model.to(device)
 
     def make(rows: np.ndarray) -> Batch:
         return encode_input(cells.read(rows), layout, max_len, None)
 
-    makers = [partial(make, rows) for rows in blocks(np.arange(len(cells.obs)), batch_size)]
+    makers = [partial(make, rows) for rows in parts]
     for batch in prefetch(makers, num_workers):
         yield model.predict(batch.to(device)).float().cpu().numpy()
 

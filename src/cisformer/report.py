@@ -31,7 +31,21 @@ STANDINGS = {
 
 
 def write_report(report: EvaluationReport, folder: str | Path, *, force: bool = False) -> tuple[Path, Path]:
-    """Write `report.html` and `report.json` into `folder`; return both paths.
+    """Write `report.html` and `report.json` into `folder`.
+
+    Parameters
+    ----------
+    report
+        What `evaluate` or `evaluate_model` returned.
+    folder
+        Where the two files go.
+    force
+        Overwrite an earlier report.
+
+    Returns
+    -------
+    tuple of Path
+        The page, and the numbers.
 
     Raises
     ------

@@ -187,6 +187,13 @@ def _flush(path: Path) -> None:
         os.fsync(handle.fileno())
 
 
+def best_device() -> str:
+    """Return where to compute unless told otherwise: an NVIDIA GPU where there is one, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def refuse_existing(path: str | Path, *, force: bool) -> None:
     """Raise `OutputExistsError` if `path` is a file, or a folder with something in it, unless `force`."""
     path = Path(path)

@@ -124,6 +124,11 @@ def simulate(
     window_bp
         Largest distance of a planted link from the TSS.
 
+    Returns
+    -------
+    SimulatedCells
+        `rna` and `atac` as AnnData, and `links`, the truth as a table.
+
     Raises
     ------
     InputError

@@ -6,6 +6,7 @@ lowest validation loss, so that a trained model is never worse than linear on th
     save/<date>_<name>/
         config.yaml           the resolved configuration
         metrics.jsonl         one line per epoch
+        training.png          the losses drawn
         epoch0/ epoch1/ …     checkpoints
         best/                 the best of them
         training_state.pt     optimizer and scheduler after the last whole epoch, for --resume
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 
 from cisformer.config import Config, Direction, default_config, dump_config, load_config
+from cisformer.curves import draw_curves
 from cisformer.data.batches import (
     Batch,
     Layout,
@@ -49,13 +51,14 @@ from cisformer.model.full_task import FullTask
 from cisformer.model.linear import FeatureCounts, LinearStart, blocks, count_features, fit_linear, learn_from
 from cisformer.model.local import Windows, fit_local
 from cisformer.runtime import atomic_path, make_folder, progress
+from cisformer.team import Team
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 VALIDATION_SHARE = 0.1
-STATE = "training_state.pt"
+STATE, CURVES = "training_state.pt", "training.png"
 START_METRICS = ("linear_rank", "linear_ridge", "linear_val_loss", "mean_val_loss")
 """What is known of the closed-form start; stands in every epoch's record."""
 
@@ -125,10 +128,16 @@ def train(
 
     Parameters
     ----------
-    data, val_data
-        Folders that `preprocess` wrote.
-    name, save
+    data
+        Folder that `preprocess` wrote: the one of all splits, or that of the training cells.
+    name
         The run goes to `<save>/<date>_<name>`.
+    direction
+        "rna2atac" or "atac2rna": which modality is predicted from which.
+    val_data
+        Folder of the validation cells; by default the one beside the training cells, or a tenth of these.
+    save
+        Where runs are kept.
     config
         A `Config`, a YAML file, or `None` for the defaults of the direction.
     model_parameters
@@ -137,6 +146,11 @@ def train(
         The folder of an interrupted run to finish, with its own settings.
     cpu
         Stay on the CPU although there is an accelerator.
+
+    Returns
+    -------
+    Checkpoint
+        The epoch of lowest validation loss, as `<save>/<date>_<name>/best` holds it.
 
     Raises
     ------
@@ -158,6 +172,7 @@ def train(
         given = None if config is None else settings
         first = load_checkpoint(model_parameters, direction, config=given, reference=cells.train.reference)
         settings = settings.model_copy(update={"model": first.config.model})
+    Team.current(cpu=cpu)
     tracker = None if settings.training.tracker == "none" else settings.training.tracker
     accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=str(save))
     settings = _with_total_gene(settings, cells.train.reference.n_genes)
@@ -266,8 +281,10 @@ class Run:
             started = time.perf_counter()
             train_loss = self._train_epoch(epoch)
             self._finish_epoch(epoch, train_loss, time.perf_counter() - started)
-        if self.accelerator.is_main_process and self.settings.fold_in:
-            self._fold_in_validation_cells()
+        if self.accelerator.is_main_process:
+            draw_curves(self.history, self.folder / CURVES, f"{self.folder.name}, {self.direction}")
+            if self.settings.fold_in:
+                self._fold_in_validation_cells()
         self.accelerator.wait_for_everyone()
 
     # ---- start -----------------------------------------------------------------------------------------------
@@ -475,7 +492,7 @@ def fold_in(best: Checkpoint, cells: Cells) -> Checkpoint:
     prior, after = learn_from([train, val], model.projection, best.layout, scale, **options)
     with torch.no_grad():
         model.prior.copy_(torch.from_numpy(prior))
-        model.loadings[:, :rank] += torch.from_numpy(after - before)
+        model.add_to_loadings(after - before)
     metrics = best.metrics | {"n_validation_cells_folded_in": len(cells.val_rows)}
     return Checkpoint(model, best.config, best.reference, metrics, best.folder)
 

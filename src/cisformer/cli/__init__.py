@@ -24,6 +24,7 @@ COMMANDS = {
     "plot_links": "links",
     "inspect": "data",
     "build_reference": "data",
+    "export_checkpoint": "model",
     "simulate": "links",
     "demo": "model",
 }

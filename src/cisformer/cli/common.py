@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,19 @@ class LenientInt(click.ParamType):
 
 
 LENIENT_INT = LenientInt()
+
+
+def shared_options(command: Any) -> Any:
+    """Add the option of commands that several processes can share."""
+    return click.option(
+        "--accelerate_config", help="Accelerate config.  [default: the one in cisformer_config]"
+    )(command)
+
+
+def say(text: str) -> None:
+    """Print a result; of several processes only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(text)
 
 
 def config_path(given: str | None, direction: str) -> Path | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import rich_click as click
 
-from cisformer.cli.common import CONTEXT, LENIENT_INT
+from cisformer.cli.common import CONTEXT, LENIENT_INT, say, shared_options
 
 FORMAT_NAMES = ("bedpe", "interact", "longrange")
 _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing output.")
@@ -49,6 +49,7 @@ class Names(click.ParamType):
 @click.option("--covariates", type=Names(), default=(), metavar="COLUMNS",
               help="Columns of cell_info.tsv to adjust p-values for, beside depth; such as donor,batch.")  # fmt: skip
 @click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Of the choice of cells.")
+@shared_options
 @_FORCE
 def atac2rna_link(
     data_path: str,
@@ -57,18 +58,27 @@ def atac2rna_link(
     config: str | None,
     num_of_cells: int | None,
     distance: int,
+    accelerate_config: str | None,
     **options: Any,
 ) -> None:
     """Extract cCRE-gene regulatory links, cell type by cell type."""
+    from cisformer.launch import relaunched
+
+    done, cpu = relaunched(accelerate_config)
+    if done:
+        return
     from cisformer.config import load_config
     from cisformer.linking import link
     from cisformer.model.checkpoint import load_checkpoint
 
     wanted = load_config(config, "atac2rna") if config else None
     checkpoint = load_checkpoint(model_parameters, "atac2rna", config=wanted)
-    folder = link(checkpoint, data_path, celltype_info, window_bp=distance, max_cells=num_of_cells, **options)
+    folder = link(
+        checkpoint, data_path, celltype_info, window_bp=distance, max_cells=num_of_cells,
+        device="cpu" if cpu else None, **options,
+    )  # fmt: skip
     for path in sorted(folder.iterdir()):
-        click.echo(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 @click.command("export_links", context_settings=CONTEXT)

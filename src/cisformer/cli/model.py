@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from cisformer.cli.common import CONTEXT, config_path
+from cisformer.cli.common import CONTEXT, LENIENT_INT, config_path, say, shared_options
 
 if TYPE_CHECKING:
     from cisformer.config import Direction
@@ -48,11 +48,11 @@ def _train(
 
     best = train(direction=direction, config=config_path(config_file, direction), cpu=cpu, **options)
     metrics = best.metrics
-    click.echo(
+    say(
         f"best: epoch {metrics['epoch']}, validation loss {metrics['val_loss']:.5f} "
         f"(linear start {metrics['linear_val_loss']:.5f}, mean profile {metrics['mean_val_loss']:.5f})"
     )
-    click.echo(f"wrote {best.folder}")
+    say(f"wrote {best.folder}")
 
 
 def _training_options(command: Any) -> Any:
@@ -63,7 +63,7 @@ def _training_options(command: Any) -> Any:
         click.option("-c", "--config_file", help="Config file.  [default: cisformer_config/<direction>_config.yaml]"),
         click.option("-m", "--model_parameters", help="Load previous model: a checkpoint to go on from."),
         click.option("--resume", help="Finish an interrupted run: its folder under the save directory."),
-        click.option("--accelerate_config", help="Accelerate config.  [default: the one in cisformer_config]"),
+        shared_options,
     )):  # fmt: skip
         command = option(command)
     return command
@@ -94,15 +94,26 @@ def rna2atac_train(
     _train("rna2atac", accelerate_config, config_file, data=train_data_dir, val_data=val_data_dir, **options)
 
 
-def _predict(direction: Direction, model: str, config_file: str | None, output: Path, **options: Any) -> None:
+def _predict(
+    direction: Direction,
+    model: str,
+    config_file: str | None,
+    accelerate_config: str | None,
+    output: Path,
+    **options: Any,
+) -> None:
+    from cisformer.launch import relaunched
+
+    done, cpu = relaunched(accelerate_config)
+    if done:
+        return
     from cisformer.config import load_config
     from cisformer.model.checkpoint import load_checkpoint
     from cisformer.prediction import predict
 
     wanted = load_config(config_file, direction) if config_file else None
     checkpoint = load_checkpoint(model, direction, config=wanted)
-    written = predict(checkpoint, output=output, **options)
-    click.echo(f"wrote {written}")
+    say(f"wrote {predict(checkpoint, output=output, device='cpu' if cpu else None, **options)}")
 
 
 _MODEL = click.option("-m", "--model_parameters", required=True, help="Previous trained model parameters.")
@@ -123,14 +134,23 @@ _WORKERS = click.option("--num_workers", default=2, show_default=True, help="Num
 @_CONFIG
 @click.option("--batch_size", default=16, show_default=True, help="Batch size.")
 @_WORKERS
+@click.option("--genes", default="expressed_in_training", show_default=True, metavar="CHOICE",
+              help="architecture full: genes to predict; expressed_in_training, all, or a file of ids or names. "
+                   "Never those that the cell expresses.")  # fmt: skip
+@shared_options
 @_FORCE
 def atac2rna_predict(
-    data: str, model_parameters: str, output_dir: str, name: str, config_file: str | None, **options: Any
+    data: str,
+    model_parameters: str,
+    output_dir: str,
+    name: str,
+    config_file: str | None,
+    accelerate_config: str | None,
+    **options: Any,
 ) -> None:
     """Predict gene expression from ATAC."""
-    _predict(
-        "atac2rna", model_parameters, config_file, Path(output_dir) / f"{name}.h5ad", data=data, **options
-    )
+    output = Path(output_dir) / f"{name}.h5ad"
+    _predict("atac2rna", model_parameters, config_file, accelerate_config, output, data=data, **options)
 
 
 @click.command("rna2atac_predict", context_settings=CONTEXT)
@@ -151,6 +171,9 @@ def atac2rna_predict(
 @click.option(
     "--binarize", is_flag=True, help="Write open/closed: each cell's likeliest cCREs, as many as expected."
 )
+@click.option("--chunk", type=LENIENT_INT,
+              help="architecture full: cCREs decoded together, which bounds memory.  [default: 8192]")  # fmt: skip
+@shared_options
 @_FORCE
 def rna2atac_predict(
     rna_file: str,
@@ -158,12 +181,29 @@ def rna2atac_predict(
     output_dir: str,
     name: str,
     config_file: str | None,
+    accelerate_config: str | None,
     rna_len: int,
     **options: Any,
 ) -> None:
     """Predict chromatin accessibility from RNA."""
     output = Path(output_dir) / f"{name}.h5ad"
-    _predict("rna2atac", model_parameters, config_file, output, data=rna_file, max_tokens=rna_len, **options)
+    _predict("rna2atac", model_parameters, config_file, accelerate_config, output, data=rna_file,
+             max_tokens=rna_len, **options)  # fmt: skip
+
+
+@click.command("export_checkpoint", context_settings=CONTEXT)
+@_MODEL
+@click.option("-o", "--output", default="pytorch_model.bin", show_default=True,
+              help="File of weights to write: .bin, or .safetensors.")  # fmt: skip
+@_FORCE
+def export_checkpoint(model_parameters: str, output: str, force: bool) -> None:
+    """Write a model of architecture full as the published program reads it."""
+    from cisformer.model.checkpoint import export_checkpoint as export
+    from cisformer.model.checkpoint import load_checkpoint
+    from cisformer.runtime import refuse_existing
+
+    refuse_existing(output, force=force)
+    click.echo(f"wrote {export(load_checkpoint(model_parameters), output)}")
 
 
 @click.command("demo", context_settings=CONTEXT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -230,6 +230,7 @@ class TrainingBatches:
     rows: np.ndarray
     world: int = 1
     rank: int = 0
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def n_steps(self) -> int:
@@ -241,10 +242,18 @@ class TrainingBatches:
 
         Where a process would have none, it is given the step's first cell, which the trainer weighs zero.
         """
-        order = np.random.default_rng([self.config.training.SEED, epoch]).permutation(self.rows)
         size = self.config.training.batch_size * self.world
-        together = order[step * size : (step + 1) * size]
+        together = self._order(epoch)[step * size : (step + 1) * size]
         return np.array_split(together, self.world)[self.rank], len(together)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the order of the cells in an epoch; kept until another is asked for."""
+        found = self._orders.get(epoch)
+        if found is None:
+            found = np.random.default_rng([self.config.training.SEED, epoch]).permutation(self.rows)
+            self._orders.clear()
+            self._orders[epoch] = found
+        return found
 
     def draw(self, epoch: int, step: int) -> Batch:
         """Return this process's batch of a step of an epoch, tokens and targets drawn anew."""

@@ -69,7 +69,7 @@ def inspect(
     Parameters
     ----------
     paths
-        h5ad, h5mu or 10x h5 files, and data sets, checkpoints and references of cisformer, or a folder of
+        Files (h5ad, h5mu or 10x h5), and data sets, checkpoints and references of cisformer, or a folder of
         such.
     reference
         What to count found genes and peaks in; by default the built-in one that fits the genome.
@@ -78,8 +78,9 @@ def inspect(
 
     Returns
     -------
-    ``files``: one record per file and modality, or per data set, checkpoint or reference;
-    ``shared_barcodes``: one record per pair of RNA and ATAC. All of plain types, as JSON has them.
+    dict of str to list of dict
+        ``files``: one record per file and modality, or per data set, checkpoint or reference;
+        ``shared_barcodes``: one record per pair of RNA and ATAC. All of plain types, as JSON has them.
 
     Raises
     ------

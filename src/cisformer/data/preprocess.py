@@ -107,7 +107,8 @@ def preprocess(
 
     Returns
     -------
-    The data sets by split: ``train``, ``val`` and ``test``, or ``all``.
+    dict of str to CellStore
+        The data sets by split: ``train``, ``val`` and ``test``, or ``all``.
 
     Raises
     ------

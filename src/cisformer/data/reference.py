@@ -132,6 +132,11 @@ def load_reference(source: str | Path) -> Reference:
         ``"human"`` (38,244 genes, 1,033,239 cCREs, hg38), ``"mouse"`` (23,234 genes, 262,853 cCREs, mm39),
         or a folder that `build_reference` or `save_reference` made.
 
+    Returns
+    -------
+    Reference
+        Genes and cCREs with coordinates (0-based, half-open) and a fingerprint.
+
     Raises
     ------
     InputError
@@ -240,6 +245,11 @@ def build_reference(
         Where to write it; its name becomes the name of the reference.
     force
         Overwrite an existing folder.
+
+    Returns
+    -------
+    Reference
+        What was written.
 
     Raises
     ------

@@ -125,6 +125,11 @@ def load_checkpoint(
     direction, config, reference
         What the checkpoint has to agree with, where given.
 
+    Returns
+    -------
+    Checkpoint
+        Model, configuration, reference and metrics.
+
     Raises
     ------
     CheckpointError
@@ -158,6 +163,11 @@ def export_checkpoint(checkpoint: Checkpoint, path: str | Path) -> Path:
         The model.
     path
         `pytorch_model.bin`, or a `.safetensors` file.
+
+    Returns
+    -------
+    Path
+        What was written.
 
     Raises
     ------

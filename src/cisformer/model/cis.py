@@ -1,19 +1,21 @@
 """The default architecture: a linear model, a latent transformer and cis attention, added on the link scale.
 
-    eta[i, f] = prior[f] / scale[f] + bias[f] + <z[i] + h[i], B[f]> + cis[i, f]
+    eta[i, f] = prior[f] / scale[f] + pace[f] (bias[f] + <z[i] + h[i], B[f]> + cis[i, f])
 
 z are white principal components of the cell's input (fixed, followed by zeros up to the embedding's width), B starts
 in closed form in their columns, h comes from latents that attend to the cell's tokens and moves the cell in the same
 space, and cis (ATAC→RNA only) comes from the open cCREs near each gene: a weight per pair, started in closed form,
-and attention. h and the attention start at exactly zero: the untrained model *is* the linear one.
+and attention. h and the attention start at exactly zero: the untrained model *is* the linear one. The pace, fixed,
+is how far training may move a target: `linear.pace_of`.
 
 Shapes: B cells, N tokens, L latents, R embedding width, K components, F targets, E edges, H heads, D head width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +23,7 @@ from torch.nn import functional as F
 from cisformer.config import Config, Model
 from cisformer.data.batches import Batch, Layout, dense_targets, ragged_rows
 from cisformer.model.attention import Block, LatentPool, pad_ragged, segment_softmax
-from cisformer.model.linear import LinearStart, Projection, link_loss
+from cisformer.model.linear import LinearStart, Projection, link_loss, pace_of
 from cisformer.model.local import DISTANCE_EDGES_BP, LocalStart, Windows
 
 LOADING_STD = 0.05
@@ -179,12 +181,14 @@ class CisPath(nn.Module):
     def forward(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor, column: Tensor | None) -> Tensor:
         """Return cis, float [B, S]; `column` [F] gives the place of each target among the drawn ones, or −1."""
         edges = self.edges(batch, h_BR, ccre_PR, column)
-        n_columns = len(self.gene.weight) if column is None else int(column.max()) + 1
-        place = edges.gene if column is None else column[edges.gene]
+        place, n_columns = self._places(edges.gene, column)
         out = h_BR.new_zeros(batch.n_cells * n_columns)
-        return out.index_add(0, edges.cell * n_columns + place, edges.contribution).reshape(
-            batch.n_cells, n_columns
-        )
+        out = out.index_add(0, edges.cell * n_columns + place, edges.contribution)
+        return out.reshape(batch.n_cells, n_columns)
+
+    def _places(self, gene_E: Tensor, column: Tensor | None) -> tuple[Tensor, int]:
+        """Return the place of each edge's gene among the drawn ones, and the number of these."""
+        return (gene_E, len(self.gene.weight)) if column is None else (column[gene_E], int(column.max()) + 1)
 
     def edges(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor, column: Tensor | None) -> CisAttention:
         """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn.
@@ -196,9 +200,11 @@ class CisPath(nn.Module):
         state_NH = self._cell_scores(batch, h_BR, ccre_PR)
         score_WH, value_WH, slot_E = self._pair_terms(pair_E, ccre_PR)
         cell_E, gene_E = cell_N[token_E], self.window_gene[pair_E]
-        segment_E, n_segments = cell_E * len(self.gene.weight) + gene_E, batch.n_cells * len(self.gene.weight)
+        place_E, n_columns = self._places(gene_E, column)
         score_EH = (score_WH[slot_E] + state_NH[token_E]).float()
-        weight_EH = segment_softmax(score_EH, segment_E, n_segments, self.null)
+        weight_EH = segment_softmax(
+            score_EH, cell_E * n_columns + place_E, batch.n_cells * n_columns, self.null
+        )
         return CisAttention(
             cell_E,
             gene_E,
@@ -274,8 +280,10 @@ class CisModel(nn.Module):
         self.projection = Projection(n_input, rank, layout.input_modality)
         self.prior: Tensor
         self.scale: Tensor
+        self.pace: Tensor
         self.register_buffer("prior", torch.zeros(n_target))
         self.register_buffer("scale", torch.ones(n_target))
+        self.register_buffer("pace", torch.ones(n_target))
         self.bias = nn.Parameter(torch.zeros(n_target))
         self.loadings = nn.Parameter(torch.randn(n_target, model.emb_rank) * LOADING_STD)
         self.encoder = CellEncoder(n_input, rank, layout.input_modality == "rna", model)
@@ -297,17 +305,36 @@ class CisModel(nn.Module):
         with torch.no_grad():
             model.prior.copy_(torch.from_numpy(start.prior))
             model.scale.copy_(torch.from_numpy(start.scale))
-            model.loadings[:, :rank] = torch.from_numpy(start.loadings)
+            model.pace.copy_(torch.from_numpy(pace_of(start.loadings)))
+            model.loadings[:, :rank] = torch.from_numpy(start.loadings) / model.pace[:, None]
             if model.cis is not None and local is not None:
-                model.loadings[:, :rank] += torch.from_numpy(local.loadings)
-                model.bias.copy_(torch.from_numpy(local.bias))
-                model.cis.pair_weight.copy_(torch.from_numpy(local.weight))
+                model.add_to_loadings(local.loadings)
+                model.bias.copy_(torch.from_numpy(local.bias) / model.pace)
+                pace_W = model.pace[model.cis.window_gene]
+                model.cis.pair_weight.copy_(torch.from_numpy(local.weight) / pace_W)
         return model
 
     @property
     def rank(self) -> int:
         """Components of the linear path."""
         return self.projection.components.shape[1]
+
+    @torch.no_grad()
+    def state_loadings(self) -> Tensor:
+        """Return what eta changes by with each of the white cell states; float [F, K]."""
+        return self.loadings[:, : self.rank] * self.pace[:, None]
+
+    @torch.no_grad()
+    def add_to_loadings(self, change: np.ndarray) -> None:
+        """Add to `state_loadings`; float32 [F, ≤ K]."""
+        step = torch.from_numpy(change).to(self.pace.device) / self.pace[:, None]
+        self.loadings[:, : change.shape[1]] += step
+
+    @torch.no_grad()
+    def pair_weights(self) -> Tensor:
+        """Return what eta of a gene changes by with each open cCRE near it; float [W], as `Windows` lists pairs."""
+        assert self.cis is not None
+        return self.cis.pair_weight * self.pace[self.cis.window_gene]
 
     def cell_states(self, batch: Batch) -> Tensor:
         """Return z, white principal components of the input; float [B, K]."""
@@ -319,11 +346,10 @@ class CisModel(nn.Module):
         h_BR = self.encoder(batch, z_BK)
         columns = slice(None) if batch.columns is None else batch.columns
         place_BR = h_BR + F.pad(z_BK, (0, h_BR.shape[1] - z_BK.shape[1]))
-        prior_S = (self.prior / self.scale + self.bias)[columns]
-        eta_BS = torch.addmm(prior_S, place_BR, self.loadings[columns].T)
-        if self.cis is None:
-            return eta_BS
-        return eta_BS + self.cis(batch, h_BR, self.encoder.token.weight, self._places(batch))
+        moved_BS = torch.addmm(self.bias[columns], place_BR, self.loadings[columns].T)
+        if self.cis is not None:
+            moved_BS = moved_BS + self.cis(batch, h_BR, self.encoder.token.weight, self._places(batch))
+        return torch.addcmul((self.prior / self.scale)[columns], self.pace[columns], moved_BS)
 
     def _places(self, batch: Batch) -> Tensor | None:
         if batch.columns is None:
@@ -356,4 +382,6 @@ class CisModel(nn.Module):
         """Return each edge's attention and value (in units of `scale`); ATAC→RNA only."""
         assert self.cis is not None
         h_BR = self.encoder(batch, self.projection(batch))
-        return self.cis.edges(batch, h_BR, self.encoder.token.weight, None)
+        edges = self.cis.edges(batch, h_BR, self.encoder.token.weight, None)
+        pace = self.pace[edges.gene]
+        return replace(edges, value=edges.value * pace[:, None], local=edges.local * pace)

@@ -33,6 +33,7 @@ TFIDF_SCALE = 1e4
 PCA_CELLS = 20_000
 SELECTION_CELLS = 1_000
 BLOCK_CELLS = 1_000
+LEAST_PACE = 0.01
 PENALTIES = (1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 250.0, 500.0, 1_000.0, 3_000.0, 10_000.0)
 
 
@@ -225,6 +226,20 @@ def solve(
         return (product / scale / (n + ridge[:, None])).T.astype(np.float32)
     p = 1 / (1 + np.exp(-prior.astype(np.float64)))
     return (product / (n * p * (1 - p) + ridge[:, None])).T.astype(np.float32)
+
+
+def pace_of(loadings: np.ndarray) -> np.ndarray:
+    """Return how far a training step may move each target, float32 [F] in [LEAST_PACE, 1].
+
+    It is the variance that the closed form explains (z is white: the squared length of the loadings), as a share of
+    what it explains of the best-explained twentieth. Adam moves every parameter equally far, however little the data
+    say of it; without a pace, targets that are seldom seen move by noise (benchmarks/RESULTS.md).
+    """
+    explained = np.square(loadings).sum(axis=1)
+    top = np.quantile(explained, 0.95) if len(explained) else 0.0
+    if top == 0:
+        return np.ones(len(explained), np.float32)
+    return np.clip(explained / top, LEAST_PACE, 1).astype(np.float32)
 
 
 def link_loss(eta: Tensor, target: Tensor, scale: Tensor, direction: str) -> Tensor:
