@@ -252,8 +252,8 @@ REFUSED = {
     "earlier simulation": Refused("simulate -o . --n_cells 10", ("rna.h5ad exists already",), "--force"),
 }
 
-DEBUGGED = ("truncated file", "checkpoint of the other direction", "cell types with a header")
-"""Run once more with `--debug`: one of each family of commands."""
+DEBUGGED = ("truncated file", "cell types with a header")
+"""Run once more with `--debug`."""
 
 
 @dataclass(frozen=True)

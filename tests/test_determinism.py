@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-RUNS = {"first": ("0", 1), "again": ("0", 1), "other workers and hash seed": ("4711", 4)}
+RUNS = {"first": ("0", 1), "again, with other workers and another hash seed": ("4711", 4)}
 """Hash seed and number of workers."""
 
 
@@ -64,7 +64,7 @@ def results(
     command: Callable[..., subprocess.CompletedProcess[str]], tiny_files: Path, tiny_config: Callable,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:  # fmt: skip
-    """Run every stage in a folder of its own, three times."""
+    """Run every stage twice, each time in a folder of its own."""
     from cisformer.config import dump_config
 
     folders = {}
@@ -102,7 +102,7 @@ def test_weights_and_losses(results: dict[str, Path]):
     for folder in results.values():
         lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
         records.append([(line["train_loss"], line["val_loss"], line["lr"]) for line in lines])
-    assert records[0] == records[1] == records[2]
+    assert records[0] == records[1]
 
 
 def test_predictions(results: dict[str, Path]):
