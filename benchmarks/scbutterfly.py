@@ -16,6 +16,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import scipy.sparse as sp
+import torch
 from scButterfly import train_model
 from scButterfly.butterfly import Butterfly
 from torch.utils.data import DataLoader
@@ -31,6 +32,8 @@ def main() -> None:
     np.random.seed(options.seed)  # noqa: NPY002 - it draws from the global state
     # The same batches without four new processes in each epoch, which take most of the time on small sets.
     train_model.DataLoader = lambda *a, **kw: DataLoader(*a, **{**kw, "num_workers": 0})
+    if not torch.cuda.is_available():  # it moves some tensors to a GPU without asking
+        torch.Tensor.cuda = lambda tensor, *a, **kw: tensor
     rna, atac = (ad.read_h5ad(options.folder / f"{name}.h5ad") for name in ("rna", "atac"))
     rna.X, atac.X = (sp.csr_matrix(m.X, dtype=np.float32) for m in (rna, atac))
     atac = atac[:, np.argsort(atac.var["chrom"].astype(str), kind="stable")].copy()
