@@ -21,7 +21,6 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -172,10 +171,11 @@ def presets(options: argparse.Namespace) -> None:
 def speed(options: argparse.Namespace) -> None:
     """Print rates of training and prediction beside those of the machine."""
     import torch
+    from full import product_rate
 
     torch.set_num_threads(1)
     n_cells, n_ccres = (options.cells or [1_000])[0], (options.ccres or [100_000])[0]
-    rate, bandwidth = product_rate(), copy_rate()
+    rate, bandwidth = product_rate(torch.float32), copy_rate()
     print(f"torch {torch.__version__}, one thread")
     print(f"matrix product: {rate:.0f} GFLOP/s in float32; copying: {bandwidth:.1f} GB/s read and written")
     for direction in options.directions:
@@ -189,7 +189,7 @@ def speed(options: argparse.Namespace) -> None:
             f"{n_test / took.cpu_s:.1f} cells per CPU s, {n_test / took.wall_s:.1f} a second, {written:.2f} GB written"
         )
         shutil.rmtree(folder / "output")
-    print(f"afterwards: {product_rate():.0f} GFLOP/s, {copy_rate():.1f} GB/s")
+    print(f"afterwards: {product_rate(torch.float32):.0f} GFLOP/s, {copy_rate():.1f} GB/s")
 
 
 def measure_training(folder: Path, direction: Direction, rate: float, n_steps: int = 3) -> None:
@@ -251,30 +251,13 @@ def pool_flops(training: object, batch: object) -> float:
     return products * 2.0 * n_latents * heads * width * int(indptr[-1])
 
 
-def product_rate() -> float:
-    """Return GFLOP/s of a 4096 × 4096 product in float32."""
-    import torch
-
-    a = torch.randn(4096, 4096)
-    return 2 * 4096**3 / least_cpu_s(lambda: a @ a) / 1e9
-
-
 def copy_rate() -> float:
     """Return GB/s, read and written, of copying 1 GB."""
+    from full import least_cpu_seconds
+
     source = np.ones(2**27)
     target = np.empty_like(source)
-    return 2 * source.nbytes / least_cpu_s(lambda: np.copyto(target, source)) / 1e9
-
-
-def least_cpu_s(function: Callable[[], object], repeats: int = 4) -> float:
-    """Return the CPU time of the fastest of some runs, after one to warm up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        started = time.process_time()
-        function()
-        times.append(time.process_time() - started)
-    return min(times)
+    return 2 * source.nbytes / least_cpu_seconds(lambda: np.copyto(target, source), 3) / 1e9
 
 
 if __name__ == "__main__":

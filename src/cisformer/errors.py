@@ -7,6 +7,10 @@ found and what was wanted; its hint says what to do next. The command line print
 from __future__ import annotations
 
 import reprlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class CisformerError(Exception):
@@ -69,3 +73,9 @@ def brief(value: object) -> str:
         return shown.repr(value)
     except ValueError:  # a number of thousands of digits
         return f"too long a {type(value).__name__}"
+
+
+def first_complaint(error: ValidationError) -> str:
+    """Return the first of pydantic's complaints: which entry, what was found, what is wrong with it."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))} is {brief(first['input'])}; {first['msg'].lower()}"

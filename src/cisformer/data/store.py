@@ -33,7 +33,7 @@ from cisformer.config import Direction
 from cisformer.data.alignment import PairedCells
 from cisformer.data.reference import Reference, load_reference, save_reference
 from cisformer.data.spool import Spool, write_shard
-from cisformer.errors import ReferenceMismatchError, StoreError, brief
+from cisformer.errors import ReferenceMismatchError, StoreError, brief, first_complaint
 from cisformer.runtime import atomic_folder, flush_folder, read_json, sha256_file
 from cisformer.runtime import provenance as current_provenance
 
@@ -348,10 +348,8 @@ def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
-        first = error.errors()[0]
-        entry = ".".join(map(str, first["loc"]))
         raise StoreError(
-            f"{folder / MANIFEST} is damaged: {entry} is {brief(first['input'])}; {first['msg'].lower()}",
+            f"{folder / MANIFEST} is damaged: {first_complaint(error)}",
             hint="restore it, or preprocess the data again",
         ) from None
     if sum(shard["n_cells"] for shard in manifest["shards"]) != manifest["n_cells"]:

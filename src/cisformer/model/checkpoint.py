@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from cisformer.config import Config, Direction, dump_config, load_config
 from cisformer.data.batches import Layout
 from cisformer.data.reference import Reference, load_reference, save_reference
-from cisformer.errors import CheckpointError, ReferenceMismatchError, brief
+from cisformer.errors import CheckpointError, ReferenceMismatchError, brief, first_complaint
 from cisformer.model.cis import CisModel
 from cisformer.model.full import export_published, load_published
 from cisformer.model.full_task import FullTask
@@ -248,11 +248,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
-        first = error.errors()[0]
-        entry = ".".join(map(str, first["loc"]))
-        raise _damaged(
-            folder / MANIFEST, f"{entry} is {brief(first['input'])}; {first['msg'].lower()}"
-        ) from None
+        raise _damaged(folder / MANIFEST, first_complaint(error)) from None
     return manifest
 
 
