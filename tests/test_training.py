@@ -192,3 +192,16 @@ def test_names_of_runs_stay_in_the_folder(tiny_data, tiny_config, tmp_path):
     best = train(tiny_data["rna2atac"], "../a b/$(x)", direction="rna2atac", save=tmp_path,
                  config=tiny_config("rna2atac", epoch=0))  # fmt: skip
     assert best.folder.parent.parent == tmp_path
+
+
+def test_tensorboard_gets_the_losses(tiny_data, tiny_config, tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny_config("rna2atac", epoch=1, tracker="tensorboard")
+    best = train(tiny_data["rna2atac"], "x", direction="rna2atac", save=tmp_path, config=config)
+    events = next(tmp_path.rglob("events.out.tfevents*"))
+    found = EventAccumulator(str(events.parent)).Reload().Scalars("val_loss")
+    assert [(e.step, e.value) for e in found] == [
+        (r["epoch"], pytest.approx(r["val_loss"], rel=1e-6)) for r in history(best)
+    ]
