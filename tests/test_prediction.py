@@ -187,6 +187,34 @@ def test_cells_are_read_in_blocks_of_any_size(direction, sources, tiny_checkpoin
         np.testing.assert_allclose(parts.X.toarray(), whole.X.toarray(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_file_that_changes_meanwhile_leaves_the_earlier_result(
+    sources, tiny_checkpoints, tmp_path, monkeypatch
+):
+    _, adata = sources["rna2atac"]
+    adata.write_h5ad(tmp_path / "rna.h5ad")
+    given = {"output": tmp_path / "out.h5ad", "force": True, "num_workers": 0}
+    predict(tiny_checkpoints["rna2atac"], tmp_path / "rna.h5ad", **given)
+    before = (tmp_path / "out.h5ad").read_bytes()
+    model = tiny_checkpoints["rna2atac"].model
+    real = type(model).predict
+
+    def touch(self, batch):
+        with open(tmp_path / "rna.h5ad", "ab") as handle:
+            handle.write(b"more")
+        return real(self, batch)
+
+    monkeypatch.setattr(type(model), "predict", touch)
+    with pytest.raises(InputError, match="changed while it was read"):
+        predict(tiny_checkpoints["rna2atac"], tmp_path / "rna.h5ad", **given)
+    assert (tmp_path / "out.h5ad").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"num_workers": -1}, {"min_prob": 1.0}])
+def test_options_out_of_range_are_refused(option, tiny, tiny_checkpoints):
+    with pytest.raises(InputError, match=next(iter(option))):
+        predict(tiny_checkpoints["rna2atac"], tiny.rna, **option)
+
+
 def test_rna_is_not_taken_for_atac(tiny, tiny_checkpoints):
     """Genes with coordinates could be read as regions."""
     assert {"chrom", "start", "end"} <= set(tiny.rna.var)

@@ -1,13 +1,16 @@
 """Work shared by processes: the same results as from one, written once."""
 
 import json
+import os
+import subprocess
+import sys
 
 import anndata as ad
 import h5py
 import numpy as np
 import pytest
 
-from cisformer.launch import cpu_arguments
+from cisformer.launch import cpu_arguments, n_usable_processes
 from cisformer.team import Team
 
 
@@ -110,3 +113,37 @@ def test_several_machines_meet_at_the_first():
         "--nproc_per_node", "4", "--nnodes", "2", "--node_rank", "1", "--master_addr", "10.0.0.7",
         "--master_port", "29500",
     ]  # fmt: skip
+
+
+def test_processes_of_other_machines_need_no_gpu_here(caplog):
+    config = {"num_machines": 2, "num_processes": 8, "gpu_ids": "all", "distributed_type": "MULTI_GPU"}
+    assert n_usable_processes(config, n_gpus=4) == 4
+    assert caplog.text == ""
+    assert n_usable_processes(config, n_gpus=2) == 1
+    assert "4 processes, this machine has 2 GPUs" in caplog.text
+
+
+def test_a_process_that_is_killed_is_reported(two_processes, tmp_path):
+    """SIGKILL, as of a machine without memory left, ends the second process; the command says so."""
+    code = (
+        "import os, signal, sys; from cisformer import cli, __main__\n"
+        "import cisformer.launch as launch\n"
+        "if os.environ.get('RANK') == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if os.environ.get('RANK') == '0': import time; time.sleep(60)\n"
+        "__main__.main()"
+    )
+    package = tmp_path / "cisformer_killed.py"
+    package.write_text(code)
+    config = json.loads(two_processes.read_text())
+    run = (
+        "import sys; from pathlib import Path; import cisformer.launch as launch; from cisformer.errors import *\n"
+        f"sys.argv = ['cisformer']; config = {config!r}\n"
+        "launch.COMMAND = ['-m', 'cisformer_killed']\n"
+        "try: launch._launch(Path('two.yaml'), config)\n"
+        "except CisformerError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", run], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}, check=False,
+    )  # fmt: skip
+    assert "process 1 was killed by SIGKILL" in done.stdout, done.stderr

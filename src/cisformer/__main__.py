@@ -43,6 +43,8 @@ def main() -> None:
             raise
         _stopped(stopped.args[0])
     except (MemoryError, RuntimeError) as error:
+        if not debug and _lost_another(error):
+            sys.exit(1)
         if debug or not _out_of_memory(error):
             raise
         _give_up(
@@ -61,13 +63,21 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _stopped(number: int) -> None:
-    """Say so, and exit as shells do: with 128 + signal."""
+    """Say so, and exit as shells do: with 128 + signal. Of several processes, the one that started them speaks."""
+    if "RANK" in os.environ:
+        sys.exit(128 + number)
     print(  # noqa: T201
         f"error: stopped by {signal.Signals(number).name}; earlier results are as they were\n"
         "  hint: run the command again; training goes on with --resume FOLDER",
         file=sys.stderr,
     )
     sys.exit(128 + number)
+
+
+def _lost_another(error: Exception) -> bool:
+    """Tell whether this process only waited for another that has failed, which has said why."""
+    lost = ("closed by peer", "connection", "gloo", "nccl", "store->get")
+    return "RANK" in os.environ and any(word in str(error).lower() for word in lost)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from cisformer.config import read_yaml
-from cisformer.errors import ConfigError, brief
+from cisformer.errors import ConfigError, TrainingError, brief
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path("cisformer_config/accelerate_config.yaml")
 _INSIDE = "CISFORMER_LAUNCHED"
+COMMAND = ["-m", "cisformer"]
 
 
 def accelerate_config(n_gpus: int, *, mps: bool = False, bf16: bool = False) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def wants_cpu(config: dict[str, Any]) -> bool:
 
 def n_usable_processes(config: dict[str, Any], n_gpus: int) -> int:
     """Return how many processes to start; warn where the config names devices that are not there."""
-    wanted = int(config.get("num_processes") or 1)
+    wanted = processes_here(config)
     if wants_cpu(config):
         return wanted
     named = [d for d in str(config.get("gpu_ids", "all")).split(",") if d.strip().isdigit()]
@@ -135,7 +137,7 @@ def relaunched(config_path: str | Path | None) -> tuple[bool, bool]:
 def _launch(path: Path, config: dict[str, Any]) -> None:
     """Run this command in as many processes as the config says; exit if one of them fails.
 
-    What failed has said so; the launchers' own account of it is left out.
+    What failed has said so, unless it was killed; the launchers' own account of it is left out.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -143,15 +145,22 @@ def _launch(path: Path, config: dict[str, Any]) -> None:
     from torch.distributed.run import parse_args, run
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    command = ["-m", "cisformer", *sys.argv[1:]]  # a list: no shell reads it
+    command = [*COMMAND, *sys.argv[1:]]  # a list: no shell reads it
     try:
         if wants_cpu(config):
             run(parse_args([*cpu_arguments(config), *command]))
         else:
             launch_command(launch_command_parser().parse_args(["--config_file", str(path), *command]))
-    except ChildFailedError:
+    except ChildFailedError as failed:
+        killed = [f for f in failed.failures.values() if f.exitcode < 0 and f.exitcode != -signal.SIGTERM]
+        if killed:
+            raise TrainingError(
+                f"process {killed[0].local_rank} was killed by {signal.Signals(-killed[0].exitcode).name}",
+                hint="where memory ran out: lower batch_size, or start fewer processes",
+            ) from None
         sys.exit(1)
     except SignalException as stopped:
+        logger.error("stopped by %s; earlier results are as they were", stopped.sigval.name)
         sys.exit(128 + stopped.sigval)
 
 

@@ -46,7 +46,7 @@ from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpo
 from cisformer.model.cis import CisModel
 from cisformer.model.full_task import FullTask
 from cisformer.model.linear import blocks, count_features
-from cisformer.runtime import atomic_folder, best_device, progress, refuse_existing
+from cisformer.runtime import atomic_folder, atomic_path, best_device, progress, refuse_existing
 from cisformer.team import Team
 from cisformer.training import Cells, fit_closed_form, make_layout
 
@@ -183,7 +183,8 @@ def _save_part(links: TypeLinks, folder: Path) -> None:
     from safetensors.numpy import save_file
 
     place = {"gene": links.gene, "ccre": links.ccre, "distance": links.distance}
-    save_file(place | links.evidence, _part(links.cell_type, folder))
+    with atomic_path(_part(links.cell_type, folder)) as path:
+        save_file(place | links.evidence, path)
 
 
 def _load_part(name: str, n_cells: int, folder: Path) -> TypeLinks:

@@ -24,7 +24,7 @@ from cisformer.data.alignment import FeatureMap, log_found, map_genes, map_peaks
 from cisformer.data.batches import Batch, Modality, encode_input, normalise, prefetch, read_modality
 from cisformer.data.io import H5adWriter
 from cisformer.data.reference import Reference
-from cisformer.data.sources import Source, is_10x_folder, open_rows
+from cisformer.data.sources import Source, is_10x_folder, open_rows, refuse_changed
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
@@ -54,11 +54,14 @@ class InputCells:
         A run of rows (int64) → normalised cells [len(rows), whole reference], CSR.
     source
         Where they come from, for records.
+    check
+        Raises where the file changed since it was opened.
     """
 
     obs: pd.DataFrame
     read: Callable[[np.ndarray], sp.csr_matrix]
     source: str
+    check: Callable[[], None] = lambda: None
 
     @classmethod
     @contextmanager
@@ -71,12 +74,15 @@ class InputCells:
             check_reference(reference, store.reference, f"the checkpoint for {data}")
             yield cls(store.cell_info, partial(read_modality, store, modality=modality), str(data))
             return
+        check = lambda: None  # noqa: E731
+        if isinstance(data, str | Path) and Path(data).is_file():
+            check = partial(refuse_changed, Path(data), Path(data).stat())
         with open_rows(data, modality) as source:
             find = map_genes if modality == "rna" else map_peaks
             found = find(source.var, reference)
             require_found(found, source.var, reference, source.label)
             log_found(found, reference, source.label)
-            yield cls(source.obs, _reader(source, found), source.label)
+            yield cls(source.obs, _reader(source, found), source.label, check)
 
 
 def _is_store(path: Path) -> bool:
@@ -167,6 +173,9 @@ def predict(
         refuse_existing(output, force=force)
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint, direction)
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if value < least:
+            raise InputError(f"{name} is {value}", hint=f"give at least {least}")
     if not 0 <= min_prob < 1:
         raise InputError(f"min_prob is {min_prob}", hint="it is a probability: at least 0, below 1")
     team = Team.current(cpu=str(device) == "cpu") if output is not None else Team()
@@ -274,6 +283,7 @@ def _predict_blocks(
     makers = [partial(make, rows) for rows in parts]
     for batch in prefetch(makers, num_workers):
         yield model.predict(batch.to(device)).float().cpu().numpy()
+    cells.check()  # before the result gets its name
 
 
 def _to_csr(dense: np.ndarray, checkpoint: Checkpoint, *, min_prob: float, binarize: bool) -> sp.csr_matrix:
@@ -334,4 +344,5 @@ def _collect(
 ) -> AnnData:
     from anndata import AnnData
 
-    return AnnData(sp.vstack(list(sparse), format="csr"), obs=obs.copy(), var=var, uns=uns)
+    parts = [sp.csr_matrix((0, len(var)), dtype=np.float32), *sparse]
+    return AnnData(sp.vstack(parts, format="csr"), obs=obs.copy(), var=var, uns=uns)

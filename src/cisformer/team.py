@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from cisformer.runtime import make_folder
+
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+LONGEST_WAIT = timedelta(days=7)
+"""Of one process for another: what one does alone may take hours, and torch gives up after minutes."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Team:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=cpu)
+        state = PartialState(cpu=cpu, timeout=LONGEST_WAIT)
         if state.is_main_process:
             logger.info("%d processes share the work", state.num_processes)
         return cls(state.process_index, state.num_processes, str(state.device))
@@ -54,6 +60,14 @@ class Team:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+    def _agree(self, value: T) -> T:
+        """Return what the first process has."""
+        if self.size == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return the run of `items` that is this process's; the runs of all follow each other."""
@@ -73,10 +87,9 @@ class Team:
     @contextlib.contextmanager
     def scratch(self, output: Path) -> Iterator[Path]:
         """Yield an empty folder beside `output` that all processes see; it is gone when the last has left."""
-        folder = output.with_name(f".{output.name}.parts")
+        folder = self._agree(output.with_name(f".{output.name}.{secrets.token_hex(4)}.parts"))
         if self.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            make_folder(folder)
         self.wait()
         try:
             yield folder

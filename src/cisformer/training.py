@@ -282,9 +282,9 @@ class Run:
             train_loss = self._train_epoch(epoch)
             self._finish_epoch(epoch, train_loss, time.perf_counter() - started)
         if self.accelerator.is_main_process:
-            draw_curves(self.history, self.folder / CURVES, f"{self.folder.name}, {self.direction}")
             if self.settings.fold_in:
                 self._fold_in_validation_cells()
+            draw_curves(self.history, self.folder / CURVES, f"{self.folder.name}, {self.direction}")
         self.accelerator.wait_for_everyone()
 
     # ---- start -----------------------------------------------------------------------------------------------

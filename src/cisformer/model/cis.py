@@ -348,10 +348,11 @@ class CisModel(nn.Module):
         place_BR = h_BR + F.pad(z_BK, (0, h_BR.shape[1] - z_BK.shape[1]))
         moved_BS = torch.addmm(self.bias[columns], place_BR, self.loadings[columns].T)
         if self.cis is not None:
-            moved_BS = moved_BS + self.cis(batch, h_BR, self.encoder.token.weight, self._places(batch))
+            moved_BS = moved_BS + self.cis(batch, h_BR, self.encoder.token.weight, self._columns(batch))
         return torch.addcmul((self.prior / self.scale)[columns], self.pace[columns], moved_BS)
 
-    def _places(self, batch: Batch) -> Tensor | None:
+    def _columns(self, batch: Batch) -> Tensor | None:
+        """Return the place of each target among the drawn ones, or −1; `None` where all are wanted."""
         if batch.columns is None:
             return None
         place = torch.full_like(self.prior, -1, dtype=torch.int64)
