@@ -71,6 +71,7 @@ class InputCells:
         """Open an AnnData, an `.h5ad`, `.h5mu` or 10x `.h5` file, a `.pt` shard, or a folder of shards."""
         if isinstance(data, str | Path) and (Path(data).suffix in (".pt", ".json") or _is_store(Path(data))):
             store = CellStore.open(data)
+            store.verify()
             check_reference(reference, store.reference, f"the checkpoint for {data}")
             yield cls(store.cell_info, partial(read_modality, store, modality=modality), str(data))
             return
