@@ -4,7 +4,7 @@ import math
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cisformer.charts import Chart, Scale
@@ -17,6 +17,7 @@ def _parsed(chart):
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 8))
+@example(1.0, 400_001.0, 2)
 def test_linear_ticks_are_round_and_inside(low, width, wanted):
     scale = Scale(low, low + width)
     ticks = scale.ticks(wanted)

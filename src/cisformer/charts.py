@@ -52,7 +52,8 @@ class Scale:
         power = 10.0 ** math.floor(math.log10(raw))
         step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= raw)
         first = math.ceil(self.low / step)
-        return [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        found = [round(i * step, 12) for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        return found if found or wanted > 50 else self.ticks(wanted + 1)
 
     def _log_ticks(self) -> list[float]:
         decades = math.log10(self.high / self.low)
