@@ -13,6 +13,8 @@ from collections import Counter
 from types import FrameType
 from typing import Any
 
+from cisformer.team import is_main_process
+
 
 def main() -> None:
     """Run the command line; a `CisformerError` becomes one line on stderr and exit code 1."""
@@ -93,7 +95,7 @@ def _give_up(message: str, hint: str, *, at_once: bool = False) -> None:
     Of several processes that fail alike the first speaks: the others wait, and the launcher ends them meanwhile.
     After a write that failed HDF5 crashes when Python takes it down: `at_once` leaves without that.
     """
-    if not _is_main():
+    if not is_main_process():
         time.sleep(3)
     print(f"error: {message}", file=sys.stderr)  # noqa: T201
     if hint:
@@ -111,7 +113,7 @@ def _speak(debug: bool) -> _Recap:
     handler.setFormatter(_Plain())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     ours = logging.getLogger("cisformer")
-    ours.setLevel(logging.DEBUG if debug else logging.INFO if _is_main() else logging.ERROR)
+    ours.setLevel(logging.DEBUG if debug else logging.INFO if is_main_process() else logging.ERROR)
     ours.addHandler(recap)
     if not debug:
         warnings.simplefilter("ignore")
@@ -141,10 +143,6 @@ def _hush_destructors() -> None:
             show(kind, error, trace)
 
     sys.excepthook, sys.unraisablehook = uncaught, unraisable
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 class _Plain(logging.Formatter):

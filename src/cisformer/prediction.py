@@ -20,7 +20,7 @@ import scipy.sparse as sp
 import torch
 
 from cisformer.config import Direction
-from cisformer.data.alignment import FeatureMap, log_found, map_genes, map_peaks, require_found
+from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peaks
 from cisformer.data.batches import Batch, Modality, encode_input, normalise, prefetch, read_modality
 from cisformer.data.io import H5adWriter
 from cisformer.data.reference import Reference
@@ -81,8 +81,7 @@ class InputCells:
         with open_rows(data, modality) as source:
             find = map_genes if modality == "rna" else map_peaks
             found = find(source.var, reference)
-            require_found(found, source.var, reference, source.label)
-            log_found(found, reference, source.label)
+            accept_map(found, source.var, reference, source.label)
             yield cls(source.obs, _reader(source, found), source.label, check)
 
 

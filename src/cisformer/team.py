@@ -21,6 +21,11 @@ LONGEST_WAIT = timedelta(days=7)
 """Of one process for another: what one does alone may take hours, and torch gives up after minutes."""
 
 
+def is_main_process() -> bool:
+    """Tell whether this is the process that speaks: the only one, or the first of several; joins no team."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @dataclass(frozen=True)
 class Team:
     """Which of how many processes this one is, and the device that is its own.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
+
+from cisformer.team import is_main_process
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
@@ -39,7 +40,7 @@ def shared_options(command: Any) -> Any:
 
 def say(text: str) -> None:
     """Print a result; of several processes only the first does."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         click.echo(text)
 
 

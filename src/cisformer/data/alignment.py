@@ -283,9 +283,14 @@ def align_atac(adata: AnnData, reference: Reference, label: str = "ATAC") -> sp.
 
 
 def _align(adata: AnnData, found: FeatureMap, reference: Reference, label: str) -> sp.csr_matrix:
-    require_found(found, adata.var, reference, label)
-    log_found(found, reference, label)
+    accept_map(found, adata.var, reference, label)
     return found.apply(sp.csr_matrix(adata.X))
+
+
+def accept_map(found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str) -> None:
+    """Refuse a map that finds too little, as `require_found` does; log what another finds."""
+    require_found(found, var, reference, label)
+    log_found(found, reference, label)
 
 
 def log_found(found: FeatureMap, reference: Reference, label: str) -> None:

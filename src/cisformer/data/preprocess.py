@@ -19,7 +19,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cisformer.config import Config, Direction, load_config
-from cisformer.data.alignment import FeatureMap, log_found, map_genes, map_peaks, require_found
+from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peaks
 from cisformer.data.io import H5adWriter
 from cisformer.data.pairing import pair_barcodes, split_cells
 from cisformer.data.reference import Reference, dataset_reference, load_reference
@@ -201,8 +201,7 @@ def _choose_reference(
 def _map_features(sources: tuple[Source, Source], reference: Reference) -> list[FeatureMap]:
     maps = [map_genes(sources[0].var, reference), map_peaks(sources[1].var, reference)]
     for source, found in zip(sources, maps, strict=True):
-        require_found(found, source.var, reference, source.label)
-        log_found(found, reference, source.label)
+        accept_map(found, source.var, reference, source.label)
     return maps
 
 
