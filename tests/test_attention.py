@@ -4,22 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from cisformer.model.attention import LatentPool, pad_ragged, segment_softmax
+from cisformer.model.attention import BLOCK, Dropout, LatentPool, ragged_attention, segment_softmax
 
 
 def ragged(lengths, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
     indptr = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]))
     return torch.randn(int(indptr[-1]), width, generator=generator), indptr
-
-
-def test_padding_keeps_every_row_in_its_place():
-    flat, indptr = ragged([2, 0, 3], 4)
-    padded, mask = pad_ragged(flat, indptr)
-    assert padded.shape == (3, 3, 4)
-    assert mask.tolist() == [[True, True, False], [False] * 3, [True] * 3]
-    torch.testing.assert_close(padded[mask], flat, rtol=0, atol=0)
-    assert padded[~mask].abs().sum() == 0
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -45,21 +36,98 @@ def test_segment_softmax_survives_large_scores():
     assert weight[2].item() == 0
 
 
-def test_latent_pool_equals_attention_written_out():
+@pytest.fixture
+def shared_tokens():
+    """Cells of none, one, a block less one, a block, two blocks and one tokens, some tokens in several of them."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = [3, 0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 1, 0]
+    indptr = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]))
+    token = torch.randn(50, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    query = 3 * torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    return query.requires_grad_(), token, torch.randint(50, (sum(lengths),), generator=generator), indptr
+
+
+def attention_written_out(query_QR, token_PR, slot_N, indptr):
+    """Return what `ragged_attention` does, cell by cell from its definition."""
+    found, mean = [], []
+    for start, stop in zip(indptr, indptr[1:], strict=False):
+        token_TR = token_PR[slot_N[start:stop]]
+        found.append((query_QR @ token_TR.T).softmax(-1) @ token_TR)
+        mean.append(token_TR.sum(dim=0) / max(1, stop - start))
+    return torch.stack(found), torch.stack(mean)
+
+
+def test_ragged_attention_equals_attention_written_out(shared_tokens):
+    for ours, theirs in zip(
+        ragged_attention(*shared_tokens), attention_written_out(*shared_tokens), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_ragged_attention_has_the_gradient_of_attention_written_out(shared_tokens):
+    query, token, *_ = shared_tokens
+    gradients = []
+    for function in (ragged_attention, attention_written_out):
+        out, mean = function(*shared_tokens)
+        loss = (out * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)).sum()
+        gradients.append(torch.autograd.grad(loss + mean.square().sum(), (query, token)))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shift", [-1e3, 1e3])
+def test_ragged_attention_survives_large_scores(shared_tokens, shift):
+    """Tokens with one coordinate in common, by which every score moves and no weight does."""
+    query, token, slot, indptr = (x.detach() for x in shared_tokens)
+    query[:, 0], token[:, 0] = 1.0, shift
+    out, _ = ragged_attention(query.float(), token.float(), slot, indptr)
+    expected, _ = attention_written_out(query, token, slot, indptr)
+    torch.testing.assert_close(out, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_latent_pool_folds_heads_and_scale_into_its_queries():
     torch.manual_seed(0)
     pool = LatentPool(6, 10, n_latents=3, heads=2, dropout=0.5).eval()
     flat, indptr = ragged([4, 1, 7], 6, seed=5)
-    pooled = pool(*pad_ragged(flat, indptr))
+    pooled, mean = pool(flat, torch.arange(12), indptr)
     for cell in range(3):
         token_TR = flat[indptr[cell] : indptr[cell + 1]]
         weight_LHT = (torch.einsum("lhr,tr->lht", pool.query_LHR, token_TR) * 6**-0.5).softmax(-1)
         mixed_LX = torch.einsum("lht,tr->lhr", weight_LHT, token_TR).flatten(1)
         torch.testing.assert_close(pooled[cell], pool.out(mixed_LX), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean[cell], token_TR.mean(dim=0))
 
 
 def test_a_cell_without_tokens_gives_the_bias_and_no_nan():
     pool = LatentPool(6, 10, n_latents=3, heads=2, dropout=0.0)
-    pooled = pool(*pad_ragged(*ragged([0, 2], 6)))
+    flat, indptr = ragged([0, 2], 6)
+    pooled, mean = pool(flat, torch.arange(2), indptr)
     torch.testing.assert_close(pooled[0], pool.out.bias.expand(3, 10))
+    assert mean[0].abs().sum() == 0
     pooled.sum().backward()
     assert torch.isfinite(pool.query_LHR.grad).all()
+
+
+@torch.no_grad()
+def test_in_training_a_share_of_the_tokens_is_hidden():
+    """Of 2,000 tokens of 1 and 2,000 of 0, the mean is a half, but hardly ever exactly so in training."""
+    torch.manual_seed(0)
+    pool = LatentPool(1, 1, n_latents=1, heads=1, dropout=0.25)
+    cell = torch.tensor([[0.0], [1.0]]), torch.arange(4000) % 2, torch.tensor([0, 4000])
+    means = [float(pool.train()(*cell)[1]) for _ in range(20)]
+    assert np.mean(means) == pytest.approx(0.5, abs=0.01)
+    assert len(set(means)) > 10
+    assert float(pool.eval()(*cell)[1]) == 0.5
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999999])
+def test_dropout_keeps_the_mean_and_drops_the_share(p):
+    torch.manual_seed(1)
+    dropout, x = Dropout(p), torch.ones(701, 1001)
+    assert torch.equal(dropout.eval()(x), x)
+    dropped = dropout.train()(x)
+    assert torch.isfinite(dropped).all()
+    assert float((dropped == 0).float().mean()) == pytest.approx(p, abs=3e-3)
+    if p < 0.9:
+        assert float(dropped.mean()) == pytest.approx(1, abs=5e-3)
+        assert len(dropped.unique()) <= 2

@@ -95,12 +95,12 @@ def dense_cis(model, batch, h_BR):
 def test_ragged_cis_attention_equals_a_dense_masked_softmax(shaken):
     store, layout, model = shaken
     batch = batch_of(store, layout, np.arange(6))
-    h_BR = model.encoder(batch, model.projection(batch))
-    ours = model.cis(batch, h_BR, model.encoder.token.weight, None).detach()
+    _, h_BR, tokens = model.encode(batch)
+    ours = model.cis(batch, h_BR, tokens, None).detach()
     torch.testing.assert_close(ours.double(), dense_cis(model, batch, h_BR), rtol=1e-4, atol=1e-4)
     assert ours.abs().max() > 0.05
     with torch.no_grad():  # the way of prediction, with all pairs computed ahead
-        torch.testing.assert_close(model.cis(batch, h_BR, model.encoder.token.weight, None), ours)
+        torch.testing.assert_close(model.cis(batch, h_BR, tokens, None), ours)
 
 
 def test_drawn_targets_get_what_they_get_among_all(shaken):
@@ -119,8 +119,8 @@ def test_the_effect_of_closing_a_ccre_is_exact(shaken):
     rows = np.array([3])
     batch = batch_of(store, layout, rows)
     attention = model.cis_attention(batch)
-    h_BR = model.encoder(batch, model.projection(batch))
-    whole = model.cis(batch, h_BR, model.encoder.token.weight, None)
+    _, h_BR, tokens = model.encode(batch)
+    whole = model.cis(batch, h_BR, tokens, None)
     for edge in range(0, len(attention.gene), max(1, len(attention.gene) // 12)):
         kept = batch.index != attention.ccre[edge]
         from dataclasses import replace
@@ -129,7 +129,7 @@ def test_the_effect_of_closing_a_ccre_is_exact(shaken):
             batch, index=batch.index[kept], value=batch.value[kept], indptr=torch.tensor([0, kept.sum()])
         )
         gene = attention.gene[edge]
-        change = (model.cis(without, h_BR, model.encoder.token.weight, None) - whole)[0, gene]
+        change = (model.cis(without, h_BR, tokens, None) - whole)[0, gene]
         change = change * model.pace[gene]
         torch.testing.assert_close(attention.effect[edge], change, rtol=1e-3, atol=1e-5)
 

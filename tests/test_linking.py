@@ -90,21 +90,16 @@ def test_effect_equals_running_the_model_without_the_ccre(checkpoint, store, typ
     cells = read_modality(store, rows, "atac")
     batch = encode_input(cells, layout, None, None)
     with torch.no_grad():
-        h = model.encoder(batch, model.projection(batch))
-        cis = cis_path(model, batch, h)
+        _, h, tokens = model.encode(batch)
+        cis = model.cis(batch, h, tokens, None)
         for at in np.argsort(-np.abs(part.evidence["effect"]))[[0, 5, 50]]:
             gene = np.searchsorted(layout.target_index, part.gene[at])
             ccre = np.searchsorted(layout.input_index, part.ccre[at])
             open_cells = np.asarray(cells[:, part.ccre[at]].todense()).ravel() > 0
-            changes = cis_path(model, close(batch, ccre), h) - cis
+            changes = model.cis(close(batch, ccre), h, tokens, None) - cis
             change = changes[open_cells, gene].mean() * model.scale[gene] * model.pace[gene]
             assert float(change) == pytest.approx(part.evidence["effect"][at], rel=1e-3, abs=1e-7)
     assert np.abs(part.evidence["effect"]).max() > 1e-4
-
-
-def cis_path(model, batch, h):
-    """Return what the cis path adds to each gene of each cell."""
-    return model.cis(batch, h, model.encoder.token.weight, None)
 
 
 def close(batch, ccre):

@@ -197,10 +197,17 @@ def dense_targets(batch: Batch, n_targets: int) -> Tensor:
     assert batch.target_indptr is not None
     assert batch.target_index is not None
     assert batch.target_value is not None
-    cell = ragged_rows(batch.target_indptr, len(batch.target_index))
-    dense = batch.target_value.new_zeros(batch.n_cells, n_targets)
-    dense[cell, batch.target_index] = batch.target_value
-    return dense if batch.columns is None else dense[:, batch.columns]
+    cell, index = ragged_rows(batch.target_indptr, len(batch.target_index)), batch.target_index
+    value = batch.target_value
+    if batch.columns is not None:
+        place = index.new_full((n_targets,), -1)
+        place[batch.columns] = torch.arange(len(batch.columns), device=place.device)
+        index = place.index_select(0, index)
+        kept = index >= 0
+        cell, index, value, n_targets = cell[kept], index[kept], value[kept], len(batch.columns)
+    dense = value.new_zeros(batch.n_cells, n_targets)
+    dense[cell, index] = value
+    return dense
 
 
 def ragged_rows(indptr: Tensor, length: int) -> Tensor:

@@ -8,7 +8,8 @@ space, and cis (ATAC→RNA only) comes from the open cCREs near each gene: a wei
 and attention. h and the attention start at exactly zero: the untrained model *is* the linear one. The pace, fixed,
 is how far training may move a target: `linear.pace_of`.
 
-Shapes: B cells, N tokens, L latents, R embedding width, K components, F targets, E edges, H heads, D head width.
+Shapes: B cells, N tokens, P distinct tokens, L latents, R embedding width, K components, F targets, E edges, H heads,
+D head width.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from cisformer.config import Config, Model
 from cisformer.data.batches import Batch, Layout, dense_targets, ragged_rows
-from cisformer.model.attention import Block, LatentPool, pad_ragged, segment_softmax
+from cisformer.model.attention import Block, Dropout, LatentPool, rows_of, segment_softmax
 from cisformer.model.linear import LinearStart, Projection, link_loss, pace_of
 from cisformer.model.local import DISTANCE_EDGES_BP, LocalStart, Windows
 
@@ -75,6 +76,28 @@ class CisAttention:
         return (self.weight * (out[segment] - self.value) / rest).sum(dim=1) - self.local
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The distinct inputs of a batch, which its cells share.
+
+    Attributes
+    ----------
+    number
+        Input numbers, ascending; int64 [P].
+    place
+        Where each input number stands in `number`, if it does; int64 [n_input].
+    embedding
+        Their embeddings; float [P, R].
+    table
+        The embeddings of all inputs; float [n_input, R].
+    """
+
+    number: Tensor
+    place: Tensor
+    embedding: Tensor
+    table: Tensor
+
+
 class CellEncoder(nn.Module):
     """Tokens of a cell and its z → h [B, R]; the last layer starts at zero."""
 
@@ -85,7 +108,7 @@ class CellEncoder(nn.Module):
         self.token = nn.Embedding(n_input, width)
         self.value = nn.Embedding(model.max_express + 1, width) if has_values else None
         self.token_norm = nn.LayerNorm(width)
-        self.token_dropout = nn.Dropout(model.dec_emb_dropout)
+        self.token_dropout = Dropout(model.dec_emb_dropout)
         self.pool = LatentPool(width, dim, model.num_latents, model.dec_heads, model.dec_attn_dropout)
         self.latent = nn.Parameter(torch.randn(model.num_latents, dim) * dim**-0.5)
         self.sum = nn.Linear(width, dim)
@@ -107,17 +130,23 @@ class CellEncoder(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, batch: Batch, z_BK: Tensor) -> Tensor:
+    def tokens(self, batch: Batch) -> Tokens:
+        """Return the distinct inputs of a batch and their embeddings."""
+        number, place = distinct(batch.index, self.token.num_embeddings)
+        return Tokens(number, place, rows_of(self.token.weight, number), self.token.weight)
+
+    def forward(self, batch: Batch, z_BK: Tensor, tokens: Tokens) -> Tensor:
         """Return h, float [B, R]."""
         index, value, indptr = attended_tokens(batch)
-        token_NR = self.token(index)
-        if self.value is not None:
-            token_NR = token_NR + self.value(self.value_bins(value, indptr))
-        token_NR = self.token_dropout(self.token_norm(token_NR))
-        token_BTR, mask_BT = pad_ragged(token_NR, indptr)
-        mean_BR = token_BTR.sum(dim=1) / indptr.diff().clamp(min=1)[:, None]
+        slot_N = rows_of(tokens.place, index)
+        token_PR = tokens.embedding
+        if self.value is not None:  # an input at another value is another token
+            token_PR = rows_of(token_PR, slot_N) + rows_of(self.value.weight, self.value_bins(value, indptr))
+            slot_N = torch.arange(len(index), device=index.device)
+        token_PR = self.token_dropout(self.token_norm(token_PR))
+        pooled_BLC, mean_BR = self.pool(token_PR, slot_N, indptr)
         whole_BC = self.sum(mean_BR) + self.state(z_BK)
-        latent_BLC = self.pool(token_BTR, mask_BT) + self.latent + whole_BC[:, None]
+        latent_BLC = pooled_BLC + self.latent + whole_BC[:, None]
         for block in self.blocks:
             latent_BLC = block(latent_BLC)
         return self.out(self.norm(latent_BLC).mean(dim=1))
@@ -126,7 +155,7 @@ class CellEncoder(nn.Module):
         """Return 1..max_express: equal-width bins of expression relative to the cell's maximum; int64 [N]."""
         cell = ragged_rows(indptr, len(value))
         top = value.new_zeros(len(indptr) - 1).scatter_reduce(0, cell, value, "amax")
-        return (value / top[cell].clamp(min=1e-9) * self.n_bins).ceil().long().clamp(1, self.n_bins)
+        return (value / rows_of(top, cell).clamp(min=1e-9) * self.n_bins).ceil().long().clamp(1, self.n_bins)
 
 
 def attended_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,92 +207,101 @@ class CisPath(nn.Module):
         self._all_pairs = None
         return super().train(mode)
 
-    def forward(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor, column: Tensor | None) -> Tensor:
+    def forward(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> Tensor:
         """Return cis, float [B, S]; `column` [F] gives the place of each target among the drawn ones, or −1."""
-        edges = self.edges(batch, h_BR, ccre_PR, column)
+        edges = self.edges(batch, h_BR, tokens, column)
         place, n_columns = self._places(edges.gene, column)
-        out = h_BR.new_zeros(batch.n_cells * n_columns)
+        out = edges.local.new_zeros(batch.n_cells * n_columns)
         out = out.index_add(0, edges.cell * n_columns + place, edges.contribution)
         return out.reshape(batch.n_cells, n_columns)
 
     def _places(self, gene_E: Tensor, column: Tensor | None) -> tuple[Tensor, int]:
         """Return the place of each edge's gene among the drawn ones, and the number of these."""
-        return (gene_E, len(self.gene.weight)) if column is None else (column[gene_E], int(column.max()) + 1)
+        if column is None:
+            return gene_E, len(self.gene.weight)
+        return rows_of(column, gene_E), int(column.max()) + 1
 
-    def edges(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor, column: Tensor | None) -> CisAttention:
-        """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn.
-
-        `ccre_PR` are the cCREs' embeddings, shared with the encoder.
-        """
+    def edges(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> CisAttention:
+        """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn."""
         token_E, pair_E = self._window_edges(batch, column)
         cell_N = ragged_rows(batch.indptr, len(batch.index))
-        state_NH = self._cell_scores(batch, h_BR, ccre_PR)
-        score_WH, value_WH, slot_E = self._pair_terms(pair_E, ccre_PR)
-        cell_E, gene_E = cell_N[token_E], self.window_gene[pair_E]
+        state_NH = self._cell_scores(batch, h_BR, tokens)
+        score_WH, value_WH, slot_E = self._pair_terms(pair_E, tokens)
+        cell_E, gene_E = rows_of(cell_N, token_E), rows_of(self.window_gene, pair_E)
         place_E, n_columns = self._places(gene_E, column)
-        score_EH = (score_WH[slot_E] + state_NH[token_E]).float()
+        score_EH = (rows_of(score_WH, slot_E) + rows_of(state_NH, token_E)).float()
         weight_EH = segment_softmax(
             score_EH, cell_E * n_columns + place_E, batch.n_cells * n_columns, self.null
         )
         return CisAttention(
             cell_E,
             gene_E,
-            batch.index[token_E],
+            rows_of(batch.index, token_E),
             pair_E,
             weight_EH,
-            value_WH[slot_E],
-            self.pair_weight[pair_E],
+            rows_of(value_WH, slot_E),
+            rows_of(self.pair_weight, pair_E),
         )
 
     def _window_edges(self, batch: Batch, column: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return token number and pair number of every (open cCRE, drawn gene near it); int64 [E] each."""
-        start, stop = self.window_indptr[batch.index], self.window_indptr[batch.index + 1]
+        start = rows_of(self.window_indptr, batch.index)
+        stop = rows_of(self.window_indptr, batch.index + 1)
         drawn_pairs = None
         if column is not None:
-            is_drawn = column[self.window_gene] >= 0
+            is_drawn = rows_of(column, self.window_gene) >= 0
             drawn_pairs = is_drawn.nonzero().squeeze(1)
             before = F.pad(torch.cumsum(is_drawn, 0), (1, 0))
-            start, stop = before[start], before[stop]
+            start, stop = rows_of(before, start), rows_of(before, stop)
         count = stop - start
         total = int(count.sum())
         token = torch.repeat_interleave(
             torch.arange(len(count), device=count.device), count, output_size=total
         )
-        pair = torch.arange(total, device=count.device) + (start - (torch.cumsum(count, 0) - count))[token]
-        return token, pair if drawn_pairs is None else drawn_pairs[pair]
+        first = torch.cumsum(count, 0) - count
+        pair = torch.arange(total, device=count.device) + rows_of(start - first, token)
+        return token, pair if drawn_pairs is None else rows_of(drawn_pairs, pair)
 
-    def _cell_scores(self, batch: Batch, h_BR: Tensor, ccre_PR: Tensor) -> Tensor:
+    def _cell_scores(self, batch: Batch, h_BR: Tensor, tokens: Tokens) -> Tensor:
         """Return the share of each open cCRE's scores that depends on the cell, float [N, H]."""
         query_BHK = self.cell_query(h_BR).unflatten(-1, (self.heads, -1)) * CELL_KEY_DIM**-0.5
-        of_cells = self.cell_key(ccre_PR)[batch.index].split(batch.indptr.diff().tolist())
+        key_NK = rows_of(self.cell_key(tokens.embedding), rows_of(tokens.place, batch.index))
+        of_cells = key_NK.split(batch.indptr.diff().tolist())
         return torch.cat([key_TK @ query_HK.T for key_TK, query_HK in zip(of_cells, query_BHK, strict=True)])
 
-    def _pair_terms(self, pair_E: Tensor, ccre_PR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _pair_terms(self, pair_E: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """Return score and value of distinct pairs, float [W, H] each, and which of them each edge is."""
         if torch.is_grad_enabled() or self.training:
-            pair_W, slot_E = _distinct(pair_E, len(self.pair_weight))
-            return *self._score_pairs(pair_W, ccre_PR), slot_E
+            pair_W, place = distinct(pair_E, len(self.pair_weight))
+            slot_W = rows_of(tokens.place, rows_of(self.window_ccre, pair_W))
+            return *self._score_pairs(pair_W, rows_of(tokens.embedding, slot_W)), rows_of(place, pair_E)
         if self._all_pairs is None:
             everything = torch.arange(len(self.pair_weight), device=pair_E.device)
-            parts = [self._score_pairs(part, ccre_PR) for part in everything.split(PAIRS_AT_ONCE)]
+            parts = [
+                self._score_pairs(part, rows_of(tokens.table, rows_of(self.window_ccre, part)))
+                for part in everything.split(PAIRS_AT_ONCE)
+            ]
             scores, values = zip(*parts, strict=True) if parts else ((), ())
-            empty = ccre_PR.new_zeros(0, self.heads)
+            empty = tokens.table.new_zeros(0, self.heads)
             self._all_pairs = torch.cat([empty, *scores]), torch.cat([empty, *values])
         return *self._all_pairs, pair_E
 
-    def _score_pairs(self, pair_W: Tensor, ccre_PR: Tensor) -> tuple[Tensor, Tensor]:
-        product_WR = self.gene.weight[self.window_gene[pair_W]] * ccre_PR[self.window_ccre[pair_W]]
-        return self.pair_score(product_WR) + self.distance_bias(self.window_bin[pair_W]), self.pair_value(
-            product_WR
-        )
+    def _score_pairs(self, pair_W: Tensor, ccre_WR: Tensor) -> tuple[Tensor, Tensor]:
+        product_WR = rows_of(self.gene.weight, rows_of(self.window_gene, pair_W)) * ccre_WR
+        distance_WH = rows_of(self.distance_bias.weight, rows_of(self.window_bin, pair_W))
+        return self.pair_score(product_WR) + distance_WH, self.pair_value(product_WR)
 
 
-def _distinct(number: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the distinct values of `number` (each < n), ascending, and the place of each entry among them."""
+def drawn(x: Tensor, batch: Batch) -> Tensor:
+    """Return what `x`, [F, …], has for the targets drawn for a batch, or all of it; [S, …]."""
+    return x if batch.columns is None else rows_of(x, batch.columns)
+
+
+def distinct(number: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Return the distinct values of `number` (each < n), ascending, and the place of each among them, int64 [n]."""
     present = torch.zeros(n, dtype=torch.bool, device=number.device)
     present[number] = True
-    place = torch.cumsum(present, 0) - 1
-    return present.nonzero().squeeze(1), place[number]
+    return present.nonzero().squeeze(1), torch.cumsum(present, 0) - 1
 
 
 class CisModel(nn.Module):
@@ -340,16 +378,22 @@ class CisModel(nn.Module):
         """Return z, white principal components of the input; float [B, K]."""
         return self.projection(batch)
 
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tokens]:
+        """Return z [B, K], h [B, R] and the batch's distinct inputs."""
+        z_BK, tokens = self.projection(batch), self.encoder.tokens(batch)
+        return z_BK, self.encoder(batch, z_BK, tokens), tokens
+
     def eta(self, batch: Batch) -> Tensor:
         """Return the link-scale prediction of the drawn targets, or of all; float [B, S]."""
-        z_BK = self.projection(batch)
-        h_BR = self.encoder(batch, z_BK)
-        columns = slice(None) if batch.columns is None else batch.columns
+        z_BK, h_BR, tokens = self.encode(batch)
         place_BR = h_BR + F.pad(z_BK, (0, h_BR.shape[1] - z_BK.shape[1]))
-        moved_BS = torch.addmm(self.bias[columns], place_BR, self.loadings[columns].T)
+        bias, loadings, prior, pace = (
+            drawn(x, batch) for x in (self.bias, self.loadings, self.prior / self.scale, self.pace)
+        )
+        moved_BS = torch.addmm(bias, place_BR, loadings.T)
         if self.cis is not None:
-            moved_BS = moved_BS + self.cis(batch, h_BR, self.encoder.token.weight, self._columns(batch))
-        return torch.addcmul((self.prior / self.scale)[columns], self.pace[columns], moved_BS)
+            moved_BS = moved_BS + self.cis(batch, h_BR, tokens, self._columns(batch))
+        return torch.addcmul(prior, pace, moved_BS)
 
     def _columns(self, batch: Batch) -> Tensor | None:
         """Return the place of each target among the drawn ones, or −1; `None` where all are wanted."""
@@ -362,8 +406,7 @@ class CisModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of each cell, float [B]; see `linear.link_loss`."""
         target_BS = dense_targets(batch, len(self.prior))
-        scale_S = self.scale if batch.columns is None else self.scale[batch.columns]
-        return link_loss(self.eta(batch), target_BS, scale_S, self.layout.direction)
+        return link_loss(self.eta(batch), target_BS, drawn(self.scale, batch), self.layout.direction)
 
     def mean_loss(self, batch: Batch) -> Tensor:
         """Return the loss of each cell under the mean profile alone, float [B]."""
@@ -382,7 +425,7 @@ class CisModel(nn.Module):
     def cis_attention(self, batch: Batch) -> CisAttention:
         """Return each edge's attention and value (in units of `scale`); ATAC→RNA only."""
         assert self.cis is not None
-        h_BR = self.encoder(batch, self.projection(batch))
-        edges = self.cis.edges(batch, h_BR, self.encoder.token.weight, None)
-        pace = self.pace[edges.gene]
+        _, h_BR, tokens = self.encode(batch)
+        edges = self.cis.edges(batch, h_BR, tokens, None)
+        pace = rows_of(self.pace, edges.gene)
         return replace(edges, value=edges.value * pace[:, None], local=edges.local * pace)

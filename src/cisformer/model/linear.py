@@ -65,7 +65,8 @@ class Projection(nn.Module):
         if self.modality == "atac":
             n_open = batch.indptr.diff().to(weight.dtype)
             cell = ragged_rows(batch.indptr, len(batch.index))
-            weight = torch.log1p(TFIDF_SCALE * self.idf[batch.index] / n_open[cell])
+            idf = self.idf.index_select(0, batch.index)
+            weight = torch.log1p(TFIDF_SCALE * idf / n_open.index_select(0, cell))
         pooled = F.embedding_bag(
             batch.index, self.components, batch.indptr[:-1], mode="sum", per_sample_weights=weight
         )
