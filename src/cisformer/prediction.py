@@ -251,7 +251,7 @@ def _as_asked(checkpoint: Checkpoint, genes: str | Path, chunk: int | None) -> C
             )
         if chunk < 1:
             raise InputError(f"the chunk is {chunk} cCREs", hint="give at least 1")
-        checkpoint.model.network.chunk = chunk
+        return replace(checkpoint, model=checkpoint.model.with_chunk(chunk))
     return checkpoint
 
 
