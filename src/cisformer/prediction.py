@@ -240,16 +240,18 @@ def _as_asked(checkpoint: Checkpoint, genes: str | Path, chunk: int | None) -> C
     """Return the checkpoint with the genes and the chunk that architecture full was asked for."""
     if genes != "expressed_in_training":
         checkpoint = _with_genes(checkpoint, genes)
-    if chunk is not None:
-        if checkpoint.direction != "rna2atac" or not isinstance(checkpoint.model, FullTask):
-            raise InputError(
-                "a chunk of cCREs is for RNA→ATAC models of architecture full",
-                hint="leave it out: this model gives all cCREs at once",
-            )
-        if chunk < 1:
-            raise InputError(f"the chunk is {chunk} cCREs", hint="give at least 1")
-        return replace(checkpoint, model=checkpoint.model.with_chunk(chunk))
-    return checkpoint
+    return checkpoint if chunk is None else _with_chunk(checkpoint, chunk)
+
+
+def _with_chunk(checkpoint: Checkpoint, chunk: int) -> Checkpoint:
+    if checkpoint.direction != "rna2atac" or not isinstance(checkpoint.model, FullTask):
+        raise InputError(
+            "a chunk of cCREs is for RNA→ATAC models of architecture full",
+            hint="leave it out: this model gives all cCREs at once",
+        )
+    if chunk < 1:
+        raise InputError(f"the chunk is {chunk} cCREs", hint="give at least 1")
+    return replace(checkpoint, model=checkpoint.model.with_chunk(chunk))
 
 
 def _with_genes(checkpoint: Checkpoint, genes: str | Path) -> Checkpoint:
