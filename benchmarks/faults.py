@@ -38,28 +38,18 @@ training: {{epoch: {epochs}, batch_size: 16, lr: 1e-3, patience: 99, num_workers
 """
 PREPROCESS = ["data_preprocess", "-r", "rna.h5ad", "-a", "atac.h5ad", "--reference", "dataset", "--atac2rna"]
 PREDICT = ["atac2rna_predict", "-d", "data/atac2rna_test", "-o", "results", "-m"]
-LINK = [
-    "atac2rna_link",
-    "-d",
-    "data/atac2rna_train",
-    "-c",
-    "celltype_info.tsv",
-    "-m",
-    "model",
-    "-o",
-    "results",
-]
+LINK = ["atac2rna_link", "-d", "data/atac2rna_train", "-c", "celltype_info.tsv", "-o", "results", "-m"]
 TRAIN = ["atac2rna_train", "-d", "data", "-n", "run", "-c", "config.yaml", "-s", "save"]
 COMMANDS = {
     "preprocess": [*PREPROCESS, "-s", "results", "--seed", "1", "--force"],
     "predict": [*PREDICT, "model", "--force"],
-    "link": [*LINK, "--force"],
+    "link": [*LINK, "model", "--force"],
 }
 """Each writes into `results`, over what `earlier` made there."""
 EARLIER = {
     "preprocess": [*PREPROCESS, "-s", "results", "--seed", "0"],
     "predict": [*PREDICT, "linear"],
-    "link": [*LINK, "-n", "9"],
+    "link": [*LINK, "model", "-n", "9"],
 }
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 OCCASION = ("command", "created")

@@ -308,7 +308,7 @@ def require_one_run(folder: Path) -> None:
     A kill between the renames of ``data_preprocess --force`` leaves splits of two runs, which may share cells.
     Early versions noted no run in the manifest: nothing is known of their splits.
     """
-    runs = {}
+    folder, runs = folder.absolute(), {}  # absolute: "." has no name
     for split in ("train", "val", "test"):
         beside = folder.with_name(f"{folder.name.rpartition('_')[0]}_{split}")
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: opening it says so
