@@ -37,30 +37,19 @@ model: {{dim: 14, dec_depth: 1, dec_heads: 2, dec_ff_mult: 2, dec_dim_head: 7, n
 training: {{epoch: {epochs}, batch_size: 16, lr: 1e-3, patience: 99, num_workers: 2}}
 """
 PREPROCESS = ["data_preprocess", "-r", "rna.h5ad", "-a", "atac.h5ad", "--reference", "dataset", "--atac2rna"]
+PREDICT = ["atac2rna_predict", "-d", "data/atac2rna_test", "-o", "results", "-m"]
+LINK = ["atac2rna_link", "-d", "data/atac2rna_train", "-c", "celltype_info.tsv", "-o", "results", "-m"]
 TRAIN = ["atac2rna_train", "-d", "data", "-n", "run", "-c", "config.yaml", "-s", "save"]
 COMMANDS = {
     "preprocess": [*PREPROCESS, "-s", "results", "--seed", "1", "--force"],
-    "predict": ["atac2rna_predict", "-d", "data/atac2rna_test", "-m", "model", "-o", "results", "--force"],
-    "link": ["atac2rna_link", "-d", "data/atac2rna_train", "-c", "celltype_info.tsv", "-m", "model", "-o", "results",
-             "--force"],
-}  # fmt: skip
+    "predict": [*PREDICT, "model", "--force"],
+    "link": [*LINK, "model", "--force"],
+}
 """Each writes into `results`, over what `earlier` made there."""
 EARLIER = {
     "preprocess": [*PREPROCESS, "-s", "results", "--seed", "0"],
-    "predict": ["atac2rna_predict", "-d", "data/atac2rna_test", "-m", "linear", "-o", "results"],
-    "link": [
-        "atac2rna_link",
-        "-d",
-        "data/atac2rna_train",
-        "-c",
-        "celltype_info.tsv",
-        "-m",
-        "model",
-        "-o",
-        "results",
-        "-n",
-        "9",
-    ],
+    "predict": [*PREDICT, "linear"],
+    "link": [*LINK, "model", "-n", "9"],
 }
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 OCCASION = ("command", "created")
@@ -99,10 +88,11 @@ def make_workplace(folder: Path, seed: int, epochs: int = EPOCHS) -> None:
 
 
 def content(path: Path) -> str:
-    """Return a checksum of a file; of a manifest without the time and the command that made it."""
+    """Return a checksum of a file; of a manifest without the time, command and run that made it."""
     data = path.read_bytes()
     if path.suffix == ".json":
         about = json.loads(data)
+        about.pop("run", None)
         if isinstance(about.get("provenance"), dict):
             about["provenance"] = {
                 key: value for key, value in about["provenance"].items() if key not in OCCASION

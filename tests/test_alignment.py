@@ -10,9 +10,10 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cisformer.data.alignment import align_atac, align_rna, describe_genes, map_genes, map_peaks
+from cisformer.data.alignment import accept_map, describe_genes, map_genes, map_peaks
 from cisformer.data.genome import region_names
 from cisformer.data.reference import Reference, load_reference
+from cisformer.data.sources import Modality, open_rows
 from cisformer.errors import InputError
 
 HUMAN = load_reference("human")
@@ -41,6 +42,15 @@ def rna(names: list[str], counts: list[list[int]], **var: list) -> ad.AnnData:
     return ad.AnnData(sp.csr_matrix(np.array(counts, np.float32)), obs, pd.DataFrame(var, index=names))
 
 
+def align(adata: ad.AnnData, modality: Modality, reference: Reference) -> sp.csr_matrix:
+    """Align all cells of an AnnData, as preprocessing and prediction align blocks of them."""
+    find = map_genes if modality == "rna" else map_peaks
+    with open_rows(adata, modality) as source:
+        found = find(source.var, reference)
+        accept_map(found, source.var, reference, source.label)
+        return found.apply(source.rows(0, source.n_cells))
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -52,13 +62,13 @@ def rna(names: list[str], counts: list[list[int]], **var: list) -> ad.AnnData:
     ],
 )
 def test_genes_are_found_by_whatever_names_them(names: list[str]):
-    aligned = align_rna(rna(names[::-1], [[1, 0, 3], [0, 5, 0]]), tiny_reference())
+    aligned = align(rna(names[::-1], [[1, 0, 3], [0, 5, 0]]), "rna", tiny_reference())
     assert aligned.toarray().tolist() == [[3, 0, 1], [0, 5, 0]]
 
 
 def test_ids_in_a_column_come_before_names():
     adata = rna(["CCC", "x"], [[4, 7]], gene_ids=["ENSG00000000001.2", "ENSG00000000002"])
-    assert align_rna(adata, tiny_reference()).toarray().tolist() == [[4, 7, 0]]
+    assert align(adata, "rna", tiny_reference()).toarray().tolist() == [[4, 7, 0]]
 
 
 def test_genes_given_twice_are_summed_and_noted():
@@ -74,7 +84,7 @@ def test_mouse_symbols_are_not_taken_for_human_ones():
     adata = rna(mouse.tolist(), np.ones((1, len(mouse)), int).tolist())
     assert map_genes(adata.var, load_reference("mouse")).share_found > 0.99
     with pytest.raises(InputError, match="look like mouse gene symbols") as caught:
-        align_rna(adata, HUMAN)
+        align(adata, "rna", HUMAN)
     assert caught.value.hint == "use --reference mouse"
 
 
@@ -108,7 +118,7 @@ def test_a_peak_that_is_a_ccre_opens_that_one_alone():
 def test_aligned_atac_is_binary_sorted_and_without_zeros():
     cells = sp.csr_matrix((np.array([5.0, 0, 2], np.float32), ([0, 0, 1], [0, 1, 2])), shape=(2, 3))
     adata = ad.AnnData(cells, var=pd.DataFrame(index=["chr1:100-260", "chr2:150-160", "chr1-300-301"]))
-    aligned = align_atac(adata, tiny_reference())
+    aligned = align(adata, "atac", tiny_reference())
     assert aligned.toarray().tolist() == [[1, 1, 0, 0], [0, 0, 0, 1]]
     assert aligned.nnz == 3
     assert aligned.has_sorted_indices
@@ -126,7 +136,7 @@ def test_peaks_of_another_genome_are_refused():
     mouse = load_reference("mouse").ccres.iloc[::200]
     adata = ad.AnnData(sp.csr_matrix((2, len(mouse))), var=pd.DataFrame(index=region_names(mouse)))
     with pytest.raises(InputError, match=r"that is by chance.*look like mm39") as caught:
-        align_atac(adata, HUMAN)
+        align(adata, "atac", HUMAN)
     assert caught.value.hint == "use --reference mouse"
 
 

@@ -23,8 +23,6 @@ from formats import damage
 
 Done = subprocess.CompletedProcess[str]
 
-OWN = ("--reference", "dataset")
-
 
 @dataclass(frozen=True)
 class Refused:
@@ -35,221 +33,196 @@ class Refused:
     command
         Arguments of `cisformer`.
     says
-        Where, what was found, what was wanted: texts of the `error:` line.
+        Where, what was found, what was wanted: texts of the `error:` line, with … between them.
     hint
         The next step: a text of the `hint:` line.
     """
 
     command: str
-    says: tuple[str, ...]
+    says: str
     hint: str
 
 
-def preprocess(rna: str, atac: str, *more: str) -> str:
-    return " ".join(["data_preprocess", "-r", rna, "-a", atac, "-s", "out", *more])
+def preprocess(rna: str = "rna.h5ad", atac: str = "atac.h5ad", more: str = "--reference dataset") -> str:
+    return f"data_preprocess -r {rna} -a {atac} -s out {more}"
 
 
 LINK = "atac2rna_link -o out -m atac2rna"
 REFUSED = {
     "missing file": Refused(
-        preprocess("none.h5ad", "atac.h5ad"),
-        ("none.h5ad does not exist", "wanted an .h5ad"),
-        "check the path",
+        preprocess("none.h5ad", more=""), "none.h5ad does not exist … wanted an .h5ad", "check the path"
     ),
     "truncated file": Refused(
-        preprocess("cut.h5ad", "atac.h5ad", *OWN),
-        ("cut.h5ad is cut short or damaged",),
-        "make the file again",
+        preprocess("cut.h5ad"), "cut.h5ad is cut short or damaged", "make the file again"
     ),
     "not an h5ad: text": Refused(
-        preprocess("text.h5ad", "atac.h5ad", *OWN),
-        ("text.h5ad is not an HDF5 file", "wanted .h5ad"),
-        "convert it",
+        preprocess("text.h5ad"), "text.h5ad is not an HDF5 file … wanted .h5ad", "convert it"
     ),
     "not an h5ad: other HDF5": Refused(
-        preprocess("other.h5ad", "atac.h5ad", *OWN),
-        ("other.h5ad is HDF5, but not h5ad", "it holds weights"),
-        "give an AnnData",
+        preprocess("other.h5ad"), "other.h5ad is HDF5, but not h5ad … it holds weights", "give an AnnData"
     ),
     "no shared barcode": Refused(
-        preprocess("rna.h5ad", "renamed.h5ad", *OWN),
-        ("share no barcode", "RNA has ", "ATAC has other0, other1, other2"),
+        preprocess(atac="renamed.h5ad"),
+        "share no barcode … RNA has … ATAC has other0, other1, other2",
         "give two files of the same cells",
     ),
     "barcodes that differ by a suffix": Refused(
-        preprocess("rna.h5ad", "suffixed.h5ad", *OWN),
-        ("share no barcode", "-7"),
+        preprocess(atac="suffixed.h5ad"),
+        "share no barcode … -7",
         "without a suffix such as -1 160 barcodes agree",
     ),
     "duplicated barcodes": Refused(
-        preprocess("twice.h5ad", "atac.h5ad", *OWN),
-        ("twice.h5ad has 1 barcodes more than once",),
-        "make them unique",
+        preprocess("twice.h5ad"), "twice.h5ad has 1 barcodes more than once", "make them unique"
     ),
     "peaks that are no regions": Refused(
-        preprocess("rna.h5ad", "peaks.h5ad", *OWN),
-        ("'peak_0' is not a region", "wanted chrom:start-end"),
+        preprocess(atac="peaks.h5ad"),
+        "'peak_0' is not a region … wanted chrom:start-end",
         "chr1-181117-181803",
     ),
     "genes of another species": Refused(
-        preprocess("rna.h5ad", "atac.h5ad", "--reference", "mouse"),
-        ("rna.h5ad: only", "of 150 genes are in the mouse reference", "they look like human"),
+        preprocess(more="--reference mouse"),
+        "rna.h5ad: only … of 150 genes are in the mouse reference … they look like human",
         "use --reference human",
     ),
     "peaks of another genome": Refused(
-        preprocess("rna.h5ad", "moved.h5ad"),
-        (
-            "moved.h5ad: only",
-            "of 900 peaks overlap a cCRE of the human reference",
-            "they look unlike hg38 and mm39",
-        ),
+        preprocess(atac="moved.h5ad", more=""),
+        "moved.h5ad: only … of 900 peaks overlap a cCRE of the human reference … they look unlike hg38 and mm39",
         "lift the data over",
     ),
     "log-normalised RNA": Refused(
-        preprocess("log.h5ad", "atac.h5ad", *OWN),
-        ("log.h5ad: no RNA counts; wanted whole numbers", "found log-normalised values in X"),
+        preprocess("log.h5ad"),
+        "log.h5ad: no RNA counts; wanted whole numbers … found log-normalised values in X",
         "store the raw counts",
     ),
     "negative RNA": Refused(
-        preprocess("negative.h5ad", "atac.h5ad", *OWN),
-        ("negative.h5ad: ", "holds -1.0, negative"),
-        "give raw counts",
+        preprocess("negative.h5ad"), "negative.h5ad: … holds -1.0, negative", "give raw counts"
     ),
     "NaN in ATAC": Refused(
-        preprocess("rna.h5ad", "nan.h5ad", *OWN),
-        ("nan.h5ad: X of cell", "holds nan", "wanted counts"),
-        "give raw counts",
+        preprocess(atac="nan.h5ad"), "nan.h5ad: X of cell … holds nan … wanted counts", "give raw counts"
     ),
     "no cell with both": Refused(
-        preprocess("zeros.h5ad", "atac.h5ad", *OWN),
-        ("no cell has both a gene and an open cCRE",),
-        "cisformer inspect",
+        preprocess("zeros.h5ad"), "no cell has both a gene and an open cCRE", "cisformer inspect"
     ),
     "unknown config key": Refused(
         "atac2rna_train -d data -n x -s out -c typo.yaml",
-        ("typo.yaml: unknown key 'training.batchsize'",),
+        "typo.yaml: unknown key 'training.batchsize'",
         "did you mean 'batch_size'",
     ),
     "wrong type in the config": Refused(
         "rna2atac_train -t data -v data -n x -s out -c wrong.yaml",
-        ("wrong.yaml: model.dim is 'wide'",),
+        "wrong.yaml: model.dim is 'wide'",
         "it should be",
     ),
     "dim that 7 does not divide": Refused(
         "rna2atac_train -t data -v data -n x -s out -c full.yaml",
-        ("full.yaml: model.dim is 64", "7 digits"),
+        "full.yaml: model.dim is 64 … 7 digits",
         "such as 63",
     ),
     "config that is no YAML": Refused(
-        preprocess("rna.h5ad", "atac.h5ad", "-c", "text.h5ad"),
-        ("text.h5ad",),
-        "compare it with a generated one",
+        preprocess(more="-c text.h5ad"), "text.h5ad", "compare it with a generated one"
     ),
     "checkpoint of the other direction": Refused(
         "rna2atac_predict -r rna.h5ad -m atac2rna -o out",
-        ("atac2rna predicts atac2rna, this command needs rna2atac",),
+        "atac2rna predicts atac2rna, this command needs rna2atac",
         "another checkpoint",
     ),
     "checkpoint of another config": Refused(
         "rna2atac_predict -r rna.h5ad -m rna2atac -o out -c wide.yaml",
-        ("rna2atac has model.dim = 14, the config says 28",),
+        "rna2atac has model.dim = 14, the config says 28",
         "leave the config out",
     ),
     "checkpoint of another reference": Refused(
         "atac2rna_predict -d other_reference/atac2rna_val -m atac2rna -o out",
-        (
-            "made with reference 'dataset' (150 genes, 900 cCREs)",
-            "the data with 'dataset' (150 genes, 899 cCREs)",
-        ),
+        "made with reference 'dataset' (150 genes, 900 cCREs) … the data with 'dataset' (150 genes, 899 cCREs)",
         "same --reference",
     ),
     "no checkpoint": Refused(
         "rna2atac_predict -r rna.h5ad -m data -o out",
-        ("data is not a cisformer checkpoint", "checkpoint.json"),
+        "data is not a cisformer checkpoint … checkpoint.json",
         "give -m the folder",
     ),
     "damaged checkpoint": Refused(
         "rna2atac_predict -r rna.h5ad -m flipped_model -o out",
-        ("flipped_model/model.safetensors does not match its checksum",),
+        "flipped_model/model.safetensors does not match its checksum",
         "copy the checkpoint again",
     ),
     "cell types with a header": Refused(
         f"{LINK} -d data/atac2rna_train -c header.tsv",
-        ("line 1 of header.tsv looks like a header: 'barcode', 'cell_type'",),
+        "line 1 of header.tsv looks like a header: 'barcode', 'cell_type'",
         "remove it",
     ),
     "cell types of unknown barcodes": Refused(
         f"{LINK} -d data/atac2rna_train -c strangers.tsv",
-        ("none of the 2 barcodes in strangers.tsv is in the data", "who1, who2 against"),
+        "none of the 2 barcodes in strangers.tsv is in the data … who1, who2 against",
         "barcodes.txt",
     ),
     "cell types in one column": Refused(
         f"{LINK} -d data/atac2rna_train -c one_column.tsv",
-        ("one_column.tsv has one column", "wanted barcode and cell type"),
+        "one_column.tsv has one column … wanted barcode and cell type",
         "by a tab",
     ),
     "shard with a flipped bit: training": Refused(
         "atac2rna_train -d flipped/atac2rna_train -n x -s out",
-        ("flipped/atac2rna_train/atac2rna_0.pt is damaged: its checksum differs",),
+        "flipped/atac2rna_train/atac2rna_0.pt is damaged: its checksum differs",
         "restore the file",
     ),
     "shard with a flipped bit: prediction": Refused(
         "atac2rna_predict -d flipped/atac2rna_train -m atac2rna -o out",
-        ("atac2rna_0.pt is damaged: its checksum differs",),
+        "atac2rna_0.pt is damaged: its checksum differs",
         "restore the file",
     ),
     "shard with a flipped bit: links": Refused(
         f"{LINK} -d flipped/atac2rna_train -c celltype_info.tsv",
-        ("atac2rna_0.pt is damaged: its checksum differs",),
+        "atac2rna_0.pt is damaged: its checksum differs",
         "restore the file",
     ),
     "shard cut short": Refused(
         "atac2rna_train -d cut/atac2rna_train -n x -s out",
-        ("atac2rna_0.pt is damaged: it has", "the manifest says"),
+        "atac2rna_0.pt is damaged: it has … the manifest says",
         "restore the file",
     ),
     "shard that carries code": Refused(
         "atac2rna_predict -d code/atac2rna_train/atac2rna_0.pt -m atac2rna -o out",
-        ("atac2rna_0.pt is damaged, or holds more than tensors",),
+        "atac2rna_0.pt is damaged, or holds more than tensors",
         "it may run code",
     ),
     "weights that carry code": Refused(
         "rna2atac_predict -r rna.h5ad -m code.bin -o out -c full63.yaml",
-        ("code.bin holds more than weights",),
+        "code.bin holds more than weights",
         "it may run code",
     ),
     "resuming what is no run": Refused(
         "atac2rna_train -d data -n x --resume data",
-        ("data is not the folder of a training run",),
+        "data is not the folder of a training run",
         "save/<date>_<name>",
     ),
     "inspecting a damaged data set": Refused(
-        "inspect --verify flipped", ("atac2rna_0.pt is damaged: its checksum differs",), "restore the file"
+        "inspect --verify flipped", "atac2rna_0.pt is damaged: its checksum differs", "restore the file"
     ),
     "inspecting a damaged checkpoint": Refused(
         "inspect --verify flipped_model",
-        ("model.safetensors is damaged: its checksum differs",),
+        "model.safetensors is damaged: its checksum differs",
         "copy the folder again",
     ),
     "earlier data": Refused(
         "data_preprocess -r rna.h5ad -a atac.h5ad -s data --reference dataset",
-        ("data/rna2atac_train exists already",),
+        "data/rna2atac_train exists already",
         "--force",
     ),
     "earlier prediction": Refused(
         "rna2atac_predict -r rna.h5ad -m rna2atac -o results -n earlier",
-        ("results/earlier.h5ad exists already",),
+        "results/earlier.h5ad exists already",
         "--force",
     ),
     "earlier links": Refused(
         "atac2rna_link -d data/atac2rna_train -c celltype_info.tsv -m atac2rna -o results",
-        ("results/cisformer_link exists already",),
+        "results/cisformer_link exists already",
         "--force",
     ),
     "earlier report": Refused(
-        "evaluate --data data -m rna2atac -o results", ("results/report.html exists already",), "--force"
+        "evaluate --data data -m rna2atac -o results", "results/report.html exists already", "--force"
     ),
-    "earlier simulation": Refused("simulate -o . --n_cells 10", ("rna.h5ad exists already",), "--force"),
+    "earlier simulation": Refused("simulate -o . --n_cells 10", "rna.h5ad exists already", "--force"),
 }
 
 DEBUGGED = ("truncated file", "cell types with a header")
@@ -258,37 +231,32 @@ DEBUGGED = ("truncated file", "cell types with a header")
 
 @dataclass(frozen=True)
 class Accepted:
-    """A command that helps itself, and what it has to say about it."""
+    """A command that helps itself, and what it has to say about it, texts with … between them."""
 
     command: str
-    says: tuple[str, ...]
+    says: str
 
 
 ACCEPTED = {
     "peaks as chr1-100-200": Accepted(
-        preprocess("rna.h5ad", "dashes.h5ad", *OWN), ("peaks are named like 'chr", "read as chrom:start-end")
+        preprocess(atac="dashes.h5ad"), "peaks are named like 'chr … read as chrom:start-end"
     ),
     "peaks as chr1_100_200": Accepted(
-        preprocess("rna.h5ad", "underscores.h5ad", *OWN),
-        ("peaks are named like 'chr", "read as chrom:start-end"),
+        preprocess(atac="underscores.h5ad"), "peaks are named like 'chr … read as chrom:start-end"
     ),
     "ATAC in counts": Accepted(
-        preprocess("rna.h5ad", "counts.h5ad", *OWN),
-        ("counts.h5ad: peaks hold counts; any value above 0 is taken as open",),
+        preprocess(atac="counts.h5ad"), "counts.h5ad: peaks hold counts; any value above 0 is taken as open"
     ),
-    "dense matrices": Accepted(preprocess("dense.h5ad", "atac.h5ad", *OWN), ("160 cells",)),
+    "dense matrices": Accepted(preprocess("dense.h5ad"), "160 cells"),
     "cells without genes, and without partner": Accepted(
-        preprocess("empty_cells.h5ad", "fewer.h5ad", *OWN),
-        (
-            "warning: 2 of 150 cells have no gene or no cCRE of the reference and are left out",
-            "warning: 10 of 160 RNA cells have no partner",
-            "2 warnings in all:\n  - 10 of 160 RNA cells have no partner",
-            "are left out\n  - 2 of 150 cells",
-        ),
+        preprocess("empty_cells.h5ad", "fewer.h5ad"),
+        "warning: 2 of 150 cells have no gene or no cCRE of the reference and are left out … "
+        "warning: 10 of 160 RNA cells have no partner … "
+        "2 warnings in all:\n  - 10 of 160 RNA cells have no partner … are left out\n  - 2 of 150 cells",
     ),
     "a type that is absent": Accepted(
         f"{LINK} -d data/atac2rna_train -c absent.tsv",
-        ("warning: cell type 'ghost' has no cells in this data: no links are written for it",),
+        "warning: cell type 'ghost' has no cells in this data: no links are written for it",
     ),
 }
 
@@ -465,7 +433,7 @@ def test_refused_in_one_line_and_a_hint(name: str, outcomes: dict[str, Done]):
     assert error.startswith("error: ")
     assert hint.startswith("  hint: ")
     assert done.stderr.count("error: ") == 1
-    assert [text for text in wanted.says if text not in error] == []
+    assert [text for text in wanted.says.split(" … ") if text not in error] == []
     assert wanted.hint in hint
 
 
@@ -474,14 +442,14 @@ def test_debug_shows_the_traceback(name: str, outcomes: dict[str, Done]):
     done = outcomes[f"{name}, --debug"]
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
-    assert REFUSED[name].says[0] in done.stderr
+    assert REFUSED[name].says.split(" … ")[0] in done.stderr
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_accepted_with_a_note(name: str, outcomes: dict[str, Done]):
     done = outcomes[name]
     assert done.returncode == 0, done.stderr
-    assert [text for text in ACCEPTED[name].says if text not in done.stderr] == []
+    assert [text for text in ACCEPTED[name].says.split(" … ") if text not in done.stderr] == []
 
 
 def test_nothing_was_written_and_earlier_results_are_as_they_were(

@@ -6,6 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from formats import damage
+from safetensors.torch import load_file, save_file
 
 from cisformer.config import default_config
 from cisformer.data.batches import encode_input, read_modality
@@ -13,6 +15,7 @@ from cisformer.data.reference import load_reference
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import CheckpointError, ReferenceMismatchError
 from cisformer.model.checkpoint import load_checkpoint, save_checkpoint
+from cisformer.runtime import sha256_file
 
 
 @pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])
@@ -91,3 +94,37 @@ def test_a_later_format_is_refused(copy):
     (copy / "checkpoint.json").write_text(json.dumps(manifest | {"format_version": 99}))
     with pytest.raises(CheckpointError, match="update cisformer"):
         load_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("pace"), r"lacks \['pace'\]"),
+        (lambda weights: weights.update(rhythm=torch.zeros(3)), r"holds \['rhythm'\]"),
+    ],
+)
+def test_weights_of_another_version_are_to_be_trained_again(change, message, copy):
+    """As models were before they had a pace, or will be: the file is whole, its checksum agrees."""
+    weights = load_file(copy / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors")
+    manifest = json.loads((copy / "checkpoint.json").read_text())
+    manifest["sha256"] = sha256_file(copy / "model.safetensors")
+    (copy / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"another version of cisformer, .* {message}") as caught:
+        load_checkpoint(copy)
+    assert "train the model again" in caught.value.hint
+
+
+def test_damaged_weights_are_to_be_copied_again(copy):
+    """Whatever the manifest says of them."""
+    damage(copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match="does not match its checksum") as caught:
+        load_checkpoint(copy)
+    assert caught.value.hint == "copy the checkpoint again"
+    manifest = json.loads((copy / "checkpoint.json").read_text())
+    manifest["sha256"] = sha256_file(copy / "model.safetensors")
+    (copy / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="cannot be read") as caught:
+        load_checkpoint(copy)
+    assert caught.value.hint == "copy the checkpoint again"

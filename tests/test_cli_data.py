@@ -19,24 +19,15 @@ from cisformer.simulation import SimulatedCells
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def preprocess_of(folder: Path, more: str = "") -> list[object]:
+    """Return the command that preprocesses the cells in a folder."""
+    return ["data_preprocess", "-r", folder / "rna.h5ad", "-a", folder / "atac.h5ad", *more.split()]
+
+
 def test_preprocess_takes_every_flag_of_the_spec(command: Command, tiny_files: Path, tmp_path: Path):
     arguments = ["data_preprocess", "--rna", tiny_files / "rna.h5ad", "--atac", tiny_files / "atac.h5ad"]
-    done = command(
-        *arguments,
-        "--save_dir",
-        tmp_path,
-        "--cnt",
-        "1e10",
-        "--batch_size",
-        4,
-        "--num_workers",
-        2,
-        "--atac2rna",
-        "--manually",
-        "--shuffle",
-        "--species",
-        "dataset",
-    )
+    flags = "--cnt 1e10 --batch_size 4 --num_workers 2 --atac2rna --manually --shuffle --species dataset"
+    done = command(*arguments, "--save_dir", tmp_path, *flags.split())
     assert done.returncode == 0, done.stderr
     assert f"wrote {tmp_path / 'atac2rna_all'} (all: 160 cells)" in done.stdout
     assert CellStore.open(tmp_path / "atac2rna_all" / "atac2rna_0.pt").n_cells == 160
@@ -48,18 +39,8 @@ def test_preprocess_takes_every_flag_of_the_spec(command: Command, tiny_files: P
 
 def test_the_split_does_not_depend_on_the_hash_seed(command: Command, tiny_files: Path, tmp_path: Path):
     for seed in ("1", "2"):
-        done = command(
-            "data_preprocess",
-            "-r",
-            tiny_files / "rna.h5ad",
-            "-a",
-            tiny_files / "atac.h5ad",
-            "-s",
-            tmp_path / seed,
-            "--reference",
-            "dataset",
-            PYTHONHASHSEED=seed,
-        )
+        asked = preprocess_of(tiny_files, "--reference dataset")
+        done = command(*asked, "-s", tmp_path / seed, PYTHONHASHSEED=seed)
         assert done.returncode == 0, done.stderr
     for split in ("train", "val", "test"):
         name = f"rna2atac_{split}/rna2atac_0.pt"
@@ -71,16 +52,7 @@ def test_the_working_folder_and_its_config_are_the_defaults(
 ):
     (tmp_path / "cisformer_config").mkdir()
     (tmp_path / "cisformer_config" / "rna2atac_config.yaml").write_text("datapreprocess:\n  multiple: 9\n")
-    done = command(
-        "data_preprocess",
-        "-r",
-        tiny_files / "rna.h5ad",
-        "-a",
-        tiny_files / "atac.h5ad",
-        "--species",
-        "dataset",
-        cwd=tmp_path,
-    )
+    done = command(*preprocess_of(tiny_files, "--species dataset"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert CellStore.open(tmp_path / "rna2atac_train").manifest["datapreprocess"]["multiple"] == 9
 
@@ -99,18 +71,8 @@ def test_errors_are_one_line_and_a_hint(command: Command, tmp_path: Path):
 
 @pytest.mark.parametrize("limit", [2_000, 20_000])
 def test_a_full_disk_leaves_the_old_data(limit: int, tiny_files: Path, tmp_path: Path):
-    arguments = [
-        "data_preprocess",
-        "-r",
-        "rna.h5ad",
-        "-a",
-        "atac.h5ad",
-        "-s",
-        str(tmp_path),
-        "--species",
-        "dataset",
-    ]
-    run = [sys.executable, "-m", "cisformer", *arguments]
+    asked = preprocess_of(tiny_files, "--species dataset")
+    run = [sys.executable, "-m", "cisformer", *map(str, asked), "-s", str(tmp_path)]
     subprocess.run(run, cwd=tiny_files, check=True, capture_output=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     full = subprocess.run(
@@ -207,29 +169,10 @@ def test_a_reference_is_built_and_used(
         )
     )
     peaks.to_csv(tmp_path / "peaks.bed", sep="\t", header=False, index=False)
-    built = command(
-        "build_reference",
-        "--gtf",
-        tmp_path / "genes.gtf",
-        "--peaks",
-        tmp_path / "peaks.bed",
-        "-o",
-        "own",
-        cwd=tmp_path,
-    )
+    from_files = ["--gtf", tmp_path / "genes.gtf", "--peaks", tmp_path / "peaks.bed"]
+    built = command("build_reference", *from_files, "-o", "own", cwd=tmp_path)
     assert "wrote own (own, hg38: 150 genes, 900 cCREs)" in built.stdout, built.stderr
-    done = command(
-        "data_preprocess",
-        "-r",
-        tiny_files / "rna.h5ad",
-        "-a",
-        tiny_files / "atac.h5ad",
-        "-s",
-        "out",
-        "--reference",
-        "own",
-        cwd=tmp_path,
-    )
+    done = command(*preprocess_of(tiny_files, "-s out --reference own"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     store, same = (
         CellStore.open(base / "rna2atac_val") for base in (tmp_path / "out", tiny_data["rna2atac"])

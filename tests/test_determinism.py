@@ -20,43 +20,19 @@ def all_stages(
 ) -> None:
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("num_workers: 0", f"num_workers: {workers}"))
-    files = [
-        "-r",
-        "rna.h5ad",
-        "-a",
-        "atac.h5ad",
-        "--reference",
-        "dataset",
-        "--atac2rna",
-        "--num_workers",
-        workers,
+    files = "-r rna.h5ad -a atac.h5ad --reference dataset --atac2rna --num_workers"
+    steps = [
+        f"data_preprocess {files} {workers} -s data",
+        f"data_preprocess {files} {workers} -s shuffled --shuffle --manually --cnt 50",
+        "atac2rna_train -d data -n x -c config.yaml -s save",
+        f"atac2rna_predict -d data/atac2rna_test -m run -o out --num_workers {workers}",
+        "atac2rna_link -d data/atac2rna_train -c celltype_info.tsv -m run -o out --formats bedpe",
     ]
-    for step in (
-        ["data_preprocess", *files, "-s", "data"],
-        ["data_preprocess", *files, "-s", "shuffled", "--shuffle", "--manually", "--cnt", 50],
-        ["atac2rna_train", "-d", "data", "-n", "x", "-c", "config.yaml", "-s", "save"],
-    ):
-        done = command(*step, cwd=folder, PYTHONHASHSEED=hash_seed)
+    for step in steps:
+        done = command(*step.split(), cwd=folder, PYTHONHASHSEED=hash_seed)
         assert done.returncode == 0, done.stderr
-    next((folder / "save").iterdir()).rename(folder / "run")
-    for step in (
-        ["atac2rna_predict", "-d", "data/atac2rna_test", "-m", "run", "-o", "out", "--num_workers", workers],
-        [
-            "atac2rna_link",
-            "-d",
-            "data/atac2rna_train",
-            "-c",
-            "celltype_info.tsv",
-            "-m",
-            "run",
-            "-o",
-            "out",
-            "--formats",
-            "bedpe",
-        ],
-    ):
-        done = command(*step, cwd=folder, PYTHONHASHSEED=hash_seed)
-        assert done.returncode == 0, done.stderr
+        if step.startswith("atac2rna_train"):
+            next((folder / "save").iterdir()).rename(folder / "run")
 
 
 @pytest.fixture(scope="module")

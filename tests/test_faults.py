@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,9 +23,12 @@ from types import ModuleType
 import pytest
 
 from cisformer import runtime
+from cisformer.data.preprocess import preprocess
 from cisformer.data.sources import open_rows
-from cisformer.errors import InputError, OutputExistsError, WriteError
+from cisformer.data.store import CellStore, find_split
+from cisformer.errors import InputError, OutputExistsError, StoreError, WriteError
 from cisformer.runtime import atomic_folder, atomic_path
+from cisformer.training import Cells
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "faults.py"
 
@@ -93,6 +98,64 @@ def test_a_stopped_command_says_so(faults: ModuleType, workplace: Path, tmp_path
     assert "--resume" in errors
     assert "Traceback" not in errors
     assert faults.hidden(tmp_path) == []
+
+
+KILLED_WHILE_PLACING = """
+import os, signal, sys
+from cisformer import runtime
+from cisformer.data.preprocess import preprocess
+
+place, left = runtime._place_folder, int(sys.argv[1])
+
+def place_or_die(*arguments, **options):
+    global left
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    place(*arguments, **options)
+
+runtime._place_folder = place_or_die
+preprocess("rna.h5ad", "atac.h5ad", "data", direction="atac2rna", reference="dataset", seed=1, force=True)
+"""
+
+
+@pytest.mark.parametrize("n_placed", [1, 2])
+def test_splits_of_two_runs_are_not_taken_for_one_data_set(
+    n_placed: int, tiny_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A kill between the renames of a second run: some splits are old, some are new."""
+    for name in ("rna.h5ad", "atac.h5ad"):
+        shutil.copy(tiny_files / name, tmp_path)
+    files, data = (tmp_path / "rna.h5ad", tmp_path / "atac.h5ad"), tmp_path / "data"
+    old = preprocess(*files, data, direction="atac2rna", reference="dataset")
+    barcodes = {split: set(store.barcodes) for split, store in old.items()}
+    script = [sys.executable, "-c", KILLED_WHILE_PLACING, str(n_placed)]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    replaced = [
+        split for split in barcodes if barcodes[split] != set(CellStore.open(old[split].path).barcodes)
+    ]
+    assert replaced == ["train", "val", "test"][-n_placed:]
+    for path in (data, data / "atac2rna_train"):
+        with pytest.raises(StoreError, match="come from different runs of data_preprocess") as caught:
+            Cells.open(path, None, "atac2rna", 0)
+        assert "run it again" in caught.value.hint
+    monkeypatch.chdir(data / "atac2rna_train")
+    with pytest.raises(StoreError, match="come from different runs"):
+        Cells.open(".", "../atac2rna_val", "atac2rna", 0)
+    with pytest.raises(StoreError, match="come from different runs"):
+        find_split(data, "test")
+    preprocess(*files, data, direction="atac2rna", reference="dataset", seed=1, force=True)
+    assert Cells.open(data, None, "atac2rna", 0).train.path == data / "atac2rna_train"
+
+
+def test_splits_of_early_versions_name_no_run(tiny_data: dict[str, Path], tmp_path: Path):
+    data = Path(shutil.copytree(tiny_data["atac2rna"], tmp_path / "data"))
+    for path in data.glob("*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        del manifest["run"]
+        path.write_text(json.dumps(manifest))
+    assert Cells.open(data, None, "atac2rna", 0).val.path == data / "atac2rna_val"
 
 
 def test_damage_is_noticed(faults: ModuleType, workplace: Path):

@@ -18,7 +18,7 @@ from cisformer.data.store import CellStore, find_split
 from cisformer.errors import CheckpointError, InputError
 from cisformer.model import full, fused
 from cisformer.model.checkpoint import export_checkpoint, load_checkpoint
-from cisformer.model.full import FullModel, attend, export_published, load_published
+from cisformer.model.full import CHUNK, FullModel, attend, export_published, load_published
 from cisformer.model.full_task import FullTask, choose_genes, counts_of, pair_ranks
 from cisformer.prediction import predict
 from cisformer.training import train, validation_batches
@@ -454,6 +454,31 @@ def test_prediction_gives_the_chosen_genes_and_refuses_the_choice_elsewhere(
     assert np.flatnonzero(found.X.toarray().any(axis=0)).tolist() == chosen.tolist()
     with pytest.raises(InputError, match="architecture full"):
         predict(tiny_checkpoints["atac2rna"], test, genes="all")
+
+
+def test_a_chunk_is_of_one_prediction_and_leaves_the_caller_s_model(full_checkpoints, tiny_data, monkeypatch):
+    checkpoint = full_checkpoints["rna2atac"]
+    test = find_split(tiny_data["rna2atac"], "test")
+    whole = predict(checkpoint, test, min_prob=0)
+    weights = {name: tensor.clone() for name, tensor in checkpoint.model.state_dict().items()}
+    sizes = []
+    decode = FullModel.decode_chunks
+
+    def noted(self, context, index_BQ):
+        for logits in decode(self, context, index_BQ):
+            sizes.append(logits.shape[1])
+            yield logits
+
+    monkeypatch.setattr(FullModel, "decode_chunks", noted)
+    parts = predict(checkpoint, test, min_prob=0, chunk=100)
+    assert max(sizes) == 100
+    assert checkpoint.model.network.chunk == CHUNK
+    assert all(torch.equal(weights[name], found) for name, found in checkpoint.model.state_dict().items())
+    sizes.clear()
+    again = predict(checkpoint, test, min_prob=0)
+    assert set(sizes) == {len(checkpoint.layout.target_index)}
+    np.testing.assert_array_equal(again.X.toarray(), whole.X.toarray())
+    np.testing.assert_allclose(parts.X.toarray(), whole.X.toarray(), atol=1e-3)
 
 
 def test_other_targets_keep_what_is_known_of_them(full_checkpoints, tiny_data):

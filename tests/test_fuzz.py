@@ -24,11 +24,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from cisformer.config import DIRECTIONS, default_config, dump_config, load_config, parse_config
+from cisformer.data.annotation import read_bed, read_gtf
 from cisformer.data.genome import parse_regions, region_names
 from cisformer.data.inspect import inspect
 from cisformer.data.io import read_atac, read_rna
 from cisformer.data.preprocess import preprocess
-from cisformer.data.reference import load_reference, read_bed, read_gtf
+from cisformer.data.reference import load_reference
 from cisformer.data.store import CellStore
 from cisformer.errors import CisformerError
 from cisformer.figure_data import read_training_log

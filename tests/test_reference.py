@@ -10,18 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cisformer.data.genome import overlap_pairs, tss
+from cisformer.data.annotation import read_gtf
+from cisformer.data.features import gene_identity, peak_regions
+from cisformer.data.genome import GENE_COLUMNS, overlap_pairs, tss
 from cisformer.data.reference import (
-    GENE_COLUMNS,
     Reference,
     build_reference,
     coverage,
     dataset_reference,
-    gene_identity,
     guess_genome,
     load_reference,
-    peak_regions,
-    read_gtf,
     save_reference,
 )
 from cisformer.errors import InputError, OutputExistsError, ReferenceMismatchError

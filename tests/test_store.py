@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,14 +18,53 @@ from formats import damage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cisformer.config import Direction
 from cisformer.data import spool
-from cisformer.data.alignment import PairedCells
 from cisformer.data.reference import Reference, load_reference
-from cisformer.data.spool import Spool, write_shard
-from cisformer.data.store import CellStore, find_split, write_store
+from cisformer.data.spool import ParkedCells, Spool, write_shard
+from cisformer.data.store import CellStore, SplitName, find_split, write_split
 from cisformer.errors import OutputExistsError, ReferenceMismatchError, StoreError
+from cisformer.runtime import atomic_folder
 
 N_CELLS, N_GENES, N_CCRES = 50, 30, 80
+
+
+class PairedCells(NamedTuple):
+    """Counts [n_cells, n_genes], open cCREs [n_cells, n_ccres], and what is known of the cells."""
+
+    rna: sp.csr_matrix
+    atac: sp.csr_matrix
+    obs: pd.DataFrame
+
+
+def write_store(
+    folder: Path,
+    blocks: Iterable[PairedCells],
+    reference: Reference,
+    *,
+    direction: Direction,
+    cnt: int = 10_000,
+    cell_info: bool = True,
+    split: SplitName = "all",
+    force: bool = False,
+) -> CellStore:
+    """Park cells and write them as one split, in the order given, as preprocessing writes several."""
+    folder.parent.mkdir(exist_ok=True)
+    with (
+        atomic_folder(folder, force=force) as new,
+        Spool(folder.parent, with_values=True) as rna,
+        Spool(folder.parent, with_values=False) as atac,
+    ):
+        obs = []
+        for block in blocks:
+            rna.append(block.rna)
+            atac.append(block.atac)
+            obs.append(block.obs)
+        info = pd.concat(obs)
+        rows = np.arange(len(info))
+        cells = ParkedCells(rna, atac, rows, rows, info)
+        write_split(new, cells, reference, direction, cnt, {"split": split}, cell_info=cell_info)
+    return CellStore.open(folder)
 
 
 def random_cells(seed: int = 0, largest: int = 60) -> PairedCells:

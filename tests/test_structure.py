@@ -10,8 +10,9 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = [
     "errors", "config", "runtime", "team",
-    "data.genome", "data.reference", "data.alignment", "data.sources", "data.io", "data.pairing", "data.spool",
-    "data.store", "data.preprocess", "data.inspect", "data.batches",
+    "data.genome", "data.features", "data.annotation", "data.reference", "data.alignment",
+    "data.hdf5", "data.matrices", "data.sources", "data.io", "data.pairing", "data.spool",
+    "data.manifest", "data.store", "data.preprocess", "data.inspect", "data.batches",
     "model.attention", "model.linear", "model.local", "model.cis",
     "model.fused", "model.published", "model.full", "model.full_task",
     "model.checkpoint",

@@ -19,9 +19,10 @@ import scipy.sparse as sp
 from cisformer.baselines import log_normalise
 from cisformer.config import DIRECTIONS, Direction
 from cisformer.data.alignment import FeatureMap, map_genes, map_peaks, require_found
-from cisformer.data.genome import parse_regions
+from cisformer.data.features import gene_identity, peak_regions
+from cisformer.data.genome import CCRE_COLUMNS, GENE_COLUMNS, parse_regions
 from cisformer.data.io import read_atac, read_rna
-from cisformer.data.reference import CCRE_COLUMNS, GENE_COLUMNS, Reference, gene_identity, peak_regions
+from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, StoreError
 from cisformer.metrics import PROBABILITY_FLOOR, Matrix

@@ -24,7 +24,7 @@ from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peak
 from cisformer.data.batches import Batch, Modality, encode_input, normalise, prefetch, read_modality
 from cisformer.data.io import H5adWriter
 from cisformer.data.reference import Reference
-from cisformer.data.sources import Source, is_10x_folder, open_rows, refuse_changed
+from cisformer.data.sources import Source, is_10x_folder, open_rows
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
@@ -75,14 +75,11 @@ class InputCells:
             check_reference(reference, store.reference, f"the checkpoint for {data}")
             yield cls(store.cell_info, partial(read_modality, store, modality=modality), str(data))
             return
-        check = lambda: None  # noqa: E731
-        if isinstance(data, str | Path) and Path(data).is_file():
-            check = partial(refuse_changed, Path(data), Path(data).stat())
         with open_rows(data, modality) as source:
             find = map_genes if modality == "rna" else map_peaks
             found = find(source.var, reference)
             accept_map(found, source.var, reference, source.label)
-            yield cls(source.obs, _reader(source, found), source.label, check)
+            yield cls(source.obs, _reader(source, found), source.label, source.check)
 
 
 def _is_store(path: Path) -> bool:
@@ -243,16 +240,18 @@ def _as_asked(checkpoint: Checkpoint, genes: str | Path, chunk: int | None) -> C
     """Return the checkpoint with the genes and the chunk that architecture full was asked for."""
     if genes != "expressed_in_training":
         checkpoint = _with_genes(checkpoint, genes)
-    if chunk is not None:
-        if checkpoint.direction != "rna2atac" or not isinstance(checkpoint.model, FullTask):
-            raise InputError(
-                "a chunk of cCREs is for RNA→ATAC models of architecture full",
-                hint="leave it out: this model gives all cCREs at once",
-            )
-        if chunk < 1:
-            raise InputError(f"the chunk is {chunk} cCREs", hint="give at least 1")
-        checkpoint.model.network.chunk = chunk
-    return checkpoint
+    return checkpoint if chunk is None else _with_chunk(checkpoint, chunk)
+
+
+def _with_chunk(checkpoint: Checkpoint, chunk: int) -> Checkpoint:
+    if checkpoint.direction != "rna2atac" or not isinstance(checkpoint.model, FullTask):
+        raise InputError(
+            "a chunk of cCREs is for RNA→ATAC models of architecture full",
+            hint="leave it out: this model gives all cCREs at once",
+        )
+    if chunk < 1:
+        raise InputError(f"the chunk is {chunk} cCREs", hint="give at least 1")
+    return replace(checkpoint, model=checkpoint.model.with_chunk(chunk))
 
 
 def _with_genes(checkpoint: Checkpoint, genes: str | Path) -> Checkpoint:

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,22 +64,37 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     WriteError
         The disk is full or cannot be written to.
     """
-    path = Path(path)
-    refuse_existing(path, force=force)
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with atomic_folders([Path(path)], force=force) as (temporary,):
+        yield temporary
+
+
+@contextlib.contextmanager
+def atomic_folders(paths: Sequence[Path], *, force: bool = False) -> Iterator[list[Path]]:
+    """Yield a temporary folder beside each path; on success rename them in this order, with nothing in between.
+
+    Raises as `atomic_folder` does.
+    """
+    for path in paths:
+        refuse_existing(path, force=force)
+        make_folder(path.parent)
+    new = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in paths}
     try:
-        with write_errors(path, temporary):
-            temporary.mkdir()
-            yield temporary
-            flush_folder(temporary)
-            _place_folder(temporary, path, force=force)
+        with contextlib.ExitStack() as stack:
+            for path, temporary in new.items():
+                stack.enter_context(write_errors(path, temporary))
+                temporary.mkdir()
+            yield list(new.values())
+            for temporary in new.values():
+                _flush_folder(temporary)
+            for path, temporary in new.items():
+                _place_folder(temporary, path, force=force)
     finally:
-        _remove(temporary)
+        for temporary in new.values():
+            _remove(temporary)
 
 
 def _place_folder(new: Path, path: Path, *, force: bool) -> None:
-    """Rename `new` onto `path`; with `force`, what was there is found at `new` afterwards, or is gone."""
+    """Rename `new` onto `path`; with `force`, what was there is found at `new` afterwards."""
     if not path.exists():
         os.replace(new, path)
         return
@@ -98,7 +113,7 @@ def _place_folder(new: Path, path: Path, *, force: bool) -> None:
     except OSError:
         os.replace(old, path)
         raise
-    _remove(old)
+    os.replace(old, new)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -175,7 +190,7 @@ def _disk_reason(error: BaseException | None, temporary: Path) -> str | None:
     return None
 
 
-def flush_folder(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     """Force what was written to the files of a folder onto the disk."""
     for file in folder.rglob("*"):
         if file.is_file():

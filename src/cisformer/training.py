@@ -43,7 +43,7 @@ from cisformer.data.batches import (
     read_modality,
 )
 from cisformer.data.reference import Reference
-from cisformer.data.store import CellStore, SplitName, find_split
+from cisformer.data.store import CellStore, SplitName, find_split, require_one_run
 from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
@@ -79,6 +79,7 @@ class Cells:
         Without validation data a tenth of the training cells is set aside, chosen by sorted barcode and seed.
         """
         store = CellStore.open(_split_folder(train, "train", direction))
+        require_one_run(store.path)
         val_path = (
             find_split(train, "val", direction) if val is None else _split_folder(val, "val", direction)
         )

@@ -9,58 +9,21 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from cisformer.data.features import ENSEMBL, gene_identity, peak_regions, stated_coordinates
 from cisformer.data.genome import overlap_pairs, parse_regions, rename_chroms
-from cisformer.data.reference import (
-    BUILT_IN,
-    ENSEMBL,
-    Reference,
-    coverage,
-    gene_identity,
-    guess_genome,
-    peak_regions,
-    stated_coordinates,
-)
+from cisformer.data.reference import BUILT_IN, Reference, built_in_of, coverage, guess_genome
 from cisformer.errors import InputError
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 logger = logging.getLogger(__name__)
 
 MIN_SHARE_FOUND = 0.5
 """Below this share of features found, the input is of another species, genome or naming."""
-
-
-@dataclass(frozen=True, eq=False)
-class PairedCells:
-    """Cells with both modalities, on a reference.
-
-    Parameters
-    ----------
-    rna
-        Counts [n_cells, n_genes].
-    atac
-        1 where a cCRE is open [n_cells, n_ccres].
-    obs
-        Annotation of the cells, indexed by barcode.
-    """
-
-    rna: sp.csr_matrix
-    atac: sp.csr_matrix
-    obs: pd.DataFrame
-
-    def __post_init__(self) -> None:
-        if not self.rna.shape[0] == self.atac.shape[0] == len(self.obs):
-            raise ValueError(
-                f"{self.rna.shape[0]} cells of RNA, {self.atac.shape[0]} of ATAC, {len(self.obs)} annotated"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,11 +198,10 @@ def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, la
     share, chance = coverage(peaks, reference.ccres)
     genome = guess_genome(peaks)
     looks = f"like {genome}" if genome else "unlike hg38 and mm39"
-    species = next((name for name, built_in in BUILT_IN.items() if built_in == genome), "")
     raise InputError(
         f"{head} overlap a cCRE of the {reference.name} reference ({share:.0%}; {chance:.0%} when "
         f"moved by 20 kb, that is by chance); they look {looks}",
-        hint=_other_reference(species, reference),
+        hint=_other_reference(built_in_of(genome), reference),
     )
 
 
@@ -250,41 +212,6 @@ def _other_reference(species: str, reference: Reference) -> str:
         "take the data's own features with --reference dataset, or make one with `cisformer build_reference`"
     )
     return own if reference.name not in BUILT_IN else f"lift the data over to {reference.genome}, {own}"
-
-
-def align_rna(adata: AnnData, reference: Reference, label: str = "RNA") -> sp.csr_matrix:
-    """Align the counts of an AnnData (see `read_rna`) to the genes of a reference.
-
-    Returns
-    -------
-    float32 [n_cells, n_genes], indices sorted and unique.
-
-    Raises
-    ------
-    InputError
-        If fewer than half of its genes are in the reference.
-    """
-    return _align(adata, map_genes(adata.var, reference), reference, label)
-
-
-def align_atac(adata: AnnData, reference: Reference, label: str = "ATAC") -> sp.csr_matrix:
-    """Align the open peaks of an AnnData (see `read_atac`) to the cCREs of a reference.
-
-    Returns
-    -------
-    float32 [n_cells, n_ccres] of ones, indices sorted and unique.
-
-    Raises
-    ------
-    InputError
-        If fewer than half of its peaks overlap a cCRE of the reference.
-    """
-    return _align(adata, map_peaks(adata.var, reference), reference, label)
-
-
-def _align(adata: AnnData, found: FeatureMap, reference: Reference, label: str) -> sp.csr_matrix:
-    accept_map(found, adata.var, reference, label)
-    return found.apply(sp.csr_matrix(adata.X))
 
 
 def accept_map(found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str) -> None:

@@ -17,6 +17,12 @@ from numpy.typing import NDArray
 
 from cisformer.errors import InputError
 
+GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "start", "end", "strand"]
+"""Columns of a table of genes."""
+
+CCRE_COLUMNS = ["chrom", "start", "end"]
+"""Columns of a table of cCREs."""
+
 _REGION = re.compile(r"^([^\s\x00\ud800-\udfff]+)[:_-]([0-9]{1,12})[_-]([0-9]{1,12})$", re.MULTILINE)
 _STRIDE = 1 << 40  # more than any chromosome is long: position + code * _STRIDE orders a whole genome
 

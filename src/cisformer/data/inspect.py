@@ -11,24 +11,11 @@ from typing import Any
 import numpy as np
 
 from cisformer.data.alignment import are_genes, describe_genes, map_genes, map_peaks
-from cisformer.data.genome import parse_regions
-from cisformer.data.reference import (
-    BUILT_IN,
-    CCRE_COLUMNS,
-    Reference,
-    gene_identity,
-    guess_genome,
-    load_reference,
-    peak_regions,
-)
-from cisformer.data.sources import (
-    FEATURE_TYPE_COLUMNS,
-    Modality,
-    Source,
-    is_10x_folder,
-    open_hdf5,
-    open_rows,
-)
+from cisformer.data.features import gene_identity, peak_regions
+from cisformer.data.genome import CCRE_COLUMNS, parse_regions
+from cisformer.data.hdf5 import open_hdf5
+from cisformer.data.reference import BUILT_IN, Reference, built_in_of, guess_genome, load_reference
+from cisformer.data.sources import FEATURE_TYPE_COLUMNS, Modality, Source, is_10x_folder, open_rows
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
 from cisformer.runtime import read_json, sha256_file
@@ -234,7 +221,7 @@ def _guess(source: Source) -> tuple[str, str, str]:
         named_by, species = describe_genes(gene_identity(source.var)["gene_id"])
         return species, "", named_by
     genome = guess_genome(peak_regions(source.var))
-    return next((name for name, built_in in BUILT_IN.items() if built_in == genome), ""), genome, "regions"
+    return built_in_of(genome), genome, "regions"
 
 
 def _written_by_us(path: Path) -> Record:
@@ -243,7 +230,7 @@ def _written_by_us(path: Path) -> Record:
 
     if path.is_dir():
         return {}
-    with open_hdf5(path) as file:
+    with open_hdf5(path) as (file, _):
         if "uns" not in file or "cisformer" not in file["uns"]:
             return {}
         return {"written_by_cisformer": json.loads(json.dumps(read_elem(file["uns/cisformer"]), default=str))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import tempfile
 import time
 from collections import defaultdict, deque
@@ -24,11 +25,11 @@ from cisformer.data.io import H5adWriter
 from cisformer.data.pairing import pair_barcodes, split_cells
 from cisformer.data.reference import Reference, dataset_reference, load_reference
 from cisformer.data.sources import Source, open_rows
-from cisformer.data.spool import Spool
-from cisformer.data.store import CellStore, ParkedCells, SplitName, write_split
+from cisformer.data.spool import ParkedCells, Spool
+from cisformer.data.store import CellStore, SplitName, write_split
 from cisformer.errors import InputError
 from cisformer.runtime import (
-    atomic_folder,
+    atomic_folders,
     make_folder,
     occasion,
     progress,
@@ -133,16 +134,17 @@ def preprocess(
     with _aligned(rna, atac, reference, gtf, folder, (batch_size, num_workers), seconds) as aligned:
         cells, chosen, origin = aligned
         positions = _split(cells.obs, splits, seed, split_by, shuffle)
-        origin |= {"seed": seed, "split_by": split_by, "shuffle": shuffle}
+        origin |= {"seed": seed, "split_by": split_by, "shuffle": shuffle, "run": secrets.token_hex(8)}
         start = time.perf_counter()
-        with contextlib.ExitStack() as placing:  # all splits are whole before the first is put in place
-            for split, path in folders.items():
+        # All splits are whole before the first is put in place; train comes last: without it there is no data set.
+        placing = dict(reversed(folders.items()))
+        with atomic_folders(list(placing.values()), force=force) as temporary:
+            for split, new in zip(placing, temporary, strict=True):
                 whole = split in ("val", "test")
                 sampling = task.datapreprocess.model_dump() | ({"multiple": 1} if whole else {})
                 about = {"split": split, "datapreprocess": sampling, **origin}
-                temporary = placing.enter_context(atomic_folder(path, force=force))
                 part, size = cells.take(positions[split]), None if whole else cnt
-                write_split(temporary, part, chosen, direction, size, about, cell_info=not shuffle)
+                write_split(new, part, chosen, direction, size, about, cell_info=not shuffle)
         seconds["write"] += time.perf_counter() - start
     stores = {split: CellStore.open(path) for split, path in folders.items()}
     _log_summary(stores, seconds)

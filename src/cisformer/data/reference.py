@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import importlib.resources
 import io
 import json
 import logging
-import re
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,7 +18,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cisformer.data.genome import overlap_pairs, parse_regions, region_names, rename_chroms
+from cisformer.data.annotation import read_bed, read_gtf
+from cisformer.data.features import gene_identity, peak_regions, stated_coordinates
+from cisformer.data.genome import CCRE_COLUMNS, GENE_COLUMNS, overlap_pairs, region_names, rename_chroms
 from cisformer.errors import InputError, ReferenceMismatchError
 from cisformer.runtime import atomic_folder, package_version, read_json
 
@@ -30,12 +29,6 @@ logger = logging.getLogger(__name__)
 BUILT_IN = {"human": "hg38", "mouse": "mm39"}
 FORMAT = "cisformer-reference"
 FORMAT_VERSION = 1
-GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "start", "end", "strand"]
-CCRE_COLUMNS = ["chrom", "start", "end"]
-NAME_COLUMNS = ("gene_name", "gene_names", "gene_symbol", "gene_symbols", "feature_name", "symbol", "name")
-STRANDS = {"+": "+", "-": "-", "1": "+", "-1": "-", "1.0": "+", "-1.0": "-"}
-_POSITION = re.compile("[0-9]{1,12}")
-ENSEMBL = r"^(ENS[A-Z]*G\d{11})(?:\.\d+)?$"
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +146,11 @@ def load_reference(source: str | Path) -> Reference:
             hint="make a reference of your own with `cisformer build_reference --gtf GTF --peaks BED -o DIR`",
         )
     return _load_folder(folder)
+
+
+def built_in_of(genome: str) -> str:
+    """Return the name of the built-in reference of a genome, ``""`` where there is none."""
+    return next((name for name, built_in in BUILT_IN.items() if built_in == genome), "")
 
 
 @lru_cache
@@ -276,154 +274,6 @@ def _few(values: pd.Series) -> str:
     return ", ".join(map(str, pd.unique(values)[:3]))
 
 
-@contextlib.contextmanager
-def _open_text(path: str | Path) -> Iterator[IO[str]]:
-    """Open a plain or gzipped text file, whatever its name; `InputError` where it is neither."""
-    try:
-        with open(path, "rb") as handle:
-            packed = handle.read(2) == b"\x1f\x8b"
-        with (gzip.open if packed else open)(path, "rt", encoding="utf-8") as text:
-            yield text
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(
-            f"cannot read {path}: {error}", hint="check the path, or copy the file again"
-        ) from error
-
-
-def read_bed(path: str | Path) -> pd.DataFrame:
-    """Read the regions of a BED file, plain or gzipped: ``chrom, start, end``; duplicates kept once."""
-    rows = []
-    with _open_text(path) as handle:
-        for number, line in enumerate(handle, start=1):
-            fields = line.split()
-            if not fields or fields[0] in ("browser", "track") or fields[0].startswith("#"):
-                continue
-            numeric = len(fields) >= 3 and all(_POSITION.fullmatch(field) for field in fields[1:3])
-            if not numeric or int(fields[1]) >= int(fields[2]):
-                raise InputError(
-                    f"{path} line {number} is not a BED region: {line.strip()[:60]!r}",
-                    hint="wanted: chrom, start, end, separated by tabs, with start < end",
-                )
-            rows.append((fields[0], int(fields[1]), int(fields[2])))
-    return pd.DataFrame(rows, columns=CCRE_COLUMNS).drop_duplicates(ignore_index=True)
-
-
-def read_gtf(path: str | Path) -> pd.DataFrame:
-    """Read the genes of a GTF file, plain or gzipped.
-
-    Returns
-    -------
-    Columns ``gene_id`` (Ensembl versions stripped), ``gene_name``, ``chrom, start, end`` (0-based,
-    half-open), ``strand``; in file order, each gene id once, pseudoautosomal copies on chrY left out.
-    """
-    lines = pd.DataFrame(_gtf_lines(path), columns=["feature", *GENE_COLUMNS])
-    if not len(lines):
-        raise InputError(
-            f"{path} has no GTF line with a gene_id", hint="give a gene annotation in GTF, not GFF3"
-        )
-    genes = lines[lines["feature"] == "gene"]
-    if not len(genes):
-        extent = dict.fromkeys(GENE_COLUMNS, "first") | {"start": "min", "end": "max"}
-        genes = lines.groupby("gene_id", sort=False).agg(extent)
-    genes = genes[~genes["gene_id"].str.endswith("_PAR_Y")]
-    genes = genes.assign(gene_id=strip_versions(genes["gene_id"]))
-    return genes.drop_duplicates("gene_id").reset_index(drop=True)[GENE_COLUMNS]
-
-
-def _gtf_lines(path: str | Path) -> Iterator[tuple[str, str, str, str, int, int, str]]:
-    gene_id = re.compile(r'gene_id "([^"]*)"')
-    gene_name = re.compile(r'gene_name "([^"]*)"|(?<!\w)gene "([^"]*)"')
-    with _open_text(path) as handle:
-        for number, line in enumerate(handle, start=1):
-            fields = line.split("\t")
-            identity = gene_id.search(fields[8]) if len(fields) >= 9 else None
-            if line.startswith("#") or identity is None:
-                continue
-            name = gene_name.search(fields[8])
-            label = (name.group(1) or name.group(2)) if name else identity.group(1)
-            strand = fields[6] if fields[6] in "+-" else ""
-            if not (_POSITION.fullmatch(fields[3]) and _POSITION.fullmatch(fields[4])):
-                raise InputError(
-                    f"{path} line {number} has no positions: {line.strip()[:60]!r}",
-                    hint="wanted: GTF, with start and end in columns 4 and 5",
-                )
-            yield fields[2], identity.group(1), label, fields[0], int(fields[3]) - 1, int(fields[4]), strand
-
-
-def strip_versions(ids: pd.Series) -> pd.Series:
-    """Strip the version of Ensembl gene ids (``ENSG00000223972.6``); other names stay as they are."""
-    return ids.astype(str).str.replace(ENSEMBL, r"\1", regex=True)
-
-
-def gene_identity(var: pd.DataFrame) -> pd.DataFrame:
-    """Find ids and names of genes in an AnnData's `var`.
-
-    Returns
-    -------
-    Columns ``gene_id`` (Ensembl id without version where the index or a column of `var` has one, else the
-    name) and ``gene_name`` (a column of `NAME_COLUMNS` where the index holds ids, else the index); one row
-    per feature.
-    """
-    index = strip_versions(pd.Series(var.index.astype(str)))
-    gene_id, gene_name = index, index
-    if not index.str.match(ENSEMBL).mean() > 0.5:
-        for column in var.columns:
-            values = strip_versions(pd.Series(var[column].to_numpy()))
-            if values.str.match(ENSEMBL).mean() > 0.5:
-                gene_id = values.where(values.str.match(ENSEMBL), index)
-                break
-    else:
-        for column in NAME_COLUMNS:
-            if column in var:
-                gene_name = pd.Series(var[column].to_numpy()).astype(str)
-                break
-    return pd.DataFrame({"gene_id": gene_id.to_numpy(object), "gene_name": gene_name.to_numpy(object)})
-
-
-def peak_regions(var: pd.DataFrame) -> pd.DataFrame:
-    """Find the regions of peaks in `var`: its index, or 10x ``interval``, or ``chrom, start, end``.
-
-    Raises
-    ------
-    InputError
-        Naming a peak that is no region and has no coordinates.
-    """
-    try:
-        return parse_regions(var.index)
-    except InputError:
-        found = stated_coordinates(var)[CCRE_COLUMNS]
-        if (found["start"] < 0).any():
-            raise
-        return found
-
-
-def stated_coordinates(var: pd.DataFrame) -> pd.DataFrame:
-    """Read the columns ``chrom, start, end, strand`` of `var`, or 10x ``interval``.
-
-    Returns
-    -------
-    These columns, one row per feature; ``"", -1, -1, ""`` where `var` does not say, and ``""`` for strands
-    other than ``+, -, 1, -1``.
-    """
-    columns = set(var.columns)
-    if "interval" in columns and not set(CCRE_COLUMNS) <= columns:
-        parts = pd.Series(var["interval"].to_numpy()).astype(str).str.extract(r"^(.+):(\d+)-(\d+)$")
-    else:
-        parts = var.reindex(columns=CCRE_COLUMNS).reset_index(drop=True)
-    chrom, start, end = (parts[column] for column in parts)
-    start, end = pd.to_numeric(start, errors="coerce"), pd.to_numeric(end, errors="coerce")
-    known = chrom.notna() & start.notna() & end.notna()
-    strand = var.reindex(columns=["strand"])["strand"].astype(str).map(STRANDS).fillna("")
-    return pd.DataFrame(
-        {
-            "chrom": chrom.astype(str).where(known, ""),
-            "start": start.where(known, -1).astype(np.int64),
-            "end": end.where(known, -1).astype(np.int64),
-            "strand": np.where(known, strand, "").astype(object),
-        }
-    )
-
-
 def dataset_reference(
     rna_var: pd.DataFrame, atac_var: pd.DataFrame, gtf: str | Path | None = None
 ) -> Reference:
@@ -464,8 +314,8 @@ def _gene_coordinates(
     if gtf is not None:
         return look_up_genes(genes, read_gtf(gtf))
     stated = stated_coordinates(var)
-    species = next((name for name, built_in in BUILT_IN.items() if built_in == genome), None)
-    if "strand" in var or species is None:
+    species = built_in_of(genome)
+    if "strand" in var or not species:
         return stated
     found = look_up_genes(genes, load_reference(species).genes)
     missing = found["start"] < 0

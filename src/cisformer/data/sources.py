@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +18,8 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from cisformer.data.hdf5 import check_claims, damaged, kind_of, open_hdf5
+from cisformer.data.matrices import Reader, describe_values, first_bad, row_reader, sample_values
 from cisformer.errors import CisformerError, InputError
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 Modality = Literal["rna", "atac"]
 Kind = Literal["h5ad", "h5mu", "10x h5", "AnnData"]
-Reader = Callable[[int, int], sp.csr_matrix]
 
 FEATURE_TYPES = {
     "rna": {"gene expression", "gex", "rna"},
@@ -43,13 +43,8 @@ FEATURE_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
 SLOTS = ("layers/counts", "raw/X", "X")
 """Where counts may be, in the order in which they are looked for."""
 
-MAX_COUNT = 1 << 24
-"""No gene is counted more often in a cell; float32, in which counts are summed, holds whole numbers up to here."""
-
 _CONTROL = r"[\x00-\x1f\x7f\ud800-\udfff]"
 """What no line of a text file can hold."""
-
-_SAMPLE = 200_000  # values looked at to tell counts from other values
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +67,8 @@ class Source:
         How it is stored: ``csr``, ``csc`` or ``dense``.
     holds
         What `describe_values` says of the first values.
+    check
+        Raises `InputError` where the file was written to since it was opened.
     """
 
     label: str
@@ -84,6 +81,7 @@ class Source:
     holds: str
     _read: Reader
     _columns: NDArray[np.int64] | None
+    check: Callable[[], None] = lambda: None
 
     @property
     def n_cells(self) -> int:
@@ -99,7 +97,7 @@ class Source:
             Naming a cell with such a value, or where the file is damaged.
         """
         block = self.read(start, end)
-        self._check(block, start)
+        self._check_counts(block, start)
         return block
 
     def read(self, start: int, end: int) -> sp.csr_matrix:
@@ -109,9 +107,9 @@ class Source:
         except MemoryError:
             raise
         except Exception as error:  # HDF5 and scipy raise whatever they come upon in a damaged file
-            raise _damaged(self.label, error) from error
+            raise damaged(self.label, error) from error
         if block.indices.size and not 0 <= block.indices.min() <= block.indices.max() < block.shape[1]:
-            raise _damaged(self.label, f"its matrix holds features outside 0 to {block.shape[1] - 1}")
+            raise damaged(self.label, f"its matrix holds features outside 0 to {block.shape[1] - 1}")
         return block if self._columns is None else sp.csr_matrix(block[:, self._columns])
 
     def blocks(self, n_rows: int) -> Iterator[sp.csr_matrix]:
@@ -119,8 +117,8 @@ class Source:
         for start in range(0, self.n_cells, n_rows):
             yield self.rows(start, min(start + n_rows, self.n_cells))
 
-    def _check(self, block: sp.csr_matrix, start: int) -> None:
-        what, bad = _first_bad(block.data, whole=self.modality == "rna")
+    def _check_counts(self, block: sp.csr_matrix, start: int) -> None:
+        what, bad = first_bad(block.data, whole=self.modality == "rna")
         if not what:
             return
         cell = self.obs.index[start + int(np.searchsorted(block.indptr, bad, side="right")) - 1]
@@ -128,21 +126,6 @@ class Source:
             f"{self.label}: {self.slot} of cell {cell} holds {block.data[bad]}, {what}; wanted counts",
             hint="give raw counts in X, raw or layers['counts']",
         )
-
-
-def _first_bad(values: NDArray, *, whole: bool) -> tuple[str, int]:
-    """Return what is wrong with the first value that is not a count, and its position; ``""`` if none is."""
-    if not len(values):
-        return "", 0
-    if not 0 <= values.min() <= values.max() < np.inf:
-        return "negative, infinite or not a number", int(np.argmin((values >= 0) & (values < np.inf)))
-    if whole and values.dtype.kind == "f":
-        fractional = values != np.rint(values)
-        if fractional.any():
-            return "not a whole number", int(np.argmax(fractional))
-    if whole and values.max() > MAX_COUNT:
-        return "more than any gene is counted", int(np.argmax(values))
-    return "", 0
 
 
 @contextlib.contextmanager
@@ -175,7 +158,8 @@ def open_rows(
         if isinstance(data, str | Path) and Path(data).is_dir():
             source = _of_anndata(_read_mtx(Path(data)), modality, str(data), strict)
         elif isinstance(data, str | Path):
-            source = _of_file(stack.enter_context(open_hdf5(data)), modality, str(data), strict)
+            file, check = stack.enter_context(open_hdf5(data))
+            source = replace(_of_file(file, modality, str(data), strict), check=check)
         else:
             source = _of_anndata(data, modality, label or f"the {modality.upper()} AnnData", strict)
         if strict:
@@ -194,7 +178,7 @@ def _announce(source: Source) -> None:
 def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> Source:
     try:
         kind = kind_of(file, label)
-        _check_claims(file, label)
+        check_claims(file, label)
         if kind == "10x h5":
             return _of_10x(file["matrix"], modality, label, strict)
         group = _modality_group(file, modality, label) if kind == "h5mu" else file
@@ -202,32 +186,7 @@ def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> S
     except (CisformerError, MemoryError):
         raise
     except Exception as error:  # of a damaged file, h5py and anndata raise whatever they come upon
-        raise _damaged(label, error) from error
-
-
-def _check_claims(file: h5py.File, label: str) -> None:
-    """Raise `InputError` where a table claims to hold far more than the file can: it would be read into memory."""
-    import h5py
-
-    def claim(name: str, node: h5py.Group | h5py.Dataset) -> None:
-        if not isinstance(node, h5py.Dataset) or node.shape is None or node.nbytes <= _SMALL_BYTES:
-            return
-        if node.is_virtual or node.external or not _NOT_READ.isdisjoint(name.split("/")):
-            return
-        if node.nbytes > _MOST_PACKED * node.id.get_storage_size():
-            raise InputError(
-                f"{label} is damaged: {name} claims {node.nbytes:,} bytes, of which the file holds "
-                f"{node.id.get_storage_size():,}",
-                hint="copy or make the file again",
-            )
-
-    file.visititems(claim)
-
-
-_SMALL_BYTES = 1 << 26
-_NOT_READ = {"obsm", "varm", "obsp", "varp", "uns"}
-_MOST_PACKED = 20_000
-"""What a compressed table may hold per byte of the file; gzip reaches 1,032, zstd more."""
+        raise damaged(label, error) from error
 
 
 def is_10x_folder(folder: Path) -> bool:
@@ -253,65 +212,7 @@ def _read_mtx(folder: Path) -> AnnData:
     try:
         return scanpy.read_10x_mtx(folder, gex_only=False)
     except Exception as error:  # pandas, scipy and gzip raise whatever they come upon
-        raise _damaged(str(folder), error) from error
-
-
-@contextlib.contextmanager
-def open_hdf5(path: str | Path) -> Iterator[h5py.File]:
-    """Open an HDF5 file for reading; `InputError` where it is missing, damaged, or something else."""
-    import h5py
-
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(
-            f"{path} does not exist; wanted an .h5ad, .h5mu or 10x .h5 file", hint="check the path"
-        )
-    if not h5py.is_hdf5(path):
-        raise InputError(
-            f"{path} is not an HDF5 file; wanted .h5ad, .h5mu or 10x .h5",
-            hint="convert it, for instance scanpy.read(…).write_h5ad(…)",
-        )
-    before = path.stat()
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise _damaged(str(path), error) from error
-    with file:
-        yield file
-    refuse_changed(path, before)
-
-
-def refuse_changed(path: Path, before: os.stat_result) -> None:
-    """Raise `InputError` where the file at `path` is no longer what it was.
-
-    A new file of that name does no harm, the old one was read to its end; a change within it does.
-    """
-    after = path.stat() if path.exists() else before
-    if after.st_ino == before.st_ino and _state(after) != _state(before):
-        raise InputError(f"{path} changed while it was read", hint="run the command again when it is whole")
-
-
-def _state(found: os.stat_result) -> tuple[int, int]:
-    return found.st_mtime_ns, found.st_size
-
-
-def kind_of(file: h5py.File, label: str) -> Literal["h5ad", "h5mu", "10x h5"]:
-    """Tell what an HDF5 file is by its content."""
-    if "mod" in file:
-        return "h5mu"
-    if "obs" in file and "var" in file:
-        return "h5ad"
-    if "matrix" in file and "barcodes" in file["matrix"]:
-        return "10x h5"
-    raise InputError(
-        f"{label} is HDF5, but not h5ad, h5mu or 10x h5: it holds {', '.join(list(file)[:5]) or 'nothing'}",
-        hint="give an AnnData or MuData file, or 10x filtered_feature_bc_matrix.h5 of Cell Ranger 3 or later",
-    )
-
-
-def _damaged(label: str, error: Exception | str) -> InputError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return InputError(f"{label} is cut short or damaged: {reason}", hint="copy or make the file again")
+        raise damaged(str(folder), error) from error
 
 
 def _modality_group(file: h5py.File, modality: Modality, label: str) -> h5py.Group:
@@ -412,7 +313,7 @@ def _source(
         raise InputError(
             f"{label} holds {len(obs):,} cells and {len(chosen):,} features", hint="give another file"
         )
-    layout, read = _reader(node, (len(obs), len(var)), label)
+    layout, read = row_reader(node, (len(obs), len(var)), label)
     return Source(label, kind, modality, obs, chosen, slot, layout, values, read, columns)
 
 
@@ -441,7 +342,7 @@ def _columns_of(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np
 
 def _choose_slot(nodes: dict[str, Any], modality: Modality, label: str, strict: bool) -> tuple[str, str]:
     """Return the first slot that holds counts and what it holds; ATAC may do with other values in X."""
-    found = {name: describe_values(_sample(nodes[name])) for name in SLOTS if name in nodes}
+    found = {name: describe_values(sample_values(nodes[name])) for name in SLOTS if name in nodes}
     found = {name: values for name, values in found.items() if values}
     for slot, values in found.items():
         if values in ("binary", "counts"):
@@ -453,103 +354,3 @@ def _choose_slot(nodes: dict[str, Any], modality: Modality, label: str, strict: 
         f"{label}: no {modality.upper()} counts; wanted whole numbers in layers['counts'], raw or X, found {looks}",
         hint="store the raw counts in layers['counts']",
     )
-
-
-def describe_values(values: NDArray | None) -> str:
-    """Say what matrix values look like.
-
-    Returns
-    -------
-    ``binary``, ``counts``, ``log-normalised``, ``normalised``, ``scaled`` (some are negative), ``missing``
-    (some are NaN or infinite) or ``unreadable`` (no numbers); ``""`` for `None`.
-    """
-    if values is None:
-        return ""
-    if values.dtype.kind not in "buif":
-        return "unreadable"
-    if not np.isfinite(values).all():
-        return "missing"
-    if ((values == 0) | (values == 1)).all():
-        return "binary"
-    if (values == np.rint(values)).all():
-        return "counts"
-    if values.min() < 0:
-        return "scaled"
-    return "log-normalised" if values.max() < 20 else "normalised"
-
-
-def _sample(node: Any) -> NDArray | None:
-    """Return some of the values of a matrix, on disk or in memory; `None` of an empty slot."""
-    if _is_sparse(node):
-        return np.asarray(node.data[:_SAMPLE] if sp.issparse(node) else node["data"][:_SAMPLE])
-    if len(getattr(node, "shape", ())) != 2:
-        return None
-    return np.asarray(node[: max(1, _SAMPLE // max(node.shape[1], 1))]).ravel()
-
-
-def _is_sparse(node: Any) -> bool:
-    import h5py
-
-    return sp.issparse(node) or (isinstance(node, h5py.Group) and "indptr" in node)
-
-
-def _reader(node: Any, shape: tuple[int, int], label: str) -> tuple[str, Reader]:
-    """Return the layout of a matrix [n_cells, n_features], and how to read rows `start` to `end` of it."""
-    if not _is_sparse(node):
-        if tuple(node.shape) != shape:
-            raise _damaged(
-                label, f"a matrix of {node.shape} for {shape[0]:,} cells and {shape[1]:,} features"
-            )
-        return "dense", lambda start, end: sp.csr_matrix(_numbers(node[start:end]))
-    layout = node.format if sp.issparse(node) else _layout_on_disk(node)
-    if layout not in ("csr", "csc"):
-        raise InputError(f"{label}: the matrix is stored as {layout!r}; wanted csr, csc or dense")
-    if sp.issparse(node):
-        by_row = node.tocsr()
-        return layout, lambda start, end: by_row[start:end]
-    _check_sparse(node, shape[layout == "csc"], label)
-    if layout == "csr":
-        return "csr", _csr_reader(node, shape)
-    logger.info("%s: the matrix is stored by feature (CSC) and is loaded whole", label)
-    whole = _numbers(node["data"][:]), node["indices"][:], node["indptr"][:]
-    if len(whole[1]) and not 0 <= whole[1].min() <= whole[1].max() < shape[0]:
-        raise _damaged(label, f"its matrix holds cells outside 0 to {shape[0] - 1}")
-    transposed = sp.csc_matrix(whole, shape=shape).tocsr()
-    return "csc", lambda start, end: transposed[start:end]
-
-
-def _check_sparse(node: h5py.Group, n_lines: int, label: str) -> None:
-    """Raise `InputError` unless the three arrays of a sparse matrix fit each other and `n_lines` rows or columns."""
-    sizes = {name: node[name].shape for name in ("indptr", "indices", "data")}
-    if sizes["indptr"] != (n_lines + 1,) or sizes["indices"] != sizes["data"]:
-        raise _damaged(label, f"its sparse matrix of {n_lines:,} lines has arrays of {sizes}")
-    indptr = node["indptr"][:]
-    if indptr[0] != 0 or indptr[-1] != len(node["data"]) or (indptr[1:] < indptr[:-1]).any():
-        raise _damaged(label, f"the index pointer does not lead through {len(node['data']):,} entries")
-
-
-def _numbers(values: NDArray) -> NDArray:
-    """Return matrix values in a type that scipy's sparse matrices take."""
-    if values.dtype.kind not in "buif":
-        raise ValueError(f"its matrix holds {values.dtype}, not numbers")
-    if values.dtype in (np.bool_, np.float16):
-        return values.astype(np.float32)
-    return values.astype(values.dtype.newbyteorder("="), copy=False)
-
-
-def _layout_on_disk(node: h5py.Group) -> str:
-    """Return ``csr`` or ``csc``; 10x files hold features x cells in CSC, which is CSR as we read it."""
-    layout = node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "csr"))
-    return (layout.decode() if isinstance(layout, bytes) else str(layout)).removesuffix("_matrix")
-
-
-def _csr_reader(node: h5py.Group, shape: tuple[int, int]) -> Reader:
-    indptr, indices, data = node["indptr"][:], node["indices"], node["data"]
-
-    def read(start: int, end: int) -> sp.csr_matrix:
-        low, high = int(indptr[start]), int(indptr[end])
-        index = indices[low:high]
-        pointer = indptr[start : end + 1].astype(np.int64) - low
-        return sp.csr_matrix((_numbers(data[low:high]), index, pointer), (end - start, shape[1]))
-
-    return read

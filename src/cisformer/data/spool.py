@@ -13,11 +13,13 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
@@ -77,6 +79,23 @@ class Spool:
         if self._values is None:
             raise ValueError("this spool keeps no values")
         return _read_rows(self._values, self.lengths, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class ParkedCells:
+    """Cells in two spools: which row of each is which cell, and what is known of the cells."""
+
+    rna: Spool
+    atac: Spool
+    rna_rows: NDArray[np.int64]
+    atac_rows: NDArray[np.int64]
+    obs: pd.DataFrame
+
+    def take(self, cells: NDArray[np.int64]) -> ParkedCells:
+        """Return some of the cells, in the given order."""
+        return ParkedCells(
+            self.rna, self.atac, self.rna_rows[cells], self.atac_rows[cells], self.obs.iloc[cells]
+        )
 
 
 def _read_rows(

@@ -15,31 +15,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from cisformer.config import Direction
-from cisformer.data.alignment import PairedCells
+from cisformer.data.manifest import BARCODES, CELL_INFO, MANIFEST, new_manifest, read_manifest
 from cisformer.data.reference import Reference, load_reference, save_reference
-from cisformer.data.spool import Spool, write_shard
-from cisformer.errors import ReferenceMismatchError, StoreError, brief, first_complaint
-from cisformer.runtime import atomic_folder, flush_folder, read_json, sha256_file
-from cisformer.runtime import provenance as current_provenance
-
-FORMAT = "cisformer-cells"
-FORMAT_VERSION = 1
-MANIFEST, BARCODES, CELL_INFO = "manifest.json", "barcodes.txt", "cell_info.tsv"
+from cisformer.data.spool import ParkedCells, write_shard
+from cisformer.errors import ReferenceMismatchError, StoreError, brief
+from cisformer.runtime import read_json, sha256_file
 
 SplitName = Literal["train", "val", "test", "all"]
 Modality = Literal["rna", "atac"]
@@ -83,7 +75,7 @@ class CellStore:
         """
         path = Path(path)
         folder = path if path.is_dir() else path.parent
-        manifest = _read_manifest(path, folder)
+        manifest = read_manifest(path, folder)
         if path.suffix != ".pt":
             return cls(folder, manifest)
         names = [shard["file"] for shard in manifest["shards"]]
@@ -278,87 +270,6 @@ def _damaged(path: Path, what: str) -> StoreError:
     return StoreError(f"{path} is damaged: {what}", hint="restore the file, or preprocess the data again")
 
 
-class _ShardRecord(BaseModel):
-    """A shard in a manifest. Its name is one that we give, so that it cannot lead out of the folder."""
-
-    file: Annotated[str, Field(pattern=r"^(atac2rna|rna2atac)_[0-9]+\.pt$")]
-    n_cells: NonNegativeInt
-    rna_nnz: NonNegativeInt
-    atac_nnz: NonNegativeInt
-    bytes: NonNegativeInt
-    sha256: str
-
-
-class _OwnRecord(BaseModel):
-    """A reference that stands in the folder itself."""
-
-    name: str
-    built_in: Literal[False]
-    n_genes: PositiveInt
-    n_ccres: PositiveInt
-    fingerprint: str
-
-
-class _BuiltInRecord(_OwnRecord):
-    """A reference of the package: its name is looked up, and leads nowhere else."""
-
-    name: Literal["human", "mouse"]
-    built_in: Literal[True]  # type: ignore[assignment]
-
-
-class _Manifest(BaseModel):
-    """What is relied on in a `manifest.json`; it holds more."""
-
-    model_config = ConfigDict(strict=True)
-
-    direction: Direction
-    n_cells: NonNegativeInt
-    reference: _BuiltInRecord | _OwnRecord
-    shards: list[_ShardRecord]
-    files: dict[Literal["barcodes.txt", "cell_info.tsv"], str] = {}
-
-
-def _read_manifest(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except OSError as error:
-        splits = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST}"))
-        raise StoreError(
-            f"{path} is not a data set made by `cisformer data_preprocess`: no {MANIFEST} in {folder}",
-            hint=f"give one of its folders: {', '.join(splits)}" if splits else "run data_preprocess first",
-        ) from error
-    except ValueError as error:
-        raise StoreError(f"{folder / MANIFEST} is damaged: {error}", hint="preprocess again") from error
-    if manifest.get("format") != FORMAT:
-        raise StoreError(
-            f"{folder / MANIFEST} does not describe preprocessed cells", hint="give another folder"
-        )
-    version = manifest.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise StoreError(
-            f"{folder} has format version {brief(version)}; wanted {FORMAT_VERSION} or lower",
-            hint="upgrade cisformer",
-        )
-    _check_manifest(manifest, folder)
-    return manifest
-
-
-def _check_manifest(manifest: dict[str, Any], folder: Path) -> None:
-    """Raise `StoreError` naming the first entry of a manifest that is not as it has to be."""
-    try:
-        _Manifest.model_validate(manifest)
-    except ValidationError as error:
-        raise StoreError(
-            f"{folder / MANIFEST} is damaged: {first_complaint(error)}",
-            hint="restore it, or preprocess the data again",
-        ) from None
-    if sum(shard["n_cells"] for shard in manifest["shards"]) != manifest["n_cells"]:
-        raise StoreError(
-            f"{folder / MANIFEST} is damaged: its shards do not hold {manifest['n_cells']:,} cells",
-            hint="restore it, or preprocess the data again",
-        )
-
-
 def find_split(path: str | Path, split: SplitName, direction: Direction | None = None) -> Path | None:
     """Find the folder of a split.
 
@@ -374,88 +285,39 @@ def find_split(path: str | Path, split: SplitName, direction: Direction | None =
     Returns
     -------
     The folder, or `None` if there is none.
+
+    Raises
+    ------
+    StoreError
+        If the splits there were not written together; see `require_one_run`.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     base = folder.parent if (folder / MANIFEST).exists() else folder
     own = folder.name.rpartition("_")[0]
     names = [f"{name}_{split}" for name in (direction, own, "rna2atac", "atac2rna") if name]
-    return next((base / name for name in names if (base / name / MANIFEST).exists()), None)
+    found = next((base / name for name in names if (base / name / MANIFEST).exists()), None)
+    if found is not None:
+        require_one_run(found)
+    return found
 
 
-def write_store(
-    folder: str | Path,
-    blocks: Iterable[PairedCells],
-    reference: Reference,
-    *,
-    direction: Direction,
-    cnt: int = 10_000,
-    cell_info: bool = True,
-    provenance: dict[str, Any] | None = None,
-    split: SplitName = "all",
-    force: bool = False,
-) -> CellStore:
-    """Write aligned cells to a split folder, in the order given.
+def require_one_run(folder: Path) -> None:
+    """Raise `StoreError` where a split and those beside it were not written together.
 
-    Parameters
-    ----------
-    folder
-        The split folder; made whole or not at all.
-    blocks
-        The cells; one block is held at a time.
-    reference
-        What they are aligned to.
-    direction
-        Names the shards.
-    cnt
-        Most cells in a shard.
-    cell_info
-        Whether to write ``cell_info.tsv`` from the blocks' `obs`.
-    provenance
-        Further entries of the manifest's ``provenance``.
-    split
-        Which split this is.
-    force
-        Overwrite an existing folder.
-
-    Raises
-    ------
-    OutputExistsError
-        If `folder` has something in it and `force` is not given.
+    A kill between the renames of ``data_preprocess --force`` leaves splits of two runs, which may share cells.
+    Early versions noted no run in the manifest: nothing is known of their splits.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        parked = stack.enter_context(tempfile.TemporaryDirectory(prefix=".spool", dir=folder.parent))
-        rna = stack.enter_context(Spool(Path(parked), with_values=True))
-        atac = stack.enter_context(Spool(Path(parked), with_values=False))
-        obs = []
-        for block in blocks:
-            rna.append(block.rna)
-            atac.append(block.atac)
-            obs.append(block.obs)
-        info = pd.concat(obs)
-        cells = ParkedCells(rna, atac, np.arange(len(info)), np.arange(len(info)), info)
-        about = {"split": split, "provenance": current_provenance(**(provenance or {}))}
-        temporary = stack.enter_context(atomic_folder(folder, force=force))
-        write_split(temporary, cells, reference, direction, cnt, about, cell_info=cell_info)
-    return CellStore.open(folder)
-
-
-@dataclass(frozen=True, eq=False)
-class ParkedCells:
-    """Cells in two spools: which row of each is which cell, and what is known of the cells."""
-
-    rna: Spool
-    atac: Spool
-    rna_rows: NDArray[np.int64]
-    atac_rows: NDArray[np.int64]
-    obs: pd.DataFrame
-
-    def take(self, cells: NDArray[np.int64]) -> ParkedCells:
-        """Return some of the cells, in the given order."""
-        return ParkedCells(
-            self.rna, self.atac, self.rna_rows[cells], self.atac_rows[cells], self.obs.iloc[cells]
+    folder, runs = folder.absolute(), {}  # absolute: "." has no name
+    for split in ("train", "val", "test"):
+        beside = folder.with_name(f"{folder.name.rpartition('_')[0]}_{split}")
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged: opening it says so
+            runs[beside.name] = read_json(beside / MANIFEST).get("run")
+    other = next((name for name, run in runs.items() if run != runs.get(folder.name, run)), None)
+    if other is not None:
+        raise StoreError(
+            f"{folder.name} and {other} in {folder.parent} come from different runs of data_preprocess",
+            hint="run it again, with --force",
         )
 
 
@@ -472,7 +334,6 @@ def write_split(
     """Fill the empty `folder` of a split, one shard where `cnt` is `None`; `about` goes into its manifest."""
     n_cells = len(cells.obs)
     cnt = cnt or max(n_cells, 1)
-    built_in = reference.is_built_in
     shards = []
     for number, start in enumerate(range(0, n_cells, cnt)):
         path = folder / f"{direction}_{number}.pt"
@@ -482,31 +343,8 @@ def write_split(
     (folder / BARCODES).write_bytes("".join(f"{barcode}\n" for barcode in cells.obs.index).encode())
     if cell_info:
         cells.obs.to_csv(folder / CELL_INFO, sep="\t", index_label="barcode")
-    if not built_in:
+    if not reference.is_built_in:
         save_reference(reference, folder / "reference")
-    manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "direction": direction,
-        "n_cells": n_cells,
-        "reference": reference_record(reference, built_in=built_in),
-        "shards": shards,
-        "files": {
-            name: sha256_file(folder / name) for name in (BARCODES, CELL_INFO) if (folder / name).is_file()
-        },
-        **about,
-    }
+    tables = {name: sha256_file(folder / name) for name in (BARCODES, CELL_INFO) if (folder / name).is_file()}
+    manifest = new_manifest(direction, reference, shards, tables) | about
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    flush_folder(folder)  # so that putting several splits in place takes no time between them
-
-
-def reference_record(reference: Reference, *, built_in: bool) -> dict[str, Any]:
-    """Return what a manifest says of its reference."""
-    return {
-        "name": reference.name,
-        "genome": reference.genome,
-        "built_in": built_in,
-        "n_genes": reference.n_genes,
-        "n_ccres": reference.n_ccres,
-        "fingerprint": reference.fingerprint,
-    }

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from cisformer.config import Config, Direction, dump_config, load_config
 from cisformer.data.batches import Layout
-from cisformer.data.reference import Reference, load_reference, save_reference
+from cisformer.data.reference import BUILT_IN, Reference, load_reference, save_reference
 from cisformer.errors import CheckpointError, ReferenceMismatchError, brief, first_complaint
 from cisformer.model.cis import CisModel
 from cisformer.model.full import export_published, load_published
@@ -30,7 +30,6 @@ from cisformer.runtime import atomic_folder, occasion, provenance, read_json, sh
 
 FORMAT = "cisformer-checkpoint"
 FORMAT_VERSION = 1
-BUILT_IN = ("human", "mouse")
 WEIGHTS, CONFIG, MANIFEST, REFERENCE = "model.safetensors", "config.yaml", "checkpoint.json", "reference"
 
 
@@ -315,6 +314,7 @@ def _load_model(
     try:
         with torch.device("meta"):  # shapes first: a configuration may ask for any amount of memory
             wanted = _new_model(config, layout, manifest["linear_rank"], windows).state_dict()
+        _check_names(folder, tensors, wanted)
         _check_shapes(tensors, wanted)
         model = _new_model(config, layout, manifest["linear_rank"], windows)
         model.load_state_dict(tensors)
@@ -326,10 +326,21 @@ def _load_model(
     return model.eval()
 
 
+def _check_names(folder: Path, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Raise `CheckpointError` where weights are missing or unknown: the file is whole, by its checksum."""
+    names = {"lacks": wanted.keys() - found.keys(), "holds": found.keys() - wanted.keys()}
+    differing = [f"{verb} {brief(sorted(some))}" for verb, some in names.items() if some]
+    if differing:
+        raise CheckpointError(
+            f"{folder} was made by another version of cisformer, whose model differs: it {' and '.join(differing)}",
+            hint="train the model again, or use the version that made it",
+        )
+
+
 def _check_shapes(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    for name in wanted | found:
-        shapes = [tuple(tensors[name].shape) if name in tensors else "none" for tensors in (found, wanted)]
-        if shapes[0] != shapes[1]:
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = tuple(tensor.shape), tuple(wanted[name].shape)
             raise ValueError(f"tensor {name} has shape {shapes[0]}, the config asks for {shapes[1]}")
 
 

@@ -20,6 +20,7 @@ Shapes: B cells, S drawn targets, F known targets, K classes, N tokens of all ce
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -289,11 +290,19 @@ class FullTask(nn.Module):
         task.n_drawn = min(max(1, self.n_drawn), len(rows))
         place = np.searchsorted(self.layout.target_index, rows).clip(max=len(self.prior) - 1)
         known = torch.from_numpy(self.layout.target_index[place] == rows)
-        task.prior.copy_(self.prior.mean(dim=0))
-        task.prior[known] = self.prior[torch.from_numpy(place)][known]
+        prior = self.prior.cpu()
+        task.prior.copy_(prior.mean(dim=0))
+        task.prior[known] = prior[torch.from_numpy(place)][known]
         task.level.copy_(self.level)
         task.class_value.copy_(self.class_value)
         return task.train(self.training)
+
+    def with_chunk(self, n_ccres: int) -> FullTask:
+        """Return a model of the same weights that decodes so many cCREs together."""
+        task = self.with_targets(self.layout.target_index)
+        task.network = copy.copy(self.network)
+        task.network.chunk = n_ccres
+        return task
 
 
 def counts_of(value: Tensor, indptr: Tensor) -> Tensor:
