@@ -1,5 +1,7 @@
 """Ragged attention against dense computations."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ def shared_tokens():
 def attention_written_out(query_QR, token_PR, slot_N, indptr):
     """Return what `ragged_attention` does, cell by cell from its definition."""
     found, mean = [], []
-    for start, stop in zip(indptr, indptr[1:], strict=False):
+    for start, stop in itertools.pairwise(indptr):
         token_TR = token_PR[slot_N[start:stop]]
         found.append((query_QR @ token_TR.T).softmax(-1) @ token_TR)
         mean.append(token_TR.sum(dim=0) / max(1, stop - start))

@@ -112,6 +112,9 @@ class Training(Section):
     keep_epochs: Annotated[int, Field(ge=0)] = Field(
         0, description="Keep the checkpoints of the last N epochs; 0 = of every epoch. `best` is always kept."
     )
+    compile: bool = Field(
+        False, description="Compile the attention blocks (torch.compile); needs a C++ compiler on a CPU."
+    )
     tracker: Literal["none", "tensorboard"] = Field(
         "none", description="Also log to TensorBoard (pip install 'cisformer[tensorboard]')."
     )

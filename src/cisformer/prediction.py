@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MIN_PROB = 0.001
 READ_CELLS = 256
+TINY = np.nextafter(np.float32(0), np.float32(1))
+"""The smallest probability that a sparse matrix has to hold."""
 
 
 @dataclass(frozen=True)
@@ -280,20 +282,27 @@ def _predict_blocks(
         return encode_input(cells.read(rows), layout, max_len, None)
 
     makers = [partial(make, rows) for rows in parts]
-    for batch in prefetch(makers, num_workers):
-        yield model.predict(batch.to(device)).float().cpu().numpy()
+    for batch in prefetch(makers, num_workers, device):
+        yield model.predict(batch).float().cpu().numpy()
     cells.check()  # before the result gets its name
 
 
 def _to_csr(dense: np.ndarray, checkpoint: Checkpoint, *, min_prob: float, binarize: bool) -> sp.csr_matrix:
     """Return known targets [B, F] as CSR over the whole reference."""
+    feature = checkpoint.layout.target_index.astype(np.int32)
     if checkpoint.direction == "rna2atac":
-        dense = _likeliest(dense) if binarize else np.where(dense >= min_prob, dense, 0)
-    row, column = np.nonzero(dense)
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(dense)))])
-    index = checkpoint.layout.target_index[column].astype(np.int32)
+        if binarize:
+            dense = _likeliest(dense)
+        kept = [np.flatnonzero(cell >= max(min_prob, TINY)) for cell in dense]
+    else:
+        kept = [np.flatnonzero(cell) for cell in dense]
     return sp.csr_matrix(
-        (dense[row, column], index, indptr), shape=(len(dense), checkpoint.layout.n_target_reference)
+        (
+            np.concatenate([cell.take(columns) for cell, columns in zip(dense, kept, strict=True)]),
+            np.concatenate([feature.take(columns) for columns in kept]),
+            np.cumsum([0, *map(len, kept)]),
+        ),
+        shape=(len(dense), checkpoint.layout.n_target_reference),
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 import time
@@ -48,9 +49,10 @@ from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.full_task import FullTask
+from cisformer.model.fused import multiplies_bf16
 from cisformer.model.linear import FeatureCounts, LinearStart, blocks, count_features, fit_linear, learn_from
 from cisformer.model.local import Windows, fit_local
-from cisformer.runtime import atomic_path, make_folder, progress
+from cisformer.runtime import atomic_path, best_device, make_folder, progress
 from cisformer.team import Team
 
 if TYPE_CHECKING:
@@ -175,12 +177,25 @@ def train(
         settings = settings.model_copy(update={"model": first.config.model})
     Team.current(cpu=cpu)
     tracker = None if settings.training.tracker == "none" else settings.training.tracker
-    accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=str(save))
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=mixed_precision(cpu=cpu), log_with=tracker, project_dir=str(save)
+    )
     settings = _with_total_gene(settings, cells.train.reference.n_genes)
     folder = Path(resume) if resume is not None else _new_folder(accelerator, Path(save), name, settings)
     run = Run(accelerator, cells, settings, direction, folder)
     run.fit(first, resumed=resume is not None)
     return load_checkpoint(folder / "best", direction)
+
+
+def mixed_precision(*, cpu: bool) -> str:
+    """Return "bf16", "fp16" or "no": what `accelerate launch` asks for, else what the device multiplies fastest."""
+    device = "cpu" if cpu else best_device()
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if asked in ("no", "bf16") or (asked == "fp16" and device == "cuda"):
+        return str(asked)
+    if multiplies_bf16(torch.device(device)):
+        return "bf16"
+    return "fp16" if device == "cuda" else "no"
 
 
 def _settings(config: Config | str | Path | None, direction: Direction, resume: str | Path | None) -> Config:
@@ -313,7 +328,7 @@ class Run:
         metrics = {"linear_rank": start.rank, "linear_ridge": start.ridge}
         return Checkpoint(network, self.config, store.reference, metrics)
 
-    def _prepare(self, model: torch.nn.Module) -> None:
+    def _prepare(self, model: CisModel | FullTask) -> None:
         fused = self.accelerator.device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=fused
@@ -321,7 +336,12 @@ class Run:
         self.scheduler = torch.optim.lr_scheduler.StepLR(
             optimizer, self.settings.gamma_step, self.settings.gamma
         )
+        if self.settings.compile:
+            model.compile_blocks()
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # Without Accelerate's cast around it: validation is in single precision.
+        self.network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        logger.info("training on %s, precision %s", self.accelerator.device, self.accelerator.mixed_precision)
         # The documented architecture sees each cell `multiple` times an epoch, with new draws.
         repeats = self.config.datapreprocess.multiple if self.config.model.architecture == "full" else 1
         self.batches = TrainingBatches(
@@ -340,11 +360,10 @@ class Run:
         torch.manual_seed(hash((self.settings.SEED, epoch, self.accelerator.process_index)) % 2**63)
         total, n_cells = 0.0, 0
         steps = self.batches.n_steps
-        for step, batch in enumerate(progress(self.batches.epoch(epoch), total=steps, desc=f"epoch {epoch}")):
+        batches = self.batches.epoch(epoch, self.accelerator.device)
+        for step, batch in enumerate(progress(batches, total=steps, desc=f"epoch {epoch}")):
             rows, together = self.batches.step_rows(epoch, step)
-            loss = self._step(
-                batch.to(self.accelerator.device), len(rows), together, f"epoch {epoch}, batch {step}"
-            )
+            loss = self._step(batch, len(rows), together, f"epoch {epoch}, batch {step}")
             total, n_cells = total + loss * together, n_cells + together
         self.scheduler.step()
         return total / max(n_cells, 1)
@@ -396,15 +415,14 @@ class Run:
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Return the validation loss of the model and of the mean profile, over all cells and targets."""
-        network = self.accelerator.unwrap_model(self.model)
-        network.eval()
+        self.network.eval()
+        device = self.accelerator.device
         rows = self.cells.val_rows[self.accelerator.process_index :: self.accelerator.num_processes]
         sums = torch.zeros(2, dtype=torch.float64)
-        for batch in validation_batches(self.cells.val, rows, self.layout, self.config):
-            on_device = batch.to(self.accelerator.device)
-            both = torch.stack([network(on_device).float(), network.mean_loss(on_device).float()])
+        for batch in validation_batches(self.cells.val, rows, self.layout, self.config, device):
+            both = torch.stack([self.network(batch).float(), self.network.mean_loss(batch).float()])
             sums += both.cpu().double().sum(dim=1)  # Apple's GPUs have no float64
-        total = self.accelerator.reduce(sums.float().to(self.accelerator.device), "sum").cpu().double()
+        total = self.accelerator.reduce(sums.float().to(device), "sum").cpu().double()
         total = sums if self.accelerator.num_processes == 1 else total
         return dict(
             zip(("val_loss", "mean_val_loss"), (total / len(self.cells.val_rows)).tolist(), strict=True)
@@ -432,9 +450,8 @@ class Run:
 
     def _save(self, record: dict[str, Any]) -> None:
         """Write the checkpoint, `best` if it is, the optimizer's state, and the line of metrics, in this order."""
-        network = self.accelerator.unwrap_model(self.model)
         epoch = record["epoch"]
-        checkpoint = Checkpoint(network, self.config, self.reference, record)
+        checkpoint = Checkpoint(self.network, self.config, self.reference, record)
         folder = save_checkpoint(checkpoint, self.folder / f"epoch{epoch}")
         if min(self.history, key=lambda r: r["val_loss"])["epoch"] == epoch:
             save_checkpoint(checkpoint, self.folder / "best")
@@ -540,7 +557,13 @@ def make_layout(counts: FeatureCounts, direction: Direction, store: CellStore) -
     return layout
 
 
-def validation_batches(store: CellStore, rows: np.ndarray, layout: Layout, config: Config) -> Iterator[Batch]:
+def validation_batches(
+    store: CellStore,
+    rows: np.ndarray,
+    layout: Layout,
+    config: Config,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
     """Yield batches with all targets and a fixed choice of tokens."""
     limits = config.datapreprocess
     max_len = None if limits.enc_max_len == "whole" else limits.enc_max_len
@@ -550,4 +573,4 @@ def validation_batches(store: CellStore, rows: np.ndarray, layout: Layout, confi
         return add_targets(batch, read_modality(store, part, layout.target_modality), layout)
 
     makers = [partial(make, part) for part in blocks(rows, config.training.batch_size)]
-    yield from prefetch(makers, config.training.num_workers)
+    yield from prefetch(makers, config.training.num_workers, device)

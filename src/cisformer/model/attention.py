@@ -146,7 +146,9 @@ class Blocks:
         """Yield a few blocks at a time: which, their tokens (flat), and their empty places."""
         size = BLOCKS_AT_ONCE["cpu" if self.slot.device.type == "cpu" else "gpu"]
         starts = range(0, len(self.slot), size)
-        bounds = torch.searchsorted(self.empty.cpu(), torch.tensor([*starts, len(self.slot)]) * BLOCK).tolist()
+        bounds = torch.searchsorted(
+            self.empty.cpu(), torch.tensor([*starts, len(self.slot)]) * BLOCK
+        ).tolist()
         for start, low, high in zip(starts, bounds, bounds[1:], strict=False):
             at = slice(start, start + size)
             yield at, self.slot[at].flatten(), self.empty[low:high] - start * BLOCK

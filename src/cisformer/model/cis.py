@@ -378,6 +378,11 @@ class CisModel(nn.Module):
         """Return z, white principal components of the input; float [B, K]."""
         return self.projection(batch)
 
+    def compile_blocks(self) -> None:
+        """Compile the attention blocks with torch.compile; names and values of the weights stay."""
+        for block in self.encoder.blocks:
+            block.compile()
+
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tokens]:
         """Return z [B, K], h [B, R] and the batch's distinct inputs."""
         z_BK, tokens = self.projection(batch), self.encoder.tokens(batch)
@@ -386,14 +391,19 @@ class CisModel(nn.Module):
     def eta(self, batch: Batch) -> Tensor:
         """Return the link-scale prediction of the drawn targets, or of all; float [B, S]."""
         z_BK, h_BR, tokens = self.encode(batch)
+        with torch.autocast(h_BR.device.type, enabled=False):
+            return self._move(batch, z_BK, h_BR.float(), tokens)
+
+    def _move(self, batch: Batch, z_BK: Tensor, h_BR: Tensor, tokens: Tokens) -> Tensor:
+        """Return the prediction of cells in these states, in single precision."""
         place_BR = h_BR + F.pad(z_BK, (0, h_BR.shape[1] - z_BK.shape[1]))
         bias, loadings, prior, pace = (
             drawn(x, batch) for x in (self.bias, self.loadings, self.prior / self.scale, self.pace)
         )
         moved_BS = torch.addmm(bias, place_BR, loadings.T)
         if self.cis is not None:
-            moved_BS = moved_BS + self.cis(batch, h_BR, tokens, self._columns(batch))
-        return torch.addcmul(prior, pace, moved_BS)
+            moved_BS += self.cis(batch, h_BR, tokens, self._columns(batch))
+        return moved_BS.mul_(pace).add_(prior)  # in place: with all cCREs of a batch, memory is what costs
 
     def _columns(self, batch: Batch) -> Tensor | None:
         """Return the place of each target among the drawn ones, or −1; `None` where all are wanted."""

@@ -153,6 +153,11 @@ class FullTask(nn.Module):
 
     # ---- training
 
+    def compile_blocks(self) -> None:
+        """Compile the attention layers with torch.compile; names and values of the weights stay."""
+        for layer in self.network.layers:
+            layer.compile()
+
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of each cell over drawn targets, float32 [B]; the draw is fixed in eval mode."""
         drawn = self.draw(batch)
