@@ -2,14 +2,16 @@
 
     python benchmarks/engine.py WORK speed [--cells 1000] [--ccres 100000]
     python benchmarks/engine.py WORK growth [--cells 1000 10000 100000] [--ccres 40000 200000 1000000]
-    python benchmarks/engine.py WORK presets
+    python benchmarks/engine.py WORK presets [--cells 2000]
 
-`speed` takes steps of the default configuration in this process, one thread, counts the operations of its matrix
-products, and runs the prediction commands; beside them stand the rates of a 4096 × 4096 product and of copying
-memory, measured in the same run, and where the time of a step goes. `growth` runs whole commands with the small
-preset and one epoch, on cells with 2,000 genes and 6,000 open cCREs each, human reference, over the number of cells
-at 100,000 cCREs and over the number of cCREs at 1,000 cells, and fits exponents. `presets` trains both presets on
-2,000 simulated cells with planted links and scores the test cells.
+`speed` takes training steps and predicts cells in this process, one thread, and runs the prediction commands. The
+operations of matrix products are counted, and the bytes that go into and come out of every operator, and stand
+beside the rates of a 4096 × 4096 product and of copying 1 GB, measured in the same run; then where the time of a step
+goes, and what `compile` changes. What stays in cache between two operators counts as bytes, so that their rate may
+pass that of copying. `growth` runs whole commands with the small preset and one epoch, on cells with 2,000 genes and
+6,000 open cCREs each, human reference, over the number of cells at 100,000 cCREs and over the number of cCREs at
+1,000 cells, and fits exponents. `presets` trains both presets on simulated cells with planted links (5,000 genes,
+40,000 cCREs) and scores the test cells.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +44,8 @@ def main() -> None:
     parser.add_argument("what", choices=["speed", "growth", "presets"])
     parser.add_argument("--cells", type=int, nargs="+")
     parser.add_argument("--ccres", type=int, nargs="+")
+    parser.add_argument("--over", nargs="+", default=["cells", "cCREs"], choices=["cells", "cCREs"])
+    parser.add_argument("--presets", nargs="+", default=["small", "default"], choices=["small", "default"])
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -101,7 +107,8 @@ def growth(options: argparse.Namespace) -> None:
         "cCREs": [(GROWTH_CELLS, n) for n in options.ccres or (40_000, 200_000, 1_000_000)],
     }
     for direction in options.directions:
-        for name, sizes in over.items():
+        for name in options.over:
+            sizes = over[name]
             print(f"\n{direction}, over {name}\n")
             print(
                 "| cells | cCREs | training CPU s | peak GB | prediction CPU s a cell | peak GB | model MB |"
@@ -135,19 +142,25 @@ def growth_row(
 
 def presets(options: argparse.Namespace) -> None:
     """Print time, memory and accuracy of the presets on simulated cells with planted links."""
-    folder = options.work / "presets"
+    n_cells = (options.cells or [2_000])[0]
+    folder = options.work / f"presets_{n_cells}"
     if not (folder / "rna.h5ad").exists():
         folder.mkdir()
-        run([*CISFORMER, "simulate", "-o", ".", "--seed", str(options.seed)], folder)
+        run(
+            [*CISFORMER, "simulate", "-o", ".", "--n_cells", str(n_cells), "--seed", str(options.seed)],
+            folder,
+        )
     shown = {"rna2atac": ("log_loss", "ccre_auroc"), "atac2rna": ("r2", "gene_pearson")}
-    print("| direction | preset | CPU s | peak GB | model MB | epochs | best | scores of test cells |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| direction | preset | CPU s | wall s | peak GB | model MB | epochs | best | scores of test cells |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for direction in options.directions:
         if not (folder / "data" / f"{direction}_train").exists():
             flags = ["--atac2rna"] if direction == "atac2rna" else []
             run([*CISFORMER, "data_preprocess", "-r", "rna.h5ad", "-a", "atac.h5ad", "-s", "data",
                  "--reference", "dataset", *flags], folder)  # fmt: skip
-        for preset in ("small", "default"):
+        for preset in options.presets:
             took, model = train(folder, direction, preset)
             run(
                 [*CISFORMER, "evaluate", "--data", "data", "-m", str(model), "-o", "scores", "--force"],
@@ -159,7 +172,7 @@ def presets(options: argparse.Namespace) -> None:
             best = min(history, key=lambda record: record["val_loss"])["epoch"]
             size = (model / "best" / "model.safetensors").stat().st_size / 1e6
             print(
-                f"| {direction} | {preset} | {took.cpu_s:.0f} | {took.peak_gb:.2f} | {size:.0f} "
+                f"| {direction} | {preset} | {took.cpu_s:.0f} | {took.wall_s:.0f} | {took.peak_gb:.2f} | {size:.0f} "
                 f"| {len(history) - 1} | {best} | {text} |",
                 flush=True,
             )
@@ -168,52 +181,144 @@ def presets(options: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------- speed
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What this machine does in the same run: GFLOP/s of a product, GB/s of copying."""
+
+    product: float
+    copying: float
+
+    @classmethod
+    def measured(cls) -> Machine:
+        import torch
+        from full import product_rate
+
+        return cls(product_rate(torch.float32), copy_rate())
+
+    def beside(self, work: Work, n_cells: int, cpu_s: float) -> str:
+        """Say how fast some work was, and which shares of the machine's rates that is."""
+        flops, gb = (x / cpu_s / 1e9 for x in (work.flops, work.n_bytes))
+        return (
+            f"{n_cells / cpu_s:.1f} cells per CPU s; a cell: {work.flops / n_cells / 1e9:.2f} GFLOP of products "
+            f"({flops:.0f} GFLOP/s, {flops / self.product:.0%} of the rate), {work.n_bytes / n_cells / 1e9:.3f} GB "
+            f"through operators ({gb:.1f} GB/s, {gb / self.copying:.0%} of the rate of copying)"
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations of matrix products, and bytes of what went into and came out of operators."""
+
+    flops: float
+    n_bytes: float
+
+
+def work_of(function: Callable[[], object]) -> Work:
+    """Run a function and count its work."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.flop_counter import FlopCounterMode
+
+    class Bytes(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if (
+                func.overloadpacket is torch.ops.aten.index_select
+            ):  # not the whole table: rows read and written
+                moved = [out, out, args[2]]
+            elif func.overloadpacket is torch.ops.aten.index_add_:  # rows read, added, written
+                moved = [args[3], args[3], args[3], args[2]]
+            else:
+                moved = [] if func.is_view else tree_leaves((args, kwargs, out))
+            self.total += sum(x.numel() * x.element_size() for x in moved if isinstance(x, torch.Tensor))
+            return out
+
+    with Bytes() as counted:
+        function()
+    in_place = {
+        torch.ops.aten.addmm_: lambda _own, a, b, **_rest: 2 * a[0] * a[1] * b[1]
+    }  # not known to torch
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        function()
+    return Work(counter.get_total_flops(), counted.total)
+
+
 def speed(options: argparse.Namespace) -> None:
     """Print rates of training and prediction beside those of the machine."""
     import torch
-    from full import product_rate
 
     torch.set_num_threads(1)
     n_cells, n_ccres = (options.cells or [1_000])[0], (options.ccres or [100_000])[0]
-    rate, bandwidth = product_rate(torch.float32), copy_rate()
-    print(f"torch {torch.__version__}, one thread")
-    print(f"matrix product: {rate:.0f} GFLOP/s in float32; copying: {bandwidth:.1f} GB/s read and written")
+    machine = Machine.measured()
+    print(f"torch {torch.__version__}, one thread, {n_cells:,} cells, {n_ccres:,} cCREs")
+    print(f"matrix product: {machine.product:.0f} GFLOP/s in float32; copying: {machine.copying:.1f} GB/s")
     for direction in options.directions:
         folder = cells_on_disk(options, n_cells, n_ccres, direction)
-        measure_training(folder, direction, rate)
-        _, model = train(folder, direction, "default", epochs=0)
-        took, n_test = predict(folder, direction, model)
-        written = sum(path.stat().st_size for path in (folder / "output").glob("*.h5ad")) / 1e9
-        print(
-            f"{direction} prediction of {n_test} cells, whole command: {took.cpu_s:.1f} CPU s, "
-            f"{n_test / took.cpu_s:.1f} cells per CPU s, {n_test / took.wall_s:.1f} a second, {written:.2f} GB written"
-        )
-        shutil.rmtree(folder / "output")
-    print(f"afterwards: {product_rate(torch.float32):.0f} GFLOP/s, {copy_rate():.1f} GB/s")
+        for preset in options.presets:
+            print(f"\n## {direction}, preset {preset}\n")
+            measure_training(folder, direction, preset, machine)
+            _, model = train(folder, direction, preset, epochs=0)
+            measure_prediction(folder, direction, model, machine)
+    print(f"\nafterwards: {Machine.measured()}")
 
 
-def measure_training(folder: Path, direction: Direction, rate: float, n_steps: int = 3) -> None:
-    """Print cells per CPU second of training steps of the default configuration, and where the time goes."""
+def measure_prediction(folder: Path, direction: Direction, model: Path, machine: Machine) -> None:
+    """Print cells per CPU second of the prediction command, and without its start; write included."""
+    import cisformer
+    from cisformer.data.batches import encode_input, read_modality
+    from cisformer.data.store import CellStore
+
+    took, n_test = predict(folder, direction, model)
+    print(
+        f"prediction of {n_test} cells, whole command: {took.cpu_s:.1f} CPU s, {n_test / took.cpu_s:.1f} cells per "
+        f"CPU s, {n_test / took.wall_s:.1f} a second"
+    )
+    shutil.rmtree(folder / "output")
+    checkpoint = cisformer.load_checkpoint(model / "best")
+    cells, written = folder / "data" / f"{direction}_train", folder / "predicted.h5ad"
+    started, clock = time.process_time(), time.perf_counter()
+    cisformer.predict(checkpoint, cells, output=written, device="cpu", force=True)
+    cpu_s, wall_s = time.process_time() - started, time.perf_counter() - clock
+    store, layout = CellStore.open(cells), checkpoint.layout
+    batch = encode_input(read_modality(store, np.arange(16), layout.input_modality), layout, None, None)
+    work = work_of(lambda: checkpoint.model.predict(batch))
+    of_all = Work(work.flops * store.n_cells / 16, work.n_bytes * store.n_cells / 16)
+    print(
+        f"prediction of {store.n_cells} cells without the program's start: "
+        f"{machine.beside(of_all, store.n_cells, cpu_s)}; "
+        f"{store.n_cells / wall_s:.1f} a second, {written.stat().st_size / 1e9:.2f} GB written",
+        flush=True,
+    )
+    written.unlink()
+
+
+def measure_training(
+    folder: Path, direction: Direction, preset: Preset, machine: Machine, n_steps: int = 4
+) -> None:
+    """Print cells per CPU second of training steps, plain and compiled, and where the time goes."""
     import tempfile
 
     from accelerate import Accelerator
     from torch.profiler import ProfilerActivity, profile
-    from torch.utils.flop_counter import FlopCounterMode
 
-    from cisformer.training import Cells
+    from cisformer.training import Cells, mixed_precision
     from cisformer.training import Run as TrainingRun
 
-    config = default_config(direction)
+    config = default_config(direction, preset)
     cells = Cells.open(folder / "data", None, direction, 0)
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision(cpu=True))
     with tempfile.TemporaryDirectory() as save:
-        training = TrainingRun(Accelerator(cpu=True), cells, config, direction, Path(save))
+        training = TrainingRun(accelerator, cells, config, direction, Path(save))
         started = time.process_time()
         checkpoint = training._linear_checkpoint()
         start_s = time.process_time() - started
     training.layout, training.reference = checkpoint.layout, checkpoint.reference
     training._prepare(checkpoint.model)
     training.model.train()
-    batches = list(zip(range(n_steps + 2), training.batches.epoch(1), strict=False))
+    batches = list(zip(range(n_steps + 1), training.batches.epoch(1), strict=False))
 
     def steps(some: list) -> int:
         for number, batch in some:
@@ -221,34 +326,29 @@ def measure_training(folder: Path, direction: Direction, rate: float, n_steps: i
             training._step(batch, len(rows), together, "benchmark")
         return sum(batch.n_cells for _, batch in some)
 
-    steps(batches[:1])
-    started = time.process_time()
-    done = steps(batches[1 : n_steps + 1])
-    cell_s = (time.process_time() - started) / done
-    with FlopCounterMode(display=False) as counter:
-        counted = steps(batches[-1:])
-    flops = (counter.get_total_flops() + pool_flops(training, batches[-1][1])) / counted
-    achieved = flops / cell_s / 1e9
+    def cpu_seconds() -> float:
+        steps(batches[:1])
+        started = time.process_time()
+        n_cells = steps(batches[1:])
+        return (time.process_time() - started) / n_cells
+
+    cell_s, (n_cells, some) = cpu_seconds(), (batches[1][1].n_cells, batches[1:2])
     print(
-        f"\n{direction} training, default configuration: {1 / cell_s:.1f} cells per CPU s "
-        f"(closed-form start of {len(cells.train_rows)} cells: {start_s:.0f} CPU s); products of "
-        f"{flops / 1e9:.2f} GFLOP a cell, {achieved:.0f} GFLOP/s, {achieved / rate:.0%} of the rate of a large one"
+        f"training, precision {accelerator.mixed_precision}: "
+        f"{machine.beside(work_of(lambda: steps(some)), n_cells, cell_s * n_cells)}; closed-form start of "
+        f"{len(cells.train_rows)} cells: {start_s:.0f} CPU s"
     )
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        steps(batches[-1:])
+        steps(some)
     found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in found)
     shares = [f"{e.key.removeprefix('aten::')} {e.self_cpu_time_total / total:.0%}" for e in found[:12]]
-    print(f"where a step goes: {', '.join(shares)}\n", flush=True)
-
-
-def pool_flops(training: object, batch: object) -> float:
-    """Return the operations of the latents' attention, forward and backward, which torch's counter leaves out."""
-    pool = training.model.encoder.pool  # type: ignore[attr-defined]
-    n_latents, heads, width = pool.query_LHR.shape
-    indptr = batch.indptr if batch.token is None else batch.token_indptr  # type: ignore[attr-defined]
-    products = 2 + 5  # scores and sum; and their gradients, the scores once more
-    return products * 2.0 * n_latents * heads * width * int(indptr[-1])
+    print(f"where a step goes: {', '.join(shares)}")
+    started = time.process_time()
+    training.network.compile_blocks()
+    steps(batches[:1])
+    first_s = time.process_time() - started
+    print(f"compiled: {cell_s / cpu_seconds():.2f} times as fast, first step {first_s:.0f} CPU s", flush=True)
 
 
 def copy_rate() -> float:

@@ -198,7 +198,7 @@ class CisPath(nn.Module):
         for name in ("indptr", "gene", "ccre", "distance_bin"):
             array = torch.from_numpy(getattr(windows, name))
             self.register_buffer(f"window_{name.removeprefix('distance_')}", array, persistent=False)
-        self._all_pairs: tuple[Tensor, Tensor] | None = None
+        self._all_pairs: Tensor | None = None
         nn.init.zeros_(self.distance_bias.weight)
         nn.init.zeros_(self.pair_value.weight)
 
@@ -224,14 +224,16 @@ class CisPath(nn.Module):
     def edges(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> CisAttention:
         """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn."""
         token_E, pair_E = self._window_edges(batch, column)
-        cell_N = ragged_rows(batch.indptr, len(batch.index))
-        state_NH = self._cell_scores(batch, h_BR, tokens)
-        score_WH, value_WH, slot_E = self._pair_terms(pair_E, tokens)
-        cell_E, gene_E = rows_of(cell_N, token_E), rows_of(self.window_gene, pair_E)
+        cell_E = rows_of(ragged_rows(batch.indptr, len(batch.index)), token_E)
+        gene_E = rows_of(self.window_gene, pair_E)
         place_E, n_columns = self._places(gene_E, column)
-        score_EH = (rows_of(score_WH, slot_E) + rows_of(state_NH, token_E)).float()
+        term_WX, slot_E = self._pair_terms(pair_E, tokens)
+        score_EH, value_EH = rows_of(term_WX, slot_E).split(self.heads, dim=1)
         weight_EH = segment_softmax(
-            score_EH, cell_E * n_columns + place_E, batch.n_cells * n_columns, self.null
+            score_EH + self._cell_scores(batch, h_BR, tokens, token_E),
+            cell_E * n_columns + place_E,
+            batch.n_cells * n_columns,
+            self.null,
         )
         return CisAttention(
             cell_E,
@@ -239,7 +241,7 @@ class CisPath(nn.Module):
             rows_of(batch.index, token_E),
             pair_E,
             weight_EH,
-            rows_of(value_WH, slot_E),
+            value_EH,
             rows_of(self.pair_weight, pair_E),
         )
 
@@ -262,34 +264,39 @@ class CisPath(nn.Module):
         pair = torch.arange(total, device=count.device) + rows_of(start - first, token)
         return token, pair if drawn_pairs is None else rows_of(drawn_pairs, pair)
 
-    def _cell_scores(self, batch: Batch, h_BR: Tensor, tokens: Tokens) -> Tensor:
-        """Return the share of each open cCRE's scores that depends on the cell, float [N, H]."""
+    def _cell_scores(self, batch: Batch, h_BR: Tensor, tokens: Tokens, token_E: Tensor) -> Tensor:
+        """Return the share of each edge's scores that depends on the cell, float [E, H]."""
         query_BHK = self.cell_query(h_BR).unflatten(-1, (self.heads, -1)) * CELL_KEY_DIM**-0.5
-        key_NK = rows_of(self.cell_key(tokens.embedding), rows_of(tokens.place, batch.index))
-        of_cells = key_NK.split(batch.indptr.diff().tolist())
-        return torch.cat([key_TK @ query_HK.T for key_TK, query_HK in zip(of_cells, query_BHK, strict=True)])
+        near_M, place_N = distinct(token_E, len(batch.index))  # tokens with a gene in reach
+        ccre_M = rows_of(tokens.place, rows_of(batch.index, near_M))
+        of_cells = rows_of(self.cell_key(tokens.embedding), ccre_M).split(
+            torch.searchsorted(near_M, batch.indptr).diff().tolist()
+        )
+        score_MH = torch.cat(
+            [key_TK @ query_HK.T for key_TK, query_HK in zip(of_cells, query_BHK, strict=True)]
+        )
+        return rows_of(score_MH, rows_of(place_N, token_E))
 
-    def _pair_terms(self, pair_E: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """Return score and value of distinct pairs, float [W, H] each, and which of them each edge is."""
+    def _pair_terms(self, pair_E: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Return score and value of distinct pairs, float [W, 2 H], and which of them each edge is."""
         if torch.is_grad_enabled() or self.training:
             pair_W, place = distinct(pair_E, len(self.pair_weight))
             slot_W = rows_of(tokens.place, rows_of(self.window_ccre, pair_W))
-            return *self._score_pairs(pair_W, rows_of(tokens.embedding, slot_W)), rows_of(place, pair_E)
+            return self._score_pairs(pair_W, rows_of(tokens.embedding, slot_W)), rows_of(place, pair_E)
         if self._all_pairs is None:
             everything = torch.arange(len(self.pair_weight), device=pair_E.device)
             parts = [
                 self._score_pairs(part, rows_of(tokens.table, rows_of(self.window_ccre, part)))
                 for part in everything.split(PAIRS_AT_ONCE)
             ]
-            scores, values = zip(*parts, strict=True) if parts else ((), ())
-            empty = tokens.table.new_zeros(0, self.heads)
-            self._all_pairs = torch.cat([empty, *scores]), torch.cat([empty, *values])
-        return *self._all_pairs, pair_E
+            self._all_pairs = torch.cat([tokens.table.new_zeros(0, 2 * self.heads), *parts])
+        return self._all_pairs, pair_E
 
-    def _score_pairs(self, pair_W: Tensor, ccre_WR: Tensor) -> tuple[Tensor, Tensor]:
+    def _score_pairs(self, pair_W: Tensor, ccre_WR: Tensor) -> Tensor:
         product_WR = rows_of(self.gene.weight, rows_of(self.window_gene, pair_W)) * ccre_WR
-        distance_WH = rows_of(self.distance_bias.weight, rows_of(self.window_bin, pair_W))
-        return self.pair_score(product_WR) + distance_WH, self.pair_value(product_WR)
+        distance = F.pad(self.distance_bias.weight, (0, self.heads))  # adds to scores alone
+        both = torch.cat([self.pair_score.weight, self.pair_value.weight])
+        return F.linear(product_WR, both) + rows_of(distance, rows_of(self.window_bin, pair_W))
 
 
 def drawn(x: Tensor, batch: Batch) -> Tensor:
