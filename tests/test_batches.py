@@ -1,5 +1,8 @@
 """Batches: normalisation, draws, and the sharing of a step among processes."""
 
+import itertools
+import threading
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -15,7 +18,6 @@ from cisformer.data.batches import (
     normalise_rna,
     prefetch,
     ragged_rows,
-    select_columns,
 )
 from cisformer.data.store import CellStore, find_split
 
@@ -46,12 +48,6 @@ def test_an_empty_cell_stays_zero():
 
 def test_atac_is_made_binary(counts):
     assert set(normalise(sp.csr_matrix(counts), "atac").data) == {1}
-
-
-def test_select_columns_equals_indexing(counts):
-    columns = np.array([1, 4, 5, 17, 29])
-    ours = select_columns(sp.csr_matrix(counts), columns)
-    np.testing.assert_array_equal(ours.toarray(), counts.toarray()[:, columns])
 
 
 def layout_of(direction="rna2atac"):
@@ -141,6 +137,67 @@ def test_targets_are_drawn_where_there_are_more_than_wanted(store, tiny_config):
     n_targets = len(batches.layout.target_index)
     all_targets = dense_targets(batches_of(store, config).draw(1, 0), n_targets)
     assert torch.equal(dense_targets(first, n_targets), all_targets[:, first.columns])
+
+
+@pytest.fixture
+def long_cells():
+    """Cells of 30, 0, 8, 9 and 17 of 30 features, some values equal."""
+    rng = np.random.default_rng(2)
+    dense = np.zeros((5, 30), np.float32)
+    for cell, n_found in zip(dense, (30, 0, 8, 9, 17), strict=True):
+        cell[rng.choice(30, n_found, replace=False)] = rng.integers(1, 5, n_found)
+    return sp.csr_matrix(dense)
+
+
+def seen_of(cells, direction, rng):
+    """Return the tokens that attention is shown of each cell, at most 8, as places within the cell."""
+    layout = Layout(direction, np.arange(30), np.arange(30), 30, 30)
+    batch = encode_input(cells, layout, 8, rng)
+    start = torch.from_numpy(cells.indptr[:-1].astype(np.int64))
+    return [
+        (batch.token[low:high] - first).tolist()
+        for low, high, first in zip(batch.token_indptr, batch.token_indptr[1:], start, strict=False)
+    ]
+
+
+def test_the_highest_genes_and_evenly_spaced_ccres_are_shown(long_cells):
+    rows = [long_cells.data[low:high] for low, high in itertools.pairwise(long_cells.indptr)]
+    highest = [sorted(np.argsort(-row, kind="stable")[:8].tolist()) for row in rows]
+    assert seen_of(long_cells, "rna2atac", None) == highest
+    spaced = [(np.arange(min(8, len(row))) * len(row) // max(1, min(8, len(row)))).tolist() for row in rows]
+    assert seen_of(long_cells, "atac2rna", None) == spaced
+
+
+@pytest.mark.parametrize("direction", ["rna2atac", "atac2rna"])
+def test_drawn_tokens_are_of_their_cell_and_each_is_drawn_as_often(long_cells, direction):
+    rng = np.random.default_rng(0)
+    times = [np.zeros(n) for n in np.diff(long_cells.indptr)]
+    for _ in range(400):
+        for cell, seen in zip(times, seen_of(long_cells, direction, rng), strict=True):
+            assert len(seen) == min(8, len(cell))
+            assert seen == sorted(set(seen))
+            cell[seen] += 1
+    for cell in times:
+        assert (np.abs(cell / 400 - min(1, 8 / max(1, len(cell)))) < 0.12).all()
+
+
+def test_for_a_gpu_threads_leave_batches_in_pinned_memory(long_cells, monkeypatch):
+    """What a machine without a GPU can see of it: every tensor is pinned off the main thread, then sent."""
+    calls = []
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda x: calls.append((threading.current_thread().name, "pin")) or x
+    )
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda x, device, **how: calls.append((threading.current_thread().name, device, how)) or x,
+    )
+    layout = Layout("rna2atac", np.arange(30), np.arange(30), 30, 30)
+    make = lambda: encode_input(long_cells, layout, None, None)  # noqa: E731
+    list(prefetch([make, make], 1, "cuda"))
+    main = threading.current_thread().name
+    assert [call[1] for call in calls if call[0] != main] == ["pin"] * 6
+    assert [call[1:] for call in calls if call[0] == main] == [("cuda", {"non_blocking": True})] * 6
 
 
 def test_an_exception_in_a_worker_reaches_the_caller():

@@ -3,16 +3,20 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from cisformer import training
+from cisformer.config import dump_config
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.linear import count_features, fit_linear, learn_from
-from cisformer.training import Cells, make_layout, train, validation_batches
+from cisformer.training import Cells, make_layout, mixed_precision, train, validation_batches
 
 DIRECTIONS = ["atac2rna", "rna2atac"]
 
@@ -205,3 +209,72 @@ def test_tensorboard_gets_the_losses(tiny_data, tiny_config, tmp_path):
     assert [(e.step, e.value) for e in found] == [
         (r["epoch"], pytest.approx(r["val_loss"], rel=1e-6)) for r in history(best)
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "bf16", "precision"),
+    [
+        (None, True, True, "bf16"), (None, True, False, "fp16"), (None, False, True, "bf16"),
+        (None, False, False, "no"), ("no", True, True, "no"), ("fp16", True, True, "fp16"),
+        ("fp16", False, False, "no"), ("bf16", False, False, "bf16"),
+    ],
+)  # fmt: skip
+def test_precision_is_what_the_launcher_says_or_the_device_does_fastest(
+    asked, gpu, bf16, precision, monkeypatch
+):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if asked:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    monkeypatch.setattr(training, "best_device", lambda: "cuda" if gpu else "cpu")
+    monkeypatch.setattr(training, "multiplies_bf16", lambda device: bf16)
+    assert mixed_precision(cpu=False) == precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_half_precision_spares_the_closed_form(direction, dtype, tiny_checkpoints, tiny_data):
+    """Where the transformer adds nothing yet, the loss is that of single precision; and gradients are finite."""
+    folder = tiny_checkpoints[direction].folder.parent
+    model = load_checkpoint(folder / "epoch0").model
+    store = CellStore.open(find_split(tiny_data[direction], "val"))
+    batch = next(iter(validation_batches(store, np.arange(9), *layout_and_config(folder))))
+    with torch.autocast("cpu", dtype=dtype):
+        half = model(batch)
+    torch.testing.assert_close(half, model(batch), rtol=1e-6, atol=0)
+    half.mean().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    trained = load_checkpoint(folder / "epoch2").model
+    with torch.autocast("cpu", dtype=dtype), torch.no_grad():
+        half = trained(batch)
+    with torch.no_grad():
+        torch.testing.assert_close(half, trained(batch), rtol=1e-3, atol=1e-5)
+
+
+def layout_and_config(folder):
+    saved = load_checkpoint(folder / "epoch0")
+    return saved.layout, saved.config
+
+
+def test_without_a_compiler_blocks_are_not_compiled(tiny_data, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = tiny_config("rna2atac", compile=True)
+    with pytest.raises(TrainingError, match="no C\\+\\+ compiler"):
+        train(tiny_data["rna2atac"], direction="rna2atac", config=config, save=tmp_path / "save", cpu=True)
+    assert not (tmp_path / "save").exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_train_to_the_same_losses(tiny_checkpoints, tiny_data, tiny_config, tmp_path):
+    """In a process of its own: the compiler warns of what is not ours."""
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(tiny_config("rna2atac", compile=True, epoch=1)))
+    data = tiny_data["rna2atac"]
+    command = [sys.executable, "-m", "cisformer", "rna2atac_train", "-t", data / "rna2atac_train",
+               "-v", data / "rna2atac_val", "-n", "compiled", "-c", config, "-s", tmp_path]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    best = load_checkpoint(next(tmp_path.glob("*_compiled")) / "best")
+    plain = history(tiny_checkpoints["rna2atac"])[:2]
+    for ours, theirs in zip(history(best), plain, strict=True):
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
+    assert best.model.state_dict().keys() == tiny_checkpoints["rna2atac"].model.state_dict().keys()

@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
-from cisformer.data.batches import Layout, encode_input, read_modality, select_columns
+from cisformer.data.batches import Layout, encode_input, read_modality
 from cisformer.data.store import CellStore
 from cisformer.errors import CheckpointError, InputError
 from cisformer.link_evidence import AttentionSums, WholeAttentionSums, state_profiles
@@ -359,8 +359,8 @@ class _Scorer:
             rna, atac = read_modality(self.store, part, "rna"), read_modality(self.store, part, "atac")
             yield (
                 part,
-                select_columns(rna, self.layout.target_index),
-                select_columns(atac, self.layout.input_index),
+                rna[:, self.layout.target_index],
+                atac[:, self.layout.input_index],
             )
 
     @cached_property

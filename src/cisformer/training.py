@@ -165,6 +165,8 @@ def train(
     from accelerate import Accelerator
 
     settings = _settings(config, direction, resume)
+    if settings.training.compile:
+        _require_compiler(cpu=cpu)
     cells = Cells.open(data, val_data, direction, settings.training.SEED)
     for store in {cells.train.path: cells.train, cells.val.path: cells.val}.values():
         store.verify()
@@ -185,6 +187,15 @@ def train(
     run = Run(accelerator, cells, settings, direction, folder)
     run.fit(first, resumed=resume is not None)
     return load_checkpoint(folder / "best", direction)
+
+
+def _require_compiler(*, cpu: bool) -> None:
+    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
+    if (cpu or best_device() == "cpu") and not any(map(shutil.which, compilers)):
+        raise TrainingError(
+            "the configuration says compile: true, and there is no C++ compiler on this machine",
+            hint="install one, such as g++, or set training.compile to false",
+        )
 
 
 def mixed_precision(*, cpu: bool) -> str:

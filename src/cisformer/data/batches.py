@@ -122,19 +122,9 @@ def normalise(matrix: sp.csr_matrix, modality: Modality) -> sp.csr_matrix:
     return matrix
 
 
-def select_columns(matrix: sp.csr_matrix, columns: np.ndarray) -> sp.csr_matrix:
-    """Return `matrix[:, columns]` for ascending `columns`, in time proportional to its non-zeros."""
-    local = np.full(matrix.shape[1], -1, dtype=np.int64)
-    local[columns] = np.arange(len(columns))
-    moved = local[matrix.indices]
-    keep = moved >= 0
-    indptr = np.concatenate([[0], np.cumsum(keep)])[matrix.indptr]
-    return sp.csr_matrix((matrix.data[keep], moved[keep], indptr), shape=(matrix.shape[0], len(columns)))
-
-
 def read_modality(store: CellStore, rows: np.ndarray, modality: Modality) -> sp.csr_matrix:
     """Return normalised cells [len(rows), whole reference] of one modality of a store."""
-    return normalise(store.rna(rows) if modality == "rna" else store.atac(rows), modality)
+    return normalise_rna(store.rna(rows)) if modality == "rna" else store.atac(rows)
 
 
 def encode_input(
@@ -150,20 +140,15 @@ def encode_input(
         Draws the tokens of longer cells. Without it the choice is fixed and depends on the cell alone: the highest
         expressed genes, or evenly spaced open cCREs.
     """
-    known = select_columns(cells, layout.input_index)
+    known = cells[:, layout.input_index]
     batch = Batch(*(torch.from_numpy(a) for a in _ragged(known)))
-    lengths = np.diff(known.indptr)
-    if max_len is None or lengths.max(initial=0) <= max_len:
+    if max_len is None or np.diff(known.indptr).max(initial=0) <= max_len:
         return batch
-    chosen = [
-        start + _choose(known.data[start:stop], max_len, layout.input_modality, rng)
-        for start, stop in zip(known.indptr[:-1], known.indptr[1:], strict=True)
-    ]
-    indptr = np.concatenate([[0], np.cumsum([len(c) for c in chosen])])
+    seen = _seen(known, max_len, layout.input_modality, rng)
     return replace(
         batch,
-        token=torch.from_numpy(np.concatenate(chosen)),
-        token_indptr=torch.from_numpy(indptr.astype(np.int64)),
+        token=torch.from_numpy(np.flatnonzero(seen)),
+        token_indptr=torch.from_numpy(np.concatenate([[0], np.cumsum(seen)])[known.indptr]),
     )
 
 
@@ -171,24 +156,27 @@ def _ragged(matrix: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data.astype(np.float32)
 
 
-def _choose(
-    value: np.ndarray, max_len: int, modality: Modality, rng: np.random.Generator | None
+def _seen(
+    cells: sp.csr_matrix, max_len: int, modality: Modality, rng: np.random.Generator | None
 ) -> np.ndarray:
-    """Return ascending positions of at most `max_len` tokens of one cell."""
-    if len(value) <= max_len:
-        return np.arange(len(value))
-    if rng is not None:
-        return np.sort(rng.choice(len(value), max_len, replace=False))
-    if modality == "rna":
-        return np.sort(np.argsort(-value, kind="stable")[:max_len])
-    return np.arange(max_len) * len(value) // max_len
+    """Return which of the cells' tokens attention sees, at most `max_len` of each cell; bool [N]."""
+    lengths = np.diff(cells.indptr).astype(np.int64)
+    cell = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.arange(len(cell)) - cells.indptr[cell]
+    if rng is None and modality == "atac":  # the k-th of m is at ⌊k n / m⌋, of n open cCREs
+        n, m = lengths[cell], np.minimum(lengths, max_len)[cell]
+        return -(-(position + 1) * m // n) > -(-position * m // n)
+    order = np.lexsort((-cells.data, cell)) if rng is None else np.argsort(cell + rng.random(len(cell)))
+    seen = np.empty(len(cell), dtype=bool)
+    seen[order] = position < max_len
+    return seen
 
 
 def add_targets(
     batch: Batch, cells: sp.csr_matrix, layout: Layout, columns: np.ndarray | None = None
 ) -> Batch:
     """Return `batch` with the normalised targets of its cells [B, whole reference]."""
-    indptr, index, value = _ragged(select_columns(cells, layout.target_index))
+    indptr, index, value = _ragged(cells[:, layout.target_index])
     return replace(
         batch,
         target_indptr=torch.from_numpy(indptr),

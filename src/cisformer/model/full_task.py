@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from cisformer.config import Config
-from cisformer.data.batches import Batch, Layout, ragged_rows, read_modality, select_columns
+from cisformer.data.batches import Batch, Layout, ragged_rows, read_modality
 from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
@@ -130,7 +130,7 @@ class FullTask(nn.Module):
         n_targets, n_classes = self.prior.shape
         count, total = torch.zeros(n_targets * n_classes), torch.zeros(n_classes)
         for part in blocks(rows):
-            cells = select_columns(read_modality(store, part, "rna"), self.layout.target_index)
+            cells = read_modality(store, part, "rna")[:, self.layout.target_index]
             value, gene = torch.from_numpy(cells.data), torch.from_numpy(cells.indices).long()
             gene_class = self._classes(value, torch.from_numpy(cells.indptr).long())
             count += torch.bincount(gene * n_classes + gene_class, minlength=len(count))

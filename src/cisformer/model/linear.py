@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cisformer.data.batches import Batch, Layout, Modality, ragged_rows, read_modality, select_columns
+from cisformer.data.batches import Batch, Layout, Modality, ragged_rows, read_modality
 from cisformer.data.store import CellStore
 
 logger = logging.getLogger(__name__)
@@ -158,9 +158,10 @@ def fit_projection(cells: sp.csr_matrix, modality: Modality, rank: int, seed: in
     if modality == "atac":
         n_open = np.bincount(cells.indices, minlength=cells.shape[1])
         projection.idf = torch.from_numpy(np.log1p(cells.shape[0] / np.maximum(n_open, 1)).astype(np.float32))
-        cells = cells.copy()
-        per_cell = np.repeat(np.diff(cells.indptr), np.diff(cells.indptr))
-        cells.data = np.log1p(TFIDF_SCALE * projection.idf.numpy()[cells.indices] / per_cell)
+        n_found = np.diff(cells.indptr)
+        weight = TFIDF_SCALE * projection.idf.numpy().take(cells.indices)
+        weight /= np.repeat(n_found.astype(np.float32), n_found)
+        cells = sp.csr_matrix((np.log1p(weight, out=weight), cells.indices, cells.indptr), cells.shape)
     svd = TruncatedSVD(min(rank + 1, min(cells.shape) - 1), random_state=seed, n_iter=7)
     scores = svd.fit_transform(cells)
     depth = np.log1p(np.diff(cells.indptr))
@@ -213,7 +214,7 @@ def cross_products(
     product = -np.outer(z.sum(axis=0, dtype=np.float64), centre)
     start = 0
     for part in blocks(rows):
-        target = select_columns(read_modality(store, part, layout.target_modality), layout.target_index)
+        target = read_modality(store, part, layout.target_modality)[:, layout.target_index]
         product += (target.T @ z[start : start + len(part)].astype(np.float64)).T
         start += len(part)
     return product
@@ -276,8 +277,10 @@ def fit_linear(
     """
     rng = np.random.default_rng([seed, 3])
     sample = np.sort(rng.choice(train, min(len(train), PCA_CELLS), replace=False))
-    cells = select_columns(read_modality(store, sample, layout.input_modality), layout.input_index)
-    projection = fit_projection(cells, layout.input_modality, rank, seed)
+    projection = fit_projection(
+        read_modality(store, sample, layout.input_modality)[:, layout.input_index],
+        layout.input_modality, rank, seed,
+    )  # fmt: skip
     prior, scale = link_moments(counts, layout)
     centre = mean_of(prior, layout.direction)
     product = cross_products(states(projection, store, train, layout), store, train, layout, centre)
@@ -344,7 +347,7 @@ def _select(
     unit = torch.from_numpy(scale)
     for part in blocks(val, 100):
         z = torch.from_numpy(states(projection, store, part, layout))
-        target = select_columns(read_modality(store, part, layout.target_modality), layout.target_index)
+        target = read_modality(store, part, layout.target_modality)[:, layout.target_index]
         dense = torch.from_numpy(target.toarray())
         for penalty, loadings in fits.items():
             eta = torch.from_numpy(prior / scale).repeat(len(part), 1)

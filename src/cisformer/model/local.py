@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from cisformer.data.batches import Layout, read_modality, select_columns
+from cisformer.data.batches import Layout, read_modality
 from cisformer.data.genome import signed_distance, window_pairs
 from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore
@@ -154,8 +154,8 @@ def _some(items: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _read(store: CellStore, rows: np.ndarray, layout: Layout, start: LinearStart) -> _Side:
-    x = select_columns(read_modality(store, rows, layout.input_modality), layout.input_index)
-    y = select_columns(read_modality(store, rows, layout.target_modality), layout.target_index)
+    x = read_modality(store, rows, layout.input_modality)[:, layout.input_index]
+    y = read_modality(store, rows, layout.target_modality)[:, layout.target_index]
     return _Side(x.tocsc(), y.tocsc(), states(start.projection, store, rows, layout).astype(np.float64))
 
 
