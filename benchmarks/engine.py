@@ -26,11 +26,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from preprocess import Run, run, simulate
 
-from cisformer.config import DIRECTIONS, Direction, Preset, default_config, dump_config
+from cisformer.config import DIRECTIONS, Config, Direction, Preset, default_config, dump_config
 
 CISFORMER = [sys.executable, "-m", "cisformer"]
 GROWTH_CCRES, GROWTH_CELLS = 100_000, 1_000
@@ -295,58 +296,79 @@ def measure_prediction(folder: Path, direction: Direction, model: Path, machine:
     written.unlink()
 
 
+@dataclass
+class Steps:
+    """Training steps of a run that stands at its start: the first, to warm up, and others."""
+
+    run: Any
+    first: list
+    others: list
+
+    @classmethod
+    def prepared(
+        cls, folder: Path, direction: Direction, config: Config, accelerator: Any, n_steps: int
+    ) -> Steps:
+        """Fit the closed form to the training cells of `folder` and make `n_steps` batches and one."""
+        import tempfile
+
+        from cisformer.training import Cells
+        from cisformer.training import Run as TrainingRun
+
+        with tempfile.TemporaryDirectory() as save:
+            run = TrainingRun(
+                accelerator, Cells.open(folder / "data", None, direction, 0), config, direction, Path(save)
+            )
+            checkpoint = run._linear_checkpoint()
+        run.layout, run.reference = checkpoint.layout, checkpoint.reference
+        run._prepare(checkpoint.model)
+        run.model.train()
+        batches = run.batches.epoch(1, accelerator.device)
+        made = list(zip(range(n_steps + 1), batches, strict=False))
+        return cls(run, made[:1], made[1:])
+
+    def take(self, some: list) -> int:
+        """Take some of the steps; return their number of cells."""
+        for number, batch in some:
+            rows, together = self.run.batches.step_rows(1, number)
+            self.run._step(batch, len(rows), together, "benchmark")
+        return sum(batch.n_cells for _, batch in some)
+
+
 def measure_training(
     folder: Path, direction: Direction, preset: Preset, machine: Machine, n_steps: int = 4
 ) -> None:
     """Print cells per CPU second of training steps, plain and compiled, and where the time goes."""
-    import tempfile
-
     from accelerate import Accelerator
     from torch.profiler import ProfilerActivity, profile
 
-    from cisformer.training import Cells, mixed_precision
-    from cisformer.training import Run as TrainingRun
+    from cisformer.training import mixed_precision
 
-    config = default_config(direction, preset)
-    cells = Cells.open(folder / "data", None, direction, 0)
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision(cpu=True))
-    with tempfile.TemporaryDirectory() as save:
-        training = TrainingRun(accelerator, cells, config, direction, Path(save))
-        started = time.process_time()
-        checkpoint = training._linear_checkpoint()
-        start_s = time.process_time() - started
-    training.layout, training.reference = checkpoint.layout, checkpoint.reference
-    training._prepare(checkpoint.model)
-    training.model.train()
-    batches = list(zip(range(n_steps + 1), training.batches.epoch(1), strict=False))
-
-    def steps(some: list) -> int:
-        for number, batch in some:
-            rows, together = training.batches.step_rows(1, number)
-            training._step(batch, len(rows), together, "benchmark")
-        return sum(batch.n_cells for _, batch in some)
+    started = time.process_time()
+    steps = Steps.prepared(folder, direction, default_config(direction, preset), accelerator, n_steps)
+    start_s = time.process_time() - started
 
     def cpu_seconds() -> float:
-        steps(batches[:1])
+        steps.take(steps.first)
         started = time.process_time()
-        n_cells = steps(batches[1:])
+        n_cells = steps.take(steps.others)
         return (time.process_time() - started) / n_cells
 
-    cell_s, (n_cells, some) = cpu_seconds(), (batches[1][1].n_cells, batches[1:2])
+    cell_s, some = cpu_seconds(), steps.others[:1]
+    work, n_cells = work_of(lambda: steps.take(some)), some[0][1].n_cells
     print(
-        f"training, precision {accelerator.mixed_precision}: "
-        f"{machine.beside(work_of(lambda: steps(some)), n_cells, cell_s * n_cells)}; closed-form start of "
-        f"{len(cells.train_rows)} cells: {start_s:.0f} CPU s"
+        f"training, precision {accelerator.mixed_precision}: {machine.beside(work, n_cells, cell_s * n_cells)}; "
+        f"closed-form start of {len(steps.run.cells.train_rows)} cells: {start_s:.0f} CPU s"
     )
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        steps(some)
+        steps.take(some)
     found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in found)
     shares = [f"{e.key.removeprefix('aten::')} {e.self_cpu_time_total / total:.0%}" for e in found[:12]]
     print(f"where a step goes: {', '.join(shares)}")
     started = time.process_time()
-    training.network.compile_blocks()
-    steps(batches[:1])
+    steps.run.network.compile_blocks()
+    steps.take(steps.first)
     first_s = time.process_time() - started
     print(f"compiled: {cell_s / cpu_seconds():.2f} times as fast, first step {first_s:.0f} CPU s", flush=True)
 
