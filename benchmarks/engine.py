@@ -112,9 +112,10 @@ def growth(options: argparse.Namespace) -> None:
             sizes = over[name]
             print(f"\n{direction}, over {name}\n")
             print(
-                "| cells | cCREs | training CPU s | peak GB | prediction CPU s a cell | peak GB | model MB |"
+                "| cells | cCREs | training CPU s | peak GB | without mapped files | prediction CPU s a cell "
+                "| peak GB | model MB |"
             )
-            print("|---|---|---|---|---|---|---|")
+            print("|---|---|---|---|---|---|---|---|")
             rows = [growth_row(options, n_cells, n_ccres, direction) for n_cells, n_ccres in sizes]
             x = np.log([size[name == "cCREs"] for size in sizes])
             for at, what in () if len(sizes) < 2 else ((0, "training CPU"), (1, "training memory")):
@@ -130,12 +131,12 @@ def growth_row(
     predicted, n_test = predict(folder, direction, model)
     size = (model / "best" / "model.safetensors").stat().st_size / 1e6
     print(
-        f"| {n_cells:,} | {n_ccres:,} | {trained.cpu_s:.0f} | {trained.peak_gb:.2f} "
+        f"| {n_cells:,} | {n_ccres:,} | {trained.cpu_s:.0f} | {trained.peak_gb:.2f} | {trained.own_gb:.2f} "
         f"| {predicted.cpu_s / n_test:.3f} | {predicted.peak_gb:.2f} | {size:.0f} |",
         flush=True,
     )
     shutil.rmtree(folder / "save")
-    return trained.cpu_s, trained.peak_gb
+    return trained.cpu_s, trained.own_gb
 
 
 # ---------------------------------------------------------------------------------------------- presets

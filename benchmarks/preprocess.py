@@ -36,6 +36,7 @@ class Run:
     cpu_s: float
     wall_s: float
     peak_gb: float
+    own_gb: float  # without pages of mapped files, which the system takes back where memory is short
     log: str
 
     def share(self, stage: str) -> str:
@@ -50,7 +51,7 @@ def run(command: list[str], cwd: Path) -> Run:
     This process stays small, because Linux counts what it holds towards the peak of the process it starts.
     """
     log = cwd / "log.txt"
-    start, peak_kb, n_polls, done = time.perf_counter(), 0, 0, 0
+    start, peak_kb, own_kb, n_polls, done = time.perf_counter(), 0, 0, 0, 0
     with open(log, "w") as handle:
         process = subprocess.Popen(command, cwd=cwd, stdout=handle, stderr=subprocess.STDOUT)
         while not done:
@@ -58,16 +59,17 @@ def run(command: list[str], cwd: Path) -> Run:
             n_polls += 1
             if n_polls % POLLS_PER_SAMPLE == 0:
                 peak_kb = max(peak_kb, memory_kb(process.pid))
+                own_kb = max(own_kb, memory_kb(process.pid, "Pss_Anon"))
             done, status, usage = os.wait4(process.pid, os.WNOHANG)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
     peak_gb = max(peak_kb, usage.ru_maxrss) / 1e6
-    return Run(usage.ru_utime + usage.ru_stime, wall, peak_gb, log.read_text())
+    return Run(usage.ru_utime + usage.ru_stime, wall, peak_gb, own_kb / 1e6, log.read_text())
 
 
-def memory_kb(pid: int) -> int:
+def memory_kb(pid: int, kind: str = "Pss") -> int:
     """Return the memory of a process and all below it: proportional set sizes, kB; 0 where it has ended."""
     try:
         children = [
@@ -75,10 +77,10 @@ def memory_kb(pid: int) -> int:
             for task in Path(f"/proc/{pid}/task").iterdir()
             for child in (task / "children").read_text().split()
         ]
-        share = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+        share = re.search(rf"^{kind}:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
     except OSError:
         return 0
-    return int(share.group(1)) + sum(map(memory_kb, children)) if share else 0
+    return int(share.group(1)) + sum(memory_kb(child, kind) for child in children) if share else 0
 
 
 def preprocess(command: list[str], data: Path, out: Path, *flags: str) -> tuple[Run, float]:

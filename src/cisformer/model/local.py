@@ -154,9 +154,9 @@ def _some(items: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _read(store: CellStore, rows: np.ndarray, layout: Layout, start: LinearStart) -> _Side:
-    x = read_modality(store, rows, layout.input_modality)[:, layout.input_index]
-    y = read_modality(store, rows, layout.target_modality)[:, layout.target_index]
-    return _Side(x.tocsc(), y.tocsc(), states(start.projection, store, rows, layout).astype(np.float64))
+    x = read_modality(store, rows, layout.input_modality)[:, layout.input_index].tocsc()
+    y = read_modality(store, rows, layout.target_modality)[:, layout.target_index].tocsc()
+    return _Side(x, y, states(start.projection, store, rows, layout).astype(np.float64))
 
 
 def _residual(side: _Side, gene: int, start: LinearStart) -> np.ndarray:
