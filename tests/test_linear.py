@@ -8,6 +8,7 @@ from sklearn.linear_model import Ridge
 
 from cisformer.data.batches import encode_input, read_modality
 from cisformer.data.store import CellStore, find_split
+from cisformer.model import linear
 from cisformer.model.linear import (
     LEAST_PACE,
     count_features,
@@ -133,6 +134,24 @@ def test_validation_chooses_no_rank_where_inputs_say_nothing(tiny_data):
     signal = fit_linear(store, train, store, val, layout, counts, rank=5, ridge="auto", seed=0)
     assert signal.rank > 0
     assert np.abs(start.loadings).mean() < 0.5 * np.abs(signal.loadings).mean()
+
+
+@pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])
+def test_some_targets_choose_for_all(direction, tiny_data, monkeypatch):
+    """Rank and penalty are those that the drawn targets would choose alone; loadings are of every target."""
+    store = CellStore.open(find_split(tiny_data[direction], "train"))
+    rows = np.arange(store.n_cells)
+    counts = count_features(store, rows, direction)
+    layout = make_layout(counts, direction, store)
+    data = store, rows[:120], store, rows[120:], layout, counts
+    monkeypatch.setattr(linear, "SELECTION_TARGETS", 40)
+    start = fit_linear(*data, rank=5, ridge="auto", seed=0)
+    given = fit_linear(*data, rank=5, ridge=start.ridge, seed=0)
+    assert start.loadings.shape == (len(layout.target_index), 5)
+    np.testing.assert_array_equal(start.loadings[:, : start.rank], given.loadings[:, : start.rank])
+    assert not start.loadings[:, start.rank :].any()
+    monkeypatch.setattr(linear, "SELECTION_TARGETS", len(layout.target_index) - 1)
+    assert abs(np.log(fit_linear(*data, rank=5, ridge="auto", seed=0).ridge / start.ridge)) < np.log(50)
 
 
 def test_projection_does_not_depend_on_the_batch(fitted):

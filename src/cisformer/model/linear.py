@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -31,7 +31,8 @@ from cisformer.data.store import CellStore
 logger = logging.getLogger(__name__)
 TFIDF_SCALE = 1e4
 PCA_CELLS = 20_000
-SELECTION_CELLS = 1_000
+SELECTION_CELLS, SELECTION_TARGETS = 1_000, 50_000
+"""Most validation cells and targets of them that rank and penalty are chosen by."""
 BLOCK_CELLS = 1_000
 LEAST_PACE = 0.01
 PENALTIES = (1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 250.0, 500.0, 1_000.0, 3_000.0, 10_000.0)
@@ -285,18 +286,27 @@ def fit_linear(
     centre = mean_of(prior, layout.direction)
     product = cross_products(states(projection, store, train, layout), store, train, layout, centre)
     relative = (projection.sd[0] / projection.sd).numpy()
-    fits = {
-        penalty: solve(product, prior, scale, len(train), penalty * relative, layout.direction)
-        for penalty in (PENALTIES if ridge == "auto" else (float(ridge),))
-    }
-    if ridge != "auto" or len(val) == 0:
-        penalty = 30.0 if ridge == "auto" else float(ridge)
-        return LinearStart(projection, prior, scale, fits[penalty], product.shape[0], penalty)
-    chosen = np.sort(rng.choice(val, min(len(val), SELECTION_CELLS), replace=False))
-    best_rank, best = _select(fits, projection, val_store, chosen, layout, prior, scale)
-    loadings = fits[best].copy()
+    best_rank, best = product.shape[0], 30.0 if ridge == "auto" else float(ridge)
+    if ridge == "auto" and len(val):
+        chosen = np.sort(rng.choice(val, min(len(val), SELECTION_CELLS), replace=False))
+        n_targets = len(layout.target_index)
+        judged = np.sort(rng.choice(n_targets, min(n_targets, SELECTION_TARGETS), replace=False))
+        part = replace(layout, target_index=layout.target_index[judged])
+        fits = {
+            penalty: solve(
+                product[:, judged],
+                prior[judged],
+                scale[judged],
+                len(train),
+                penalty * relative,
+                layout.direction,
+            )
+            for penalty in PENALTIES
+        }
+        best_rank, best = _select(fits, projection, val_store, chosen, part, prior[judged], scale[judged])
+        logger.info("linear start: %d components, penalty %g", best_rank, best)
+    loadings = solve(product, prior, scale, len(train), best * relative, layout.direction)
     loadings[:, best_rank:] = 0
-    logger.info("linear start: %d components, penalty %g", best_rank, best)
     return LinearStart(projection, prior, scale, loadings, best_rank, best)
 
 
