@@ -77,6 +77,24 @@ def test_ragged_attention_has_the_gradient_of_attention_written_out(shared_token
         torch.testing.assert_close(ours, theirs)
 
 
+def test_a_gradient_of_a_gradient_is_refused_not_wrong(shared_tokens):
+    query = shared_tokens[0]
+    (gradient,) = torch.autograd.grad(
+        ragged_attention(*shared_tokens)[0].square().sum(), query, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_ragged_attention_is_in_single_precision_under_autocast_too(shared_tokens):
+    query, token, slot, indptr = shared_tokens
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = torch.autograd.grad(ragged_attention(query, token, slot, indptr)[0].square().sum(), (query, token))
+    whole = torch.autograd.grad(ragged_attention(query, token, slot, indptr)[0].square().sum(), (query, token))
+    for left, right in zip(half, whole, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("shift", [-1e3, 1e3])
 def test_ragged_attention_survives_large_scores(shared_tokens, shift):
     """Tokens with one coordinate in common, by which every score moves and no weight does."""

@@ -210,3 +210,27 @@ def test_probabilities_and_expression_are_in_range(shaken, tiny_data, tiny_confi
     store, layout, _, _, model = started("rna2atac", tiny_data, tiny_config("rna2atac"))
     probability = shake(model).predict(batch_of(store, layout, np.arange(8)))
     assert 0 <= probability.min() < probability.max() <= 1
+
+
+def test_pairs_computed_ahead_are_forgotten_with_the_weights_they_came_of(tiny_data, tiny_config):
+    store, layout, _, _, model = started("atac2rna", tiny_data, tiny_config("atac2rna"))
+    batch = batch_of(store, layout, np.arange(6))
+    before = model.predict(batch)
+    weights = {name: tensor.clone() for name, tensor in shake(model.train()).eval().state_dict().items()}
+    expected = model.predict(batch)
+    assert (expected - before).abs().max() > 0.01
+    _, _, _, _, other = started("atac2rna", tiny_data, tiny_config("atac2rna"))
+    torch.testing.assert_close(other.predict(batch), before)
+    other.load_state_dict(weights)
+    torch.testing.assert_close(other.predict(batch), expected)
+    assert other.cis._all_pairs is not None
+    assert other.to("meta").cis._all_pairs is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's compiler, by itself
+@pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])
+def test_every_attention_block_is_compiled_where_asked(direction, tiny_data, tiny_config):
+    *_, model = started(direction, tiny_data, tiny_config(direction))
+    assert [block._compiled_call_impl for block in model.encoder.blocks] == [None]
+    model.compile_blocks()
+    assert all(block._compiled_call_impl is not None for block in model.encoder.blocks)

@@ -23,8 +23,13 @@ pytestmark = pytest.mark.skipif(
 
 
 def fresh(checkpoint):
-    """Load a checkpoint once more: a model moves to the device that it is used on."""
-    return load_checkpoint(checkpoint.folder.parent / "epoch2")
+    """Load a checkpoint once more, its weights moved so far that every path counts."""
+    shaken = load_checkpoint(checkpoint.folder.parent / "epoch2")
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in shaken.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return shaken
 
 
 def loss_and_gradients(checkpoint, store, device, dtype=None):
@@ -82,7 +87,9 @@ def test_training_starts_from_the_same_loss_and_comes_as_far(
     )
     expected = tiny_checkpoints[direction].metrics
     assert best.metrics["linear_val_loss"] == pytest.approx(expected["linear_val_loss"], rel=1e-4)
-    assert best.metrics["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-2)
+    gained = [record["linear_val_loss"] - record["val_loss"] for record in (best.metrics, expected)]
+    assert gained[0] == pytest.approx(gained[1], rel=0.3)
+    assert gained[1] > 0
 
 
 def test_links_are_those_of_the_cpu(tiny_checkpoints, tiny_data):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from cisformer.config import Direction
 from cisformer.data import spool
+from cisformer.data.preprocess import preprocess
 from cisformer.data.reference import Reference, load_reference
 from cisformer.data.spool import ParkedCells, Spool, write_shard
 from cisformer.data.store import CellStore, SplitName, find_split, write_split
@@ -286,3 +287,23 @@ def test_a_shard_of_no_cells(tmp_path: Path):
             "atac_nnz": 0,
         }
     assert len(torch.load(tmp_path / "x_0.pt", weights_only=True)["rna_indptr"]) == 1
+
+
+def test_splits_made_by_hand_are_not_compared(tiny_data, tiny_files, tmp_path):
+    """`data_preprocess --manually` splits nothing: folders that a user names after splits are of several runs."""
+    for name in ("train", "val"):
+        made = preprocess(
+            tiny_files / "rna.h5ad", tiny_files / "atac.h5ad", tmp_path / name, direction="atac2rna",
+            reference="dataset", manually=True,
+        )  # fmt: skip
+        made["all"].path.rename(tmp_path / f"atac2rna_{name}")
+    assert find_split(tmp_path, "train", "atac2rna") == tmp_path / "atac2rna_train"
+    shutil.copytree(tiny_data["atac2rna"] / "atac2rna_test", tmp_path / "atac2rna_test")
+    assert find_split(tmp_path, "test", "atac2rna") == tmp_path / "atac2rna_test"
+
+
+def test_a_split_of_the_other_direction_stands_in_only_where_there_is_none(tiny_data, tmp_path):
+    shutil.copytree(tiny_data["rna2atac"] / "rna2atac_test", tmp_path / "rna2atac_test")
+    assert find_split(tmp_path, "test", "atac2rna") == tmp_path / "rna2atac_test"
+    shutil.copytree(tiny_data["atac2rna"] / "atac2rna_train", tmp_path / "atac2rna_train")
+    assert find_split(tmp_path, "test", "atac2rna") is None

@@ -45,7 +45,7 @@ def two_processes(tmp_path_factory):
     """An Accelerate config for two CPU processes."""
     path = tmp_path_factory.mktemp("accelerate") / "two.yaml"
     config = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "mixed_precision": "no",
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU",
         "num_machines": 1, "num_processes": 2, "use_cpu": True, "main_process_port": 29517,
         "main_training_function": "main",
     }  # fmt: skip

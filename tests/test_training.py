@@ -258,6 +258,7 @@ def layout_and_config(folder):
 
 def test_without_a_compiler_blocks_are_not_compiled(tiny_data, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
     config = tiny_config("rna2atac", compile=True)
     with pytest.raises(TrainingError, match="no C\\+\\+ compiler"):
         train(tiny_data["rna2atac"], direction="rna2atac", config=config, save=tmp_path / "save", cpu=True)
@@ -278,3 +279,32 @@ def test_compiled_blocks_train_to_the_same_losses(tiny_checkpoints, tiny_data, t
     for ours, theirs in zip(history(best), plain, strict=True):
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
     assert best.model.state_dict().keys() == tiny_checkpoints["rna2atac"].model.state_dict().keys()
+
+
+def test_training_takes_the_precision_of_a_process_that_has_one(tiny_data, tiny_config, tmp_path):
+    """Accelerate refuses a second precision in a process; notebooks may have made an Accelerator before."""
+    code = (
+        "import sys, json, accelerate, cisformer\n"
+        "accelerate.Accelerator(cpu=True, mixed_precision=sys.argv[1])\n"
+        "best = cisformer.train(sys.argv[2], direction='rna2atac', save=sys.argv[3], config=sys.argv[4], cpu=True)\n"
+        "print((best.folder.parent / 'metrics.jsonl').read_text().splitlines()[-1])"
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(tiny_config("rna2atac", epoch=1)))
+    for precision in ("no", "bf16"):
+        command = [sys.executable, "-c", code, precision, tiny_data["rna2atac"], tmp_path / precision, config]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+        assert json.loads(done.stdout.splitlines()[-1])["precision"] == precision
+
+
+def test_a_resumed_run_keeps_its_precision(tiny_checkpoints, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(training, "multiplies_bf16", lambda device: True)
+    run = tmp_path / "run"
+    run.mkdir()
+    assert training._precision_of(run) is None
+    (run / "metrics.jsonl").write_text(json.dumps({"epoch": 0, "precision": "no"}) + "\n")
+    assert mixed_precision(cpu=True, before=training._precision_of(run)) == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert mixed_precision(cpu=True, before="no") == "bf16"
+    assert history(tiny_checkpoints["rna2atac"])[-1]["precision"] in ("no", "bf16")

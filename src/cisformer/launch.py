@@ -15,6 +15,7 @@ from typing import Any
 
 from cisformer.config import read_yaml
 from cisformer.errors import ConfigError, TrainingError, brief
+from cisformer.model.fused import multiplies_bf16
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path("cisformer_config/accelerate_config.yaml")
@@ -32,7 +33,7 @@ def accelerate_config(n_gpus: int, *, mps: bool = False, bf16: bool = False) -> 
         "gpu_ids": ",".join(map(str, range(n_gpus))) if n_gpus else "all",
         "machine_rank": 0,
         "main_training_function": "main",
-        "mixed_precision": ("bf16" if bf16 else "fp16") if n_gpus else "no",
+        "mixed_precision": "bf16" if bf16 else "fp16" if n_gpus else "no",
         "num_machines": 1,
         "num_processes": max(1, n_gpus),
         "rdzv_backend": "static",
@@ -49,8 +50,9 @@ def detect_accelerate_config() -> dict[str, Any]:
     import torch
 
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    bf16 = n_gpus > 0 and torch.cuda.is_bf16_supported()
-    return accelerate_config(n_gpus, mps=torch.backends.mps.is_available(), bf16=bf16)
+    mps = torch.backends.mps.is_available()
+    bf16 = not (mps and not n_gpus) and multiplies_bf16(torch.device("cuda" if n_gpus else "cpu"))
+    return accelerate_config(n_gpus, mps=mps, bf16=bf16)
 
 
 def read_accelerate_config(path: str | Path) -> dict[str, Any]:
@@ -124,6 +126,9 @@ def relaunched(config_path: str | Path | None) -> tuple[bool, bool]:
 
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     several_machines = int(config.get("num_machines") or 1) > 1
+    precision = config.get("mixed_precision")
+    if precision in ("no", "bf16", "fp16"):
+        os.environ.setdefault("ACCELERATE_MIXED_PRECISION", precision)
     if n_usable_processes(config, n_gpus) == 1 and not several_machines:
         return False, wants_cpu(config)
     os.environ[_INSIDE] = "1"

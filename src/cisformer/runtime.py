@@ -79,14 +79,15 @@ def atomic_folders(paths: Sequence[Path], *, force: bool = False) -> Iterator[li
         make_folder(path.parent)
     new = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in paths}
     try:
-        with contextlib.ExitStack() as stack:
-            for path, temporary in new.items():
-                stack.enter_context(write_errors(path, temporary))
+        together = paths[0] if len(paths) == 1 else paths[0].parent
+        with write_errors(together, paths[0].parent):
+            for temporary in new.values():
                 temporary.mkdir()
             yield list(new.values())
             for temporary in new.values():
                 _flush_folder(temporary)
-            for path, temporary in new.items():
+        for path, temporary in new.items():
+            with write_errors(path, temporary):
                 _place_folder(temporary, path, force=force)
     finally:
         for temporary in new.values():
@@ -128,7 +129,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def _remove(path: Path) -> None:
     """Remove a file or folder, or what can be removed of it; what went wrong before is the error to tell."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
     with contextlib.suppress(OSError):

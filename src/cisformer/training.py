@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -163,6 +164,7 @@ def train(
         Too few cells, or a loss that is not finite.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     settings = _settings(config, direction, resume)
     if settings.training.compile:
@@ -179,9 +181,11 @@ def train(
         settings = settings.model_copy(update={"model": first.config.model})
     Team.current(cpu=cpu)
     tracker = None if settings.training.tracker == "none" else settings.training.tracker
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision=mixed_precision(cpu=cpu), log_with=tracker, project_dir=str(save)
-    )
+    before = None if resume is None else _precision_of(Path(resume))
+    # Accelerate has one precision in a process: an earlier one stays.
+    precision = None if AcceleratorState._shared_state else mixed_precision(cpu=cpu, before=before)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=tracker, project_dir=str(save))
+    logger.info("training on %s, precision %s", accelerator.device, accelerator.mixed_precision)
     settings = _with_total_gene(settings, cells.train.reference.n_genes)
     folder = Path(resume) if resume is not None else _new_folder(accelerator, Path(save), name, settings)
     run = Run(accelerator, cells, settings, direction, folder)
@@ -190,23 +194,41 @@ def train(
 
 
 def _require_compiler(*, cpu: bool) -> None:
-    compilers = (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")
-    if (cpu or best_device() == "cpu") and not any(map(shutil.which, compilers)):
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if (cpu or best_device() == "cpu") and not shutil.which(os.environ.get("CXX", usual)):
         raise TrainingError(
             "the configuration says compile: true, and there is no C++ compiler on this machine",
-            hint="install one, such as g++, or set training.compile to false",
+            hint=f"install {usual}, or set training.compile to false",
         )
 
 
-def mixed_precision(*, cpu: bool) -> str:
-    """Return "bf16", "fp16" or "no": what `accelerate launch` asks for, else what the device multiplies fastest."""
+def mixed_precision(*, cpu: bool, before: str | None = None) -> str:
+    """Return "bf16", "fp16" or "no".
+
+    It is what Accelerate's environment variable or configuration asks for, else what an interrupted run had `before`,
+    else what the device multiplies fastest.
+    """
     device = "cpu" if cpu else best_device()
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", before)
     if asked in ("no", "bf16") or (asked == "fp16" and device == "cuda"):
         return str(asked)
     if multiplies_bf16(torch.device(device)):
         return "bf16"
     return "fp16" if device == "cuda" else "no"
+
+
+def _precision_of(run: Path) -> str | None:
+    """Return the precision of an interrupted run, if it has come to an epoch."""
+    try:
+        return json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]).get(
+            "precision"
+        )
+    except (
+        OSError,
+        ValueError,
+        IndexError,
+    ):  # nothing was done yet; a damaged state is told where it is read
+        return None
 
 
 def _settings(config: Config | str | Path | None, direction: Direction, resume: str | Path | None) -> Config:
@@ -352,7 +374,6 @@ class Run:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         # Without Accelerate's cast around it: validation is in single precision.
         self.network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        logger.info("training on %s, precision %s", self.accelerator.device, self.accelerator.mixed_precision)
         # The documented architecture sees each cell `multiple` times an epoch, with new draws.
         repeats = self.config.datapreprocess.multiple if self.config.model.architecture == "full" else 1
         self.batches = TrainingBatches(
@@ -413,6 +434,7 @@ class Run:
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(seconds, 3),
             "cells_per_second": rate and round(rate, 1),
+            "precision": self.accelerator.mixed_precision,
             **self.start_metrics,
         }
         self.history.append(record)
@@ -470,6 +492,7 @@ class Run:
             "epoch": epoch,
             "optimizer": self.optimizer.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "history": json.dumps(self.history),
         }
         with atomic_path(self.folder / STATE) as path:
@@ -499,6 +522,8 @@ class Run:
         try:
             self.optimizer.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
+            if self.accelerator.scaler and state.get("scaler"):
+                self.accelerator.scaler.load_state_dict(state["scaler"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} does not belong to the model of its epoch: {error}") from error
         self.history = state["history"]

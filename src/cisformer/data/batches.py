@@ -96,7 +96,7 @@ class Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Return the batch in memory that a GPU copies from while it computes."""
+        """Return the batch in memory that a GPU copies from by itself."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -291,7 +291,7 @@ def prefetch(
 ) -> Iterator[Batch]:
     """Yield what each of `makers` returns, in order, on a device, with `num_workers` threads working ahead (0: none).
 
-    For an NVIDIA GPU the threads leave batches in pinned memory, from which they are copied beside its work.
+    For an NVIDIA GPU the threads leave batches in pinned memory, from which copies are fast and wait for nothing.
     """
     pin = torch.device(device).type == "cuda"
 

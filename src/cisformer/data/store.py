@@ -34,6 +34,8 @@ from cisformer.errors import ReferenceMismatchError, StoreError, brief
 from cisformer.runtime import read_json, sha256_file
 
 SplitName = Literal["train", "val", "test", "all"]
+PARTS: tuple[SplitName, ...] = ("train", "val", "test")
+"""Splits that `data_preprocess` writes together."""
 Modality = Literal["rna", "atac"]
 
 
@@ -295,10 +297,15 @@ def find_split(path: str | Path, split: SplitName, direction: Direction | None =
     folder = path if path.is_dir() else path.parent
     base = folder.parent if (folder / MANIFEST).exists() else folder
     own = folder.name.rpartition("_")[0]
-    names = [f"{name}_{split}" for name in (direction, own, "rna2atac", "atac2rna") if name]
-    found = next((base / name for name in names if (base / name / MANIFEST).exists()), None)
-    if found is not None:
-        require_one_run(found)
+    for name in (direction, own, "rna2atac", "atac2rna"):
+        if name and any((base / f"{name}_{part}" / MANIFEST).exists() for part in (*PARTS, "all")):
+            found = base / f"{name}_{split}"
+            break
+    else:
+        return None
+    if not (found / MANIFEST).exists():
+        return None
+    require_one_run(found)
     return found
 
 
@@ -306,15 +313,18 @@ def require_one_run(folder: Path) -> None:
     """Raise `StoreError` where a split and those beside it were not written together.
 
     A kill between the renames of ``data_preprocess --force`` leaves splits of two runs, which may share cells.
-    Early versions noted no run in the manifest: nothing is known of their splits.
+    Nothing is known of splits whose manifest names no run (of early versions) or another split (renamed by hand).
     """
     folder, runs = folder.absolute(), {}  # absolute: "." has no name
-    for split in ("train", "val", "test"):
+    for split in PARTS:
         beside = folder.with_name(f"{folder.name.rpartition('_')[0]}_{split}")
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: opening it says so
-            runs[beside.name] = read_json(beside / MANIFEST).get("run")
-    other = next((name for name, run in runs.items() if run != runs.get(folder.name, run)), None)
-    if other is not None:
+            manifest = read_json(beside / MANIFEST)
+            if manifest.get("split") == split and "run" in manifest:
+                runs[beside.name] = manifest["run"]
+    own = runs.get(folder.name)
+    other = next((name for name, run in runs.items() if run != own), None)
+    if own is not None and other is not None:
         raise StoreError(
             f"{folder.name} and {other} in {folder.parent} come from different runs of data_preprocess",
             hint="run it again, with --force",

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cisformer.data.batches import ragged_rows
@@ -184,7 +185,13 @@ class _RaggedAttention(torch.autograd.Function):
         return out, of_cells(plain) / blocks.lengths.clamp(min=1)[:, None]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_mean: Tensor) -> tuple[Tensor, Tensor, None]:
+        with torch.autocast(d_out.device.type, enabled=False):
+            return *_RaggedAttention._gradients(ctx, d_out, d_mean), None
+
+    @staticmethod
+    def _gradients(ctx: Any, d_out: Tensor, d_mean: Tensor) -> tuple[Tensor, Tensor]:
         query, token, log_sum, out = ctx.saved_tensors
         blocks, (n_queries, width) = ctx.blocks, query.shape
         delta = (out * d_out).sum(dim=-1)
@@ -202,7 +209,7 @@ class _RaggedAttention(torch.autograd.Function):
             flat = d_score.view(-1, n_queries)
             d_query.addmm_(flat.T, rows)
             d_token.index_add_(0, slot, d_rows.addmm_(flat, query).index_fill_(0, empty, 0.0))
-        return d_query, d_token, None
+        return d_query, d_token
 
 
 class SelfAttention(nn.Module):

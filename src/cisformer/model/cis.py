@@ -15,6 +15,7 @@ D head width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -206,6 +207,14 @@ class CisPath(nn.Module):
         """Switch between training and eval mode; forgets what was computed for all pairs."""
         self._all_pairs = None
         return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CisPath:
+        self._all_pairs = None  # of the device that it was on
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._all_pairs = None  # of the weights that were
+        super()._load_from_state_dict(*args, **options)
 
     def forward(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> Tensor:
         """Return cis, float [B, S]; `column` [F] gives the place of each target among the drawn ones, or −1."""
@@ -443,6 +452,7 @@ class CisModel(nn.Module):
         """Return each edge's attention and value (in units of `scale`); ATAC→RNA only."""
         assert self.cis is not None
         _, h_BR, tokens = self.encode(batch)
-        edges = self.cis.edges(batch, h_BR, tokens, None)
+        with torch.autocast(h_BR.device.type, enabled=False):
+            edges = self.cis.edges(batch, h_BR.float(), tokens, None)
         pace = rows_of(self.pace, edges.gene)
         return replace(edges, value=edges.value * pace[:, None], local=edges.local * pace)
