@@ -312,7 +312,7 @@ class Steps:
         """Fit the closed form to the training cells of `folder` and make `n_steps` batches and one."""
         import tempfile
 
-        from cisformer.training import Cells
+        from cisformer.cells import Cells
         from cisformer.training import Run as TrainingRun
 
         with tempfile.TemporaryDirectory() as save:

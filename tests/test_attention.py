@@ -89,8 +89,12 @@ def test_a_gradient_of_a_gradient_is_refused_not_wrong(shared_tokens):
 def test_ragged_attention_is_in_single_precision_under_autocast_too(shared_tokens):
     query, token, slot, indptr = shared_tokens
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = torch.autograd.grad(ragged_attention(query, token, slot, indptr)[0].square().sum(), (query, token))
-    whole = torch.autograd.grad(ragged_attention(query, token, slot, indptr)[0].square().sum(), (query, token))
+        half = torch.autograd.grad(
+            ragged_attention(query, token, slot, indptr)[0].square().sum(), (query, token)
+        )
+    whole = torch.autograd.grad(
+        ragged_attention(query, token, slot, indptr)[0].square().sum(), (query, token)
+    )
     for left, right in zip(half, whole, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-10, atol=0)
 

@@ -9,7 +9,7 @@ from cisformer.data.store import CellStore, find_split
 from cisformer.model.cis import CisModel
 from cisformer.model.linear import count_features, fit_linear, pace_of, states
 from cisformer.model.local import Windows, fit_local
-from cisformer.training import make_layout
+from cisformer.start import make_layout
 
 
 def started(direction, tiny_data, config):

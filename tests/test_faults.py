@@ -23,12 +23,12 @@ from types import ModuleType
 import pytest
 
 from cisformer import runtime
+from cisformer.cells import Cells
 from cisformer.data.preprocess import preprocess
 from cisformer.data.sources import open_rows
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, OutputExistsError, StoreError, WriteError
 from cisformer.runtime import atomic_folder, atomic_path
-from cisformer.training import Cells
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "faults.py"
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from scipy.stats import rankdata
 from torch.nn import functional as F
 
+from cisformer.cells import validation_batches
 from cisformer.config import default_config, parse_config
 from cisformer.data.batches import Layout, encode_input, normalise_rna, read_modality
 from cisformer.data.store import CellStore, find_split
@@ -21,7 +22,7 @@ from cisformer.model.checkpoint import export_checkpoint, load_checkpoint
 from cisformer.model.full import CHUNK, FullModel, attend, export_published, load_published
 from cisformer.model.full_task import FullTask, choose_genes, counts_of, pair_ranks
 from cisformer.prediction import predict
-from cisformer.training import train, validation_batches
+from cisformer.training import train
 
 DIRECTIONS = ["atac2rna", "rna2atac"]
 PADDING = {"atac2rna": {"ccre_index": 5, "gene_index": 4}, "rna2atac": {"gene_index": 4, "gene_value": 4}}

@@ -19,7 +19,7 @@ from cisformer.model.linear import (
     solve,
     states,
 )
-from cisformer.training import make_layout
+from cisformer.start import make_layout
 
 
 @pytest.fixture(scope="module", params=["atac2rna", "rna2atac"])

@@ -9,7 +9,7 @@ from cisformer.data.store import CellStore, find_split
 from cisformer.model import local
 from cisformer.model.linear import count_features, fit_linear, states
 from cisformer.model.local import Windows, contact, fit_local
-from cisformer.training import make_layout
+from cisformer.start import make_layout
 
 
 @pytest.fixture(scope="module")

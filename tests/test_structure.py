@@ -16,7 +16,7 @@ ORDER = [
     "model.attention", "model.linear", "model.local", "model.cis",
     "model.fused", "model.published", "model.full", "model.full_task",
     "model.checkpoint",
-    "simulation", "metrics", "resampling", "baselines", "curves", "training", "prediction", "launch",
+    "simulation", "metrics", "resampling", "baselines", "curves", "cells", "start", "training", "prediction", "launch",
     "link_statistics", "link_evidence", "link_formats", "links_io", "gene_links", "linking",
     "link_evaluation", "plotting",
     "comparison", "verdict", "matching", "figure_data", "evaluation", "charts", "report", "demo",

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from cisformer import training
+from cisformer.cells import Cells, validation_batches
 from cisformer.config import dump_config
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.linear import count_features, fit_linear, learn_from
-from cisformer.training import Cells, make_layout, mixed_precision, train, validation_batches
+from cisformer.start import make_layout
+from cisformer.training import mixed_precision, train
 
 DIRECTIONS = ["atac2rna", "rna2atac"]
 

@@ -19,6 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 
+from cisformer.cells import Cells
 from cisformer.data.batches import Layout, encode_input, read_modality
 from cisformer.data.store import CellStore
 from cisformer.errors import CheckpointError, InputError
@@ -47,8 +48,8 @@ from cisformer.model.cis import CisModel
 from cisformer.model.full_task import FullTask
 from cisformer.model.linear import blocks, count_features
 from cisformer.runtime import atomic_folder, atomic_path, best_device, progress, refuse_existing
+from cisformer.start import fit_closed_form, make_layout
 from cisformer.team import Team
-from cisformer.training import Cells, fit_closed_form, make_layout
 
 logger = logging.getLogger(__name__)
 WINDOW_BP = 250_000

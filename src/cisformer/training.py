@@ -23,97 +23,35 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from cisformer.cells import Cells, validation_batches
 from cisformer.config import Config, Direction, default_config, dump_config, load_config
 from cisformer.curves import draw_curves
-from cisformer.data.batches import (
-    Batch,
-    Layout,
-    TrainingBatches,
-    add_targets,
-    encode_input,
-    prefetch,
-    read_modality,
-)
+from cisformer.data.batches import Batch, TrainingBatches
 from cisformer.data.reference import Reference
-from cisformer.data.store import CellStore, SplitName, find_split, require_one_run
 from cisformer.errors import CheckpointError, TrainingError
-from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint, save_checkpoint
+from cisformer.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.full_task import FullTask
 from cisformer.model.fused import multiplies_bf16
-from cisformer.model.linear import FeatureCounts, LinearStart, blocks, count_features, fit_linear, learn_from
-from cisformer.model.local import Windows, fit_local
+from cisformer.model.linear import count_features
 from cisformer.runtime import atomic_path, best_device, make_folder, progress
+from cisformer.start import fit_closed_form, fold_in, make_layout
 from cisformer.team import Team
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-VALIDATION_SHARE = 0.1
 STATE, CURVES = "training_state.pt", "training.png"
 START_METRICS = ("linear_rank", "linear_ridge", "linear_val_loss", "mean_val_loss")
 """What is known of the closed-form start; stands in every epoch's record."""
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Training and validation cells: a store and the rows of it, each."""
-
-    train: CellStore
-    train_rows: np.ndarray
-    val: CellStore
-    val_rows: np.ndarray
-
-    @classmethod
-    def open(cls, train: str | Path, val: str | Path | None, direction: Direction, seed: int) -> Cells:
-        """Open what `data_preprocess` wrote: its whole folder, of which the split is taken, or one split.
-
-        Without validation data a tenth of the training cells is set aside, chosen by sorted barcode and seed.
-        """
-        store = CellStore.open(_split_folder(train, "train", direction))
-        require_one_run(store.path)
-        val_path = (
-            find_split(train, "val", direction) if val is None else _split_folder(val, "val", direction)
-        )
-        if val_path is None:
-            return cls._set_aside(store, seed)
-        val_store = CellStore.open(val_path)
-        check_reference(val_store.reference, store.reference, f"validation data {val_path}")
-        shared = np.intersect1d(store.barcodes, val_store.barcodes)
-        if len(shared):
-            raise TrainingError(
-                f"{len(shared)} cells are in the training and the validation data, such as {shared[0]}",
-                hint="give folders of different cells, as data_preprocess writes them",
-            )
-        return cls(store, np.arange(store.n_cells), val_store, np.arange(val_store.n_cells))
-
-    @classmethod
-    def _set_aside(cls, store: CellStore, seed: int) -> Cells:
-        if store.n_cells < 4:
-            raise TrainingError(f"{store.path} holds {store.n_cells} cells", hint="training needs at least 4")
-        by_barcode = np.argsort(store.barcodes, kind="stable")
-        shuffled = np.random.default_rng([seed, 4]).permutation(by_barcode)
-        n_val = max(1, round(VALIDATION_SHARE * store.n_cells))
-        logger.info("no validation data: %d of %d training cells set aside", n_val, store.n_cells)
-        return cls(store, np.sort(shuffled[n_val:]), store, np.sort(shuffled[:n_val]))
-
-
-def _split_folder(path: str | Path, split: SplitName, direction: Direction) -> Path:
-    """Return `path` where it is a split itself, else the split within it."""
-    path = Path(path)
-    is_split = path.is_file() or (path / "manifest.json").is_file()
-    return path if is_split else find_split(path, split, direction) or path
 
 
 def train(
@@ -528,85 +466,3 @@ class Run:
             raise CheckpointError(f"{path} does not belong to the model of its epoch: {error}") from error
         self.history = state["history"]
         logger.info("resuming %s after epoch %d", self.folder, state["epoch"])
-
-
-def fold_in(best: Checkpoint, cells: Cells) -> Checkpoint:
-    """Return `best` with what the validation cells add to its closed-form part.
-
-    Validation has then done its work: choosing rank, penalty and epoch. The closed form of training and validation
-    cells, less that of training cells alone, goes into prior and loadings; all else stays. The recorded losses are
-    those from before, when the validation cells were unknown to the model.
-    """
-    model, rank = best.model, int(best.metrics["linear_rank"])
-    assert isinstance(model, CisModel)
-    train, val = (cells.train, cells.train_rows), (cells.val, cells.val_rows)
-    options: dict[str, Any] = {"rank": rank, "ridge": best.metrics["linear_ridge"]}
-    scale = model.scale.numpy()
-    _, before = learn_from([train], model.projection, best.layout, scale, **options)
-    prior, after = learn_from([train, val], model.projection, best.layout, scale, **options)
-    with torch.no_grad():
-        model.prior.copy_(torch.from_numpy(prior))
-        model.add_to_loadings(after - before)
-    metrics = best.metrics | {"n_validation_cells_folded_in": len(cells.val_rows)}
-    return Checkpoint(model, best.config, best.reference, metrics, best.folder)
-
-
-def fit_closed_form(
-    config: Config, cells: Cells, layout: Layout, counts: FeatureCounts
-) -> tuple[CisModel, LinearStart]:
-    """Return the closed-form model of training cells as a network, rank and penalties chosen on validation cells."""
-    model, seed = config.model, config.training.SEED
-    data = cells.train, cells.train_rows, cells.val, cells.val_rows, layout
-    start = fit_linear(
-        *data, counts, rank=min(model.linear_rank, model.emb_rank), ridge=model.linear_ridge, seed=seed
-    )
-    if layout.direction == "rna2atac":
-        return CisModel.from_start(config, layout, start, None, None), start
-    windows = Windows.of(cells.train.reference, layout, model.cis_window)
-    local = fit_local(*data, start, windows, seed)
-    return CisModel.from_start(config, layout, start, windows, local), start
-
-
-def make_layout(counts: FeatureCounts, direction: Direction, store: CellStore) -> Layout:
-    """Return the features seen in training cells.
-
-    Raises
-    ------
-    TrainingError
-        No feature of a modality was seen.
-    """
-    reference = store.reference
-    sizes = (reference.n_ccres, reference.n_genes)
-    n_input, n_target = sizes if direction == "atac2rna" else sizes[::-1]
-    layout = Layout(
-        direction, np.flatnonzero(counts.n_open), np.flatnonzero(counts.n_seen), n_input, n_target
-    )
-    for index, modality in (
-        (layout.input_index, layout.input_modality),
-        (layout.target_index, layout.target_modality),
-    ):
-        if len(index) == 0:
-            raise TrainingError(
-                f"the training cells in {store.path} hold no {modality.upper()} at all",
-                hint="preprocess again",
-            )
-    return layout
-
-
-def validation_batches(
-    store: CellStore,
-    rows: np.ndarray,
-    layout: Layout,
-    config: Config,
-    device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
-    """Yield batches with all targets and a fixed choice of tokens."""
-    limits = config.datapreprocess
-    max_len = None if limits.enc_max_len == "whole" else limits.enc_max_len
-
-    def make(part: np.ndarray) -> Batch:
-        batch = encode_input(read_modality(store, part, layout.input_modality), layout, max_len, None)
-        return add_targets(batch, read_modality(store, part, layout.target_modality), layout)
-
-    makers = [partial(make, part) for part in blocks(rows, config.training.batch_size)]
-    yield from prefetch(makers, config.training.num_workers, device)
