@@ -158,15 +158,10 @@ def mixed_precision(*, cpu: bool, before: str | None = None) -> str:
 def _precision_of(run: Path) -> str | None:
     """Return the precision of an interrupted run, if it has come to an epoch."""
     try:
-        return json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]).get(
-            "precision"
-        )
-    except (
-        OSError,
-        ValueError,
-        IndexError,
-    ):  # nothing was done yet; a damaged state is told where it is read
-        return None
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return json.loads(lines[-1]).get("precision")
+    except (OSError, ValueError, IndexError):
+        return None  # nothing was done yet; a damaged state is told where it is read
 
 
 def _settings(config: Config | str | Path | None, direction: Direction, resume: str | Path | None) -> Config:
