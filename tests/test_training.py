@@ -15,6 +15,7 @@ from cisformer.cells import Cells, validation_batches
 from cisformer.config import dump_config
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
+from cisformer.model import fused
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.linear import count_features, fit_linear, learn_from
 from cisformer.start import make_layout
@@ -228,7 +229,7 @@ def test_precision_is_what_the_launcher_says_or_the_device_does_fastest(
     if asked:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
     monkeypatch.setattr(training, "best_device", lambda: "cuda" if gpu else "cpu")
-    monkeypatch.setattr(training, "multiplies_bf16", lambda device: bf16)
+    monkeypatch.setattr(fused, "multiplies_bf16", lambda device: bf16)
     assert mixed_precision(cpu=False) == precision
 
 
@@ -301,7 +302,7 @@ def test_training_takes_the_precision_of_a_process_that_has_one(tiny_data, tiny_
 
 def test_a_resumed_run_keeps_its_precision(tiny_checkpoints, tmp_path, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(training, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(fused, "multiplies_bf16", lambda device: True)
     run = tmp_path / "run"
     run.mkdir()
     assert training._precision_of(run) is None

@@ -15,7 +15,7 @@ from typing import Any
 
 from cisformer.config import read_yaml
 from cisformer.errors import ConfigError, TrainingError, brief
-from cisformer.model.fused import multiplies_bf16
+from cisformer.model.fused import fastest_precision
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path("cisformer_config/accelerate_config.yaml")
@@ -23,7 +23,7 @@ _INSIDE = "CISFORMER_LAUNCHED"
 COMMAND = ["-m", "cisformer"]
 
 
-def accelerate_config(n_gpus: int, *, mps: bool = False, bf16: bool = False) -> dict[str, Any]:
+def accelerate_config(n_gpus: int, *, mps: bool = False, precision: str = "no") -> dict[str, Any]:
     """Return an Accelerate config for a machine with `n_gpus` CUDA devices, with the keys of the documentation."""
     return {
         "compute_environment": "LOCAL_MACHINE",
@@ -33,7 +33,7 @@ def accelerate_config(n_gpus: int, *, mps: bool = False, bf16: bool = False) -> 
         "gpu_ids": ",".join(map(str, range(n_gpus))) if n_gpus else "all",
         "machine_rank": 0,
         "main_training_function": "main",
-        "mixed_precision": "bf16" if bf16 else "fp16" if n_gpus else "no",
+        "mixed_precision": precision,
         "num_machines": 1,
         "num_processes": max(1, n_gpus),
         "rdzv_backend": "static",
@@ -51,8 +51,8 @@ def detect_accelerate_config() -> dict[str, Any]:
 
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     mps = torch.backends.mps.is_available()
-    bf16 = not (mps and not n_gpus) and multiplies_bf16(torch.device("cuda" if n_gpus else "cpu"))
-    return accelerate_config(n_gpus, mps=mps, bf16=bf16)
+    device = "cuda" if n_gpus else "mps" if mps else "cpu"
+    return accelerate_config(n_gpus, mps=mps, precision=fastest_precision(torch.device(device)))
 
 
 def read_accelerate_config(path: str | Path) -> dict[str, Any]:

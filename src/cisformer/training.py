@@ -39,7 +39,7 @@ from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.full_task import FullTask
-from cisformer.model.fused import multiplies_bf16
+from cisformer.model.fused import fastest_precision
 from cisformer.model.linear import count_features
 from cisformer.runtime import atomic_path, best_device, make_folder, progress
 from cisformer.start import fit_closed_form, fold_in, make_layout
@@ -150,9 +150,7 @@ def mixed_precision(*, cpu: bool, before: str | None = None) -> str:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", before)
     if asked in ("no", "bf16") or (asked == "fp16" and device == "cuda"):
         return str(asked)
-    if multiplies_bf16(torch.device(device)):
-        return "bf16"
-    return "fp16" if device == "cuda" else "no"
+    return fastest_precision(torch.device(device))
 
 
 def _precision_of(run: Path) -> str | None:

@@ -194,14 +194,24 @@ def dense_targets(batch: Batch, n_targets: int) -> Tensor:
     cell, index = ragged_rows(batch.target_indptr, len(batch.target_index)), batch.target_index
     value = batch.target_value
     if batch.columns is not None:
-        place = index.new_full((n_targets,), -1)
-        place[batch.columns] = torch.arange(len(batch.columns), device=place.device)
-        index = place.index_select(0, index)
+        index = rows_of(places(batch.columns, n_targets), index)
         kept = index >= 0
         cell, index, value, n_targets = cell[kept], index[kept], value[kept], len(batch.columns)
     dense = value.new_zeros(batch.n_cells, n_targets)
     dense[cell, index] = value
     return dense
+
+
+def places(columns: Tensor, n: int) -> Tensor:
+    """Return where each of 0 … n − 1 stands among `columns`, or −1; int64 [n]."""
+    place = columns.new_full((n,), -1)
+    place[columns] = torch.arange(len(columns), device=columns.device)
+    return place
+
+
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """Return `x[index]` along the first axis, forward and backward several times faster on a CPU."""
+    return x.index_select(0, index)
 
 
 def ragged_rows(indptr: Tensor, length: int) -> Tensor:

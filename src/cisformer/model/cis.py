@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cisformer.config import Config, Model
-from cisformer.data.batches import Batch, Layout, dense_targets, ragged_rows
-from cisformer.model.attention import Block, Dropout, LatentPool, rows_of, segment_softmax
+from cisformer.data.batches import Batch, Layout, dense_targets, places, ragged_rows, rows_of
+from cisformer.model.attention import Block, Dropout, LatentPool, segment_softmax
 from cisformer.model.linear import LinearStart, Projection, link_loss, pace_of
 from cisformer.model.local import DISTANCE_EDGES_BP, LocalStart, Windows
 
@@ -83,17 +83,14 @@ class Tokens:
 
     Attributes
     ----------
-    number
-        Input numbers, ascending; int64 [P].
     place
-        Where each input number stands in `number`, if it does; int64 [n_input].
+        Which of them each input number is, if it is among them; int64 [n_input].
     embedding
         Their embeddings; float [P, R].
     table
         The embeddings of all inputs; float [n_input, R].
     """
 
-    number: Tensor
     place: Tensor
     embedding: Tensor
     table: Tensor
@@ -134,7 +131,7 @@ class CellEncoder(nn.Module):
     def tokens(self, batch: Batch) -> Tokens:
         """Return the distinct inputs of a batch and their embeddings."""
         number, place = distinct(batch.index, self.token.num_embeddings)
-        return Tokens(number, place, rows_of(self.token.weight, number), self.token.weight)
+        return Tokens(place, rows_of(self.token.weight, number), self.token.weight)
 
     def forward(self, batch: Batch, z_BK: Tensor, tokens: Tokens) -> Tensor:
         """Return h, float [B, R]."""
@@ -418,16 +415,9 @@ class CisModel(nn.Module):
         )
         moved_BS = torch.addmm(bias, place_BR, loadings.T)
         if self.cis is not None:
-            moved_BS += self.cis(batch, h_BR, tokens, self._columns(batch))
+            column = None if batch.columns is None else places(batch.columns, len(self.prior))
+            moved_BS += self.cis(batch, h_BR, tokens, column)
         return moved_BS.mul_(pace).add_(prior)  # in place: with all cCREs of a batch, memory is what costs
-
-    def _columns(self, batch: Batch) -> Tensor | None:
-        """Return the place of each target among the drawn ones, or −1; `None` where all are wanted."""
-        if batch.columns is None:
-            return None
-        place = torch.full_like(self.prior, -1, dtype=torch.int64)
-        place[batch.columns] = torch.arange(len(batch.columns), device=place.device)
-        return place
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of each cell, float [B]; see `linear.link_loss`."""

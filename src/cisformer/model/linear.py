@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cisformer.data.batches import Batch, Layout, Modality, ragged_rows, read_modality
+from cisformer.data.batches import Batch, Layout, Modality, ragged_rows, read_modality, rows_of
 from cisformer.data.store import CellStore
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,7 @@ class Projection(nn.Module):
         if self.modality == "atac":
             n_open = batch.indptr.diff().to(weight.dtype)
             cell = ragged_rows(batch.indptr, len(batch.index))
-            idf = self.idf.index_select(0, batch.index)
-            weight = torch.log1p(TFIDF_SCALE * idf / n_open.index_select(0, cell))
+            weight = torch.log1p(TFIDF_SCALE * rows_of(self.idf, batch.index) / rows_of(n_open, cell))
         pooled = F.embedding_bag(
             batch.index, self.components, batch.indptr[:-1], mode="sum", per_sample_weights=weight
         )
