@@ -26,16 +26,16 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 
-from cisformer.comparison import METRICS
 from cisformer.config import DIRECTIONS, Direction, default_config, dump_config
 from cisformer.data.store import CellStore, find_split
-from cisformer.evaluation import EvaluationReport, evaluate_case
-from cisformer.matching import Case, case_of_store
-from cisformer.metrics import PROBABILITY_FLOOR
+from cisformer.evaluation.case import Case, case_of_store
+from cisformer.evaluation.evaluate import EvaluationReport, evaluate_case
+from cisformer.evaluation.metrics import PROBABILITY_FLOOR
+from cisformer.evaluation.scores import METRICS
+from cisformer.evaluation.verdict import MODEL, score_text
 from cisformer.model.checkpoint import load_checkpoint
-from cisformer.prediction import predict
+from cisformer.prediction.predict import predict
 from cisformer.simulation import simulate
-from cisformer.verdict import MODEL, score_text
 
 HERE = Path(__file__).parent
 SIMULATED = {"sim_2000": (2000, 5000, 40_000), "sim_500": (500, 1000, 6000)}

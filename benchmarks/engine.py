@@ -312,12 +312,16 @@ class Steps:
         """Fit the closed form to the training cells of `folder` and make `n_steps` batches and one."""
         import tempfile
 
-        from cisformer.cells import Cells
-        from cisformer.training import Run as TrainingRun
+        from cisformer.training.loop import Run as TrainingRun
+        from cisformer.training.split import CellSplit
 
         with tempfile.TemporaryDirectory() as save:
             run = TrainingRun(
-                accelerator, Cells.open(folder / "data", None, direction, 0), config, direction, Path(save)
+                accelerator,
+                CellSplit.open(folder / "data", None, direction, 0),
+                config,
+                direction,
+                Path(save),
             )
             checkpoint = run._linear_checkpoint()
         run.layout, run.reference = checkpoint.layout, checkpoint.reference
@@ -342,7 +346,7 @@ def measure_training(
     from accelerate import Accelerator
     from torch.profiler import ProfilerActivity, profile
 
-    from cisformer.training import mixed_precision
+    from cisformer.training.loop import mixed_precision
 
     accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision(cpu=True))
     started = time.process_time()

@@ -353,7 +353,7 @@ def readers(workplace: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Return files with checksums, and how each is read: into something that is the same only if nothing changed."""
     from cisformer.data.store import CellStore
     from cisformer.model.checkpoint import load_checkpoint
-    from cisformer.training import _read_state
+    from cisformer.training.loop import _read_state
 
     store, model = workplace / "data/atac2rna_train", workplace / "model"
     state = next((workplace / "save").iterdir()) / "training_state.pt"

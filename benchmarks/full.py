@@ -31,9 +31,9 @@ import torch
 from torch.nn import functional as F
 
 from cisformer.config import DIRECTIONS, Direction, default_config
-from cisformer.model import full
-from cisformer.model.full import FullModel
-from cisformer.model.fused import attention
+from cisformer.model import documented
+from cisformer.model.bf16_attention import attention
+from cisformer.model.documented import FullModel
 
 N_CCRES, N_GENES = 1_033_239, 38_244
 SIZES = {"atac2rna": (10_000, 3_000), "rna2atac": (2_048, 2_048)}
@@ -123,7 +123,7 @@ def measure_prediction(n_ccres: int, repeats: int) -> float:
     model = FullModel(default_config("rna2atac").model, "rna2atac").eval()
     tokens = make_tokens("rna2atac", 1, PREDICTION_GENES, n_ccres)
 
-    def encode() -> list[full.Keys]:
+    def encode() -> list[documented.Keys]:
         return model.encode(tokens["gene_index"], tokens["gene_value"])
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -26,13 +26,13 @@ from cisformer.config import default_config
 from cisformer.data.genome import window_pairs
 from cisformer.data.preprocess import preprocess
 from cisformer.data.store import CellStore
-from cisformer.link_evaluation import average_precision, bootstrap_interval
-from cisformer.link_statistics import contact
-from cisformer.linking import score_links
-from cisformer.links_io import Links
+from cisformer.links.benchmark import average_precision, bootstrap_interval
+from cisformer.links.files import Links
+from cisformer.links.score import score_links
+from cisformer.links.statistics import contact
 from cisformer.model.checkpoint import Checkpoint
 from cisformer.simulation import SimulatedCells, simulate
-from cisformer.training import train
+from cisformer.training.loop import train
 
 SEEN_GENE, SEEN_CCRE = 0.10, 0.05
 NEAREST_BP, FARTHEST_BP = 500, 250_000

@@ -85,7 +85,7 @@ def tiny_checkpoints(
     tiny_data: dict[str, Path], tiny_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Checkpoint]:
     """A trained checkpoint of each direction."""
-    from cisformer.training import train
+    from cisformer.training.loop import train
 
     save = tmp_path_factory.mktemp("tiny_save")
     return {

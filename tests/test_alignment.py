@@ -10,10 +10,11 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cisformer.config import Modality
 from cisformer.data.alignment import accept_map, describe_genes, map_genes, map_peaks
 from cisformer.data.genome import region_names
 from cisformer.data.reference import Reference, load_reference
-from cisformer.data.sources import Modality, open_rows
+from cisformer.data.sources import open_rows
 from cisformer.errors import InputError
 
 HUMAN = load_reference("human")

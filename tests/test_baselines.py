@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import KNeighborsRegressor
 
-from cisformer.baselines import (
+from cisformer.evaluation.baselines import (
     GRIDS,
     CellTypeMean,
     InputSpace,

@@ -15,7 +15,7 @@ from cisformer.data.reference import load_reference
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import CheckpointError, ReferenceMismatchError
 from cisformer.model.checkpoint import load_checkpoint, save_checkpoint
-from cisformer.runtime import sha256_file
+from cisformer.runtime.files import sha256_file
 
 
 @pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])

@@ -7,9 +7,9 @@ import torch
 from cisformer.data.batches import add_targets, encode_input, read_modality
 from cisformer.data.store import CellStore, find_split
 from cisformer.model.cis import CisModel
-from cisformer.model.linear import count_features, fit_linear, pace_of, states
-from cisformer.model.local import Windows, fit_local
-from cisformer.start import make_layout
+from cisformer.model.closed_form import count_features, fit_linear, pace_of, states
+from cisformer.model.closed_form_cis import Windows, fit_local
+from cisformer.training.closed_form_start import make_layout
 
 
 def started(direction, tiny_data, config):

@@ -5,13 +5,13 @@ import json
 import pytest
 
 from cisformer.data.store import CellStore, find_split
-from cisformer.verdict import score_text
+from cisformer.evaluation.verdict import score_text
 
 
 @pytest.fixture(scope="module")
 def files(tiny, tiny_data, tiny_checkpoints, tmp_path_factory):
     """Options for the files of both sides of the split, and a prediction of the test cells."""
-    from cisformer.prediction import predict
+    from cisformer.prediction.predict import predict
 
     folder = tmp_path_factory.mktemp("evaluate")
     test = CellStore.open(find_split(tiny_data["rna2atac"], "test")).barcodes

@@ -12,7 +12,7 @@ from numpydoc.validate import validate
 
 import cisformer
 from cisformer.errors import CisformerError
-from cisformer.runtime import progress
+from cisformer.runtime.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

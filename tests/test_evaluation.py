@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from cisformer.comparison import METRICS, Comparison, Measured
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError
-from cisformer.evaluation import evaluate, evaluate_model, short_summary
-from cisformer.figure_data import read_training_log
-from cisformer.verdict import judge, score_text
+from cisformer.evaluation.evaluate import evaluate, evaluate_model, short_summary
+from cisformer.evaluation.figures import read_training_log
+from cisformer.evaluation.scores import METRICS, Comparison, Measured
+from cisformer.evaluation.verdict import judge, score_text
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_mask_oracle_shows_the_leak_but_does_not_judge(tiny, tiny_data, tiny
 
 @pytest.mark.parametrize("direction", ["rna2atac", "atac2rna"])
 def test_a_model_on_its_data_set_equals_its_files(direction, tiny, tiny_data, tiny_checkpoints):
-    from cisformer.prediction import predict
+    from cisformer.prediction.predict import predict
 
     model = tiny_checkpoints[direction]
     by_store = evaluate_model(tiny_data[direction], model, num_workers=0)

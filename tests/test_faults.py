@@ -22,13 +22,13 @@ from types import ModuleType
 
 import pytest
 
-from cisformer import runtime
-from cisformer.cells import Cells
 from cisformer.data.preprocess import preprocess
 from cisformer.data.sources import open_rows
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, OutputExistsError, StoreError, WriteError
-from cisformer.runtime import atomic_folder, atomic_path
+from cisformer.runtime import files
+from cisformer.runtime.files import atomic_folder, atomic_path
+from cisformer.training.split import CellSplit
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "faults.py"
 
@@ -138,15 +138,15 @@ def test_splits_of_two_runs_are_not_taken_for_one_data_set(
     assert replaced == ["train", "val", "test"][-n_placed:]
     for path in (data, data / "atac2rna_train"):
         with pytest.raises(StoreError, match="come from different runs of data_preprocess") as caught:
-            Cells.open(path, None, "atac2rna", 0)
+            CellSplit.open(path, None, "atac2rna", 0)
         assert "run it again" in caught.value.hint
     monkeypatch.chdir(data / "atac2rna_train")
     with pytest.raises(StoreError, match="come from different runs"):
-        Cells.open(".", "../atac2rna_val", "atac2rna", 0)
+        CellSplit.open(".", "../atac2rna_val", "atac2rna", 0)
     with pytest.raises(StoreError, match="come from different runs"):
         find_split(data, "test")
     preprocess(*files, data, direction="atac2rna", reference="dataset", seed=1, force=True)
-    assert Cells.open(data, None, "atac2rna", 0).train.path == data / "atac2rna_train"
+    assert CellSplit.open(data, None, "atac2rna", 0).train.path == data / "atac2rna_train"
 
 
 def test_splits_of_early_versions_name_no_run(tiny_data: dict[str, Path], tmp_path: Path):
@@ -155,7 +155,7 @@ def test_splits_of_early_versions_name_no_run(tiny_data: dict[str, Path], tmp_pa
         manifest = json.loads(path.read_text())
         del manifest["run"]
         path.write_text(json.dumps(manifest))
-    assert Cells.open(data, None, "atac2rna", 0).val.path == data / "atac2rna_val"
+    assert CellSplit.open(data, None, "atac2rna", 0).val.path == data / "atac2rna_val"
 
 
 def test_damage_is_noticed(faults: ModuleType, workplace: Path):
@@ -226,7 +226,7 @@ def test_two_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_pat
     from accelerate import Accelerator
 
     from cisformer.config import default_config
-    from cisformer.training import _new_folder
+    from cisformer.training.loop import _new_folder
 
     folders: list[Path] = []
     accelerator, config = Accelerator(cpu=True), default_config("atac2rna")
@@ -249,7 +249,7 @@ def test_an_exchange_never_leaves_a_name_without_a_folder(tmp_path: Path):
     folder = tmp_path / "best"
     with atomic_folder(folder) as temporary:
         (temporary / "weights").write_text("0")
-    if not runtime._exchange(folder, folder):
+    if not files._exchange(folder, folder):
         pytest.skip("this system cannot exchange two folders in one step")
     missing, done = [], threading.Event()
 
@@ -275,7 +275,7 @@ def test_a_folder_or_file_makes_way_only_if_forced(
     exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     if not exchange:
-        monkeypatch.setattr(runtime, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
     for old in ("folder", "file"):
         path = tmp_path / old
         path.mkdir() if old == "folder" else path.write_text("old")
@@ -299,7 +299,7 @@ def test_a_rename_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: 
             raise OSError(5, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr(runtime, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "out", force=True) as folder:
         (folder / "a").write_text("new")

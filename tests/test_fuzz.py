@@ -32,14 +32,14 @@ from cisformer.data.preprocess import preprocess
 from cisformer.data.reference import load_reference
 from cisformer.data.store import CellStore
 from cisformer.errors import CisformerError
-from cisformer.figure_data import read_training_log
-from cisformer.launch import n_usable_processes, read_accelerate_config
-from cisformer.link_evaluation import read_truth
-from cisformer.link_formats import export_links, read_links
-from cisformer.links_io import read_cell_types, safe_name
+from cisformer.evaluation.figures import read_training_log
+from cisformer.links.benchmark import read_truth
+from cisformer.links.files import read_cell_types, safe_name
+from cisformer.links.formats import export_links, read_links
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.published import read_tensors
-from cisformer.training import _read_state
+from cisformer.parallel.launch import n_usable_processes, read_accelerate_config
+from cisformer.training.loop import _read_state
 
 THOROUGH = 10 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1
 

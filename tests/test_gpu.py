@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from cisformer.cells import validation_batches
 from cisformer.data.store import CellStore, find_split
-from cisformer.linking import score_links
+from cisformer.links.score import score_links
 from cisformer.model.checkpoint import load_checkpoint
-from cisformer.prediction import predict
-from cisformer.training import train
+from cisformer.prediction.predict import predict
+from cisformer.training.loop import train
+from cisformer.training.split import validation_batches
 
 DEVICE = os.environ.get("CISFORMER_TEST_DEVICE", "cuda")
 DIRECTIONS = ["atac2rna", "rna2atac"]

@@ -24,14 +24,14 @@ from cisformer.data.inspect import inspect
 from cisformer.data.io import read_rna
 from cisformer.data.store import CellStore
 from cisformer.errors import CheckpointError, CisformerError, InputError, StoreError
-from cisformer.link_formats import FORMATS, export_links
-from cisformer.linking import link
-from cisformer.links_io import safe_name
+from cisformer.links.files import safe_name
+from cisformer.links.formats import FORMATS, export_links
+from cisformer.links.plot import plot_links
+from cisformer.links.score import link
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.published import read_tensors
-from cisformer.plotting import plot_links
-from cisformer.runtime import sha256_file
-from cisformer.training import _new_folder, _read_state
+from cisformer.runtime.files import sha256_file
+from cisformer.training.loop import _new_folder, _read_state
 
 HUGE = 10**15
 HOSTILE_TYPES = [

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from cisformer.errors import InputError
-from cisformer.link_formats import FORMATS, export_links, read_links, strongest, write_format
+from cisformer.links.formats import FORMATS, export_links, read_links, strongest, write_format
 
 
 @pytest.fixture

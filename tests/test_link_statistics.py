@@ -7,7 +7,7 @@ import scipy.sparse as sp
 from scipy import stats
 
 from cisformer.data.reference import Reference
-from cisformer.link_statistics import (
+from cisformer.links.statistics import (
     FEWEST_EXPECTED,
     Pairs,
     PartialCorrelation,

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
-from cisformer import metrics
-from cisformer.metrics import (
+from cisformer.evaluation import metrics
+from cisformer.evaluation.bootstrap import Interval, resample_cells, resampled_correlation, resampled_mean
+from cisformer.evaluation.metrics import (
     OddsOverMean,
     correlation,
     log_fold_changes,
@@ -18,7 +19,6 @@ from cisformer.metrics import (
     ranking_scores,
     squared_errors,
 )
-from cisformer.resampling import Interval, resample_cells, resampled_correlation, resampled_mean
 
 
 def _loop(function, predicted, truth, axis):

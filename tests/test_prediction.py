@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, OutputExistsError, ReferenceMismatchError
 from cisformer.model.checkpoint import load_checkpoint
-from cisformer.prediction import predict
+from cisformer.prediction.predict import predict
 
 DIRECTIONS = ["atac2rna", "rna2atac"]
 INPUT = {"atac2rna": "atac", "rna2atac": "rna"}
@@ -181,7 +181,7 @@ def test_cells_are_read_in_blocks_of_any_size(direction, sources, tiny_checkpoin
     adata.write_h5ad(tmp_path / "cells.h5ad")
     whole = predict(tiny_checkpoints[direction], adata, batch_size=1000)
     for block, batch in ((7, 5), (5, 5), (3, 11)):
-        monkeypatch.setattr("cisformer.prediction.READ_CELLS", block)
+        monkeypatch.setattr("cisformer.prediction.predict.READ_CELLS", block)
         parts = predict(tiny_checkpoints[direction], tmp_path / "cells.h5ad", batch_size=batch)
         assert parts.obs_names.equals(whole.obs_names)
         np.testing.assert_allclose(parts.X.toarray(), whole.X.toarray(), rtol=1e-4, atol=1e-5)

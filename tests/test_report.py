@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 import pytest
 
 from cisformer.errors import OutputExistsError
-from cisformer.evaluation import evaluate_model
-from cisformer.report import render, write_report
-from cisformer.verdict import score_text
+from cisformer.evaluation.evaluate import evaluate_model
+from cisformer.evaluation.report import render, write_report
+from cisformer.evaluation.verdict import score_text
 
 DIRECTIONS = ["rna2atac", "atac2rna"]
 MARKS = {"better": "▲", "tie": "=", "worse": "▼"}

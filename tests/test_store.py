@@ -1,4 +1,4 @@
-"""Shards written from parked cells, read back by row."""
+"""Shards written from unsorted cells, read back by row."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cisformer.config import Direction
-from cisformer.data import spool
+from cisformer.data import shards
 from cisformer.data.preprocess import preprocess
 from cisformer.data.reference import Reference, load_reference
-from cisformer.data.spool import ParkedCells, Spool, write_shard
+from cisformer.data.shards import RowFile, UnsortedCells, write_shard
 from cisformer.data.store import CellStore, SplitName, find_split, write_split
 from cisformer.errors import OutputExistsError, ReferenceMismatchError, StoreError
-from cisformer.runtime import atomic_folder
+from cisformer.runtime.files import atomic_folder
 
 N_CELLS, N_GENES, N_CCRES = 50, 30, 80
 
@@ -53,8 +53,8 @@ def write_store(
     folder.parent.mkdir(exist_ok=True)
     with (
         atomic_folder(folder, force=force) as new,
-        Spool(folder.parent, with_values=True) as rna,
-        Spool(folder.parent, with_values=False) as atac,
+        RowFile(folder.parent, with_values=True) as rna,
+        RowFile(folder.parent, with_values=False) as atac,
     ):
         obs = []
         for block in blocks:
@@ -63,7 +63,7 @@ def write_store(
             obs.append(block.obs)
         info = pd.concat(obs)
         rows = np.arange(len(info))
-        cells = ParkedCells(rna, atac, rows, rows, info)
+        cells = UnsortedCells(rna, atac, rows, rows, info)
         write_split(new, cells, reference, direction, cnt, {"split": split}, cell_info=cell_info)
     return CellStore.open(folder)
 
@@ -260,26 +260,26 @@ def test_splits_are_found_from_anywhere(store: CellStore):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, N_CELLS - 1), max_size=80), st.integers(1, 200), st.integers(1, N_CELLS))
-def test_parked_cells_come_back_in_any_order(rows: list[int], chunk: int, block: int):
+def test_unsorted_cells_come_back_in_any_order(rows: list[int], chunk: int, block: int):
     cells, wanted = random_cells(), np.array(rows, np.int64)
-    with pytest.MonkeyPatch.context() as patch, Spool(Path("."), with_values=True) as parked:
-        patch.setattr(spool, "_CHUNK", chunk)
+    with pytest.MonkeyPatch.context() as patch, RowFile(Path("."), with_values=True) as row_file:
+        patch.setattr(shards, "_CHUNK", chunk)
         for part in blocks(cells, block):
-            parked.append(part.rna)
+            row_file.append(part.rna)
         expected = cells.rna[wanted]
-        assert np.array_equal(np.concatenate([*parked.indices(wanted), []]), expected.indices)
-        assert np.array_equal(np.concatenate([*parked.values(wanted), []]), expected.data)
+        assert np.array_equal(np.concatenate([*row_file.indices(wanted), []]), expected.indices)
+        assert np.array_equal(np.concatenate([*row_file.values(wanted), []]), expected.data)
 
 
 def test_a_wrong_number_of_bytes_is_an_error(tmp_path: Path):
     with pytest.raises(ValueError, match="8 bytes for a storage of 16"):
-        spool.write_tensors(
+        shards.write_tensors(
             tmp_path / "x_0.pt", {"a": torch.empty(2, dtype=torch.int64)}, [iter([np.zeros(1)])]
         )
 
 
 def test_a_shard_of_no_cells(tmp_path: Path):
-    with Spool(tmp_path, with_values=True) as rna, Spool(tmp_path, with_values=False) as atac:
+    with RowFile(tmp_path, with_values=True) as rna, RowFile(tmp_path, with_values=False) as atac:
         none = np.zeros(0, np.int64)
         assert write_shard(tmp_path / "x_0.pt", rna, atac, none, none) == {
             "n_cells": 0,

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from cisformer import training
-from cisformer.cells import Cells, validation_batches
 from cisformer.config import dump_config
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
-from cisformer.model import fused
 from cisformer.model.checkpoint import load_checkpoint
-from cisformer.model.linear import count_features, fit_linear, learn_from
-from cisformer.start import make_layout
-from cisformer.training import mixed_precision, train
+from cisformer.model.closed_form import count_features, fit_linear, learn_from
+from cisformer.runtime import device
+from cisformer.training import loop
+from cisformer.training.closed_form_start import make_layout
+from cisformer.training.loop import mixed_precision, train
+from cisformer.training.split import CellSplit, validation_batches
 
 DIRECTIONS = ["atac2rna", "rna2atac"]
 
@@ -59,7 +59,7 @@ def test_best_is_its_epoch_with_the_closed_form_of_all_cells(direction, tiny_che
     """Where nothing was trained, folding in gives the closed form of training and validation cells together."""
     best = tiny_checkpoints[direction]
     epoch = load_checkpoint(best.folder.parent / f"epoch{best.metrics['epoch']}")
-    cells = Cells.open(tiny_data[direction], None, direction, 0)
+    cells = CellSplit.open(tiny_data[direction], None, direction, 0)
     assert best.metrics["n_validation_cells_folded_in"] == cells.val.n_cells
     rank, ridge = best.metrics["linear_rank"], best.metrics["linear_ridge"]
     pairs = [(cells.train, cells.train_rows), (cells.val, cells.val_rows)]
@@ -174,16 +174,16 @@ def test_a_loss_that_is_not_finite_stops_before_weights_change(tiny_data, tiny_c
 
 def test_without_validation_data_training_cells_are_set_aside(tiny_data):
     folder = find_split(tiny_data["rna2atac"], "train")
-    cells = Cells.open(folder, None, "rna2atac", 0)
+    cells = CellSplit.open(folder, None, "rna2atac", 0)
     assert cells.val.path.name == "rna2atac_val"
-    alone = Cells._set_aside(cells.train, 0)
+    alone = CellSplit._set_aside(cells.train, 0)
     assert len(np.intersect1d(alone.train_rows, alone.val_rows)) == 0
     assert len(alone.train_rows) + len(alone.val_rows) == cells.train.n_cells
 
 
 def test_test_cells_are_in_neither_training_nor_validation(tiny_data):
     for direction in DIRECTIONS:
-        cells = Cells.open(tiny_data[direction], None, direction, 0)
+        cells = CellSplit.open(tiny_data[direction], None, direction, 0)
         test = CellStore.open(find_split(tiny_data[direction], "test"))
         for store in (cells.train, cells.val):
             assert len(np.intersect1d(store.barcodes, test.barcodes)) == 0
@@ -192,7 +192,7 @@ def test_test_cells_are_in_neither_training_nor_validation(tiny_data):
 def test_the_same_cells_for_training_and_validation_are_refused(tiny_data):
     folder = find_split(tiny_data["rna2atac"], "train")
     with pytest.raises(TrainingError, match="cells are in the training and the validation data"):
-        Cells.open(folder, folder / "rna2atac_0.pt", "rna2atac", 0)
+        CellSplit.open(folder, folder / "rna2atac_0.pt", "rna2atac", 0)
 
 
 def test_names_of_runs_stay_in_the_folder(tiny_data, tiny_config, tmp_path):
@@ -228,8 +228,8 @@ def test_precision_is_what_the_launcher_says_or_the_device_does_fastest(
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if asked:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
-    monkeypatch.setattr(training, "best_device", lambda: "cuda" if gpu else "cpu")
-    monkeypatch.setattr(fused, "multiplies_bf16", lambda device: bf16)
+    monkeypatch.setattr(loop, "best_device", lambda: "cuda" if gpu else "cpu")
+    monkeypatch.setattr(device, "multiplies_bf16", lambda device: bf16)
     assert mixed_precision(cpu=False) == precision
 
 
@@ -302,12 +302,12 @@ def test_training_takes_the_precision_of_a_process_that_has_one(tiny_data, tiny_
 
 def test_a_resumed_run_keeps_its_precision(tiny_checkpoints, tmp_path, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(fused, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(device, "multiplies_bf16", lambda device: True)
     run = tmp_path / "run"
     run.mkdir()
-    assert training._precision_of(run) is None
+    assert loop._precision_of(run) is None
     (run / "metrics.jsonl").write_text(json.dumps({"epoch": 0, "precision": "no"}) + "\n")
-    assert mixed_precision(cpu=True, before=training._precision_of(run)) == "no"
+    assert mixed_precision(cpu=True, before=loop._precision_of(run)) == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert mixed_precision(cpu=True, before="no") == "bf16"
     assert history(tiny_checkpoints["rna2atac"])[-1]["precision"] in ("no", "bf16")

@@ -13,7 +13,7 @@ from collections import Counter
 from types import FrameType
 from typing import Any
 
-from cisformer.team import is_main_process
+from cisformer.parallel.processes import is_main_process
 
 
 def main() -> None:

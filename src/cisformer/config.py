@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from cisformer.errors import ConfigError, brief
 
+Modality = Literal["rna", "atac"]
 Direction = Literal["atac2rna", "rna2atac"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 Preset = Literal["default", "small"]

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from cisformer.errors import CisformerError
-from cisformer.runtime import refuse_existing
+from cisformer.runtime.files import refuse_existing
 
 logger = logging.getLogger(__name__)
 SIZES = {False: (1_000, 2_000, 12_000), True: (200, 200, 1_200)}

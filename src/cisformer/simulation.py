@@ -31,7 +31,7 @@ import pandas as pd
 from scipy import sparse
 
 from cisformer.errors import InputError
-from cisformer.runtime import atomic_path
+from cisformer.runtime.files import atomic_path
 
 if TYPE_CHECKING:
     from anndata import AnnData

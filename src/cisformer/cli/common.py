@@ -7,7 +7,7 @@ from typing import Any
 
 import rich_click as click
 
-from cisformer.team import is_main_process
+from cisformer.parallel.processes import is_main_process
 
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 

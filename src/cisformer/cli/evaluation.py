@@ -10,7 +10,7 @@ import rich_click as click
 from cisformer.cli.common import CONTEXT
 
 if TYPE_CHECKING:
-    from cisformer.evaluation import EvaluationReport
+    from cisformer.evaluation.evaluate import EvaluationReport
 
 
 @click.command("evaluate", context_settings=CONTEXT)
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Overwrite an earlier report.")
 def evaluate(output_dir: str, force: bool, **options: Any) -> None:
     """Score predictions beside baselines, with intervals and a plain verdict."""
-    from cisformer.report import write_report
-    from cisformer.runtime import refuse_existing
+    from cisformer.evaluation.report import write_report
+    from cisformer.runtime.files import refuse_existing
 
     for name in ("report.html", "report.json"):
         refuse_existing(Path(output_dir) / name, force=force)
@@ -65,8 +65,8 @@ def _evaluate(
 ) -> EvaluationReport:
     """Evaluate either files or a model on a data set."""
     from cisformer.errors import InputError
-    from cisformer.evaluation import evaluate as evaluate_files
-    from cisformer.evaluation import evaluate_model
+    from cisformer.evaluation.evaluate import evaluate as evaluate_files
+    from cisformer.evaluation.evaluate import evaluate_model
 
     files = ("predicted", "truth", "train_input", "train_target", "test_input")
     given = [f"--{name}" for name in files if options[name] is not None]

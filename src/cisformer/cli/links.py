@@ -62,13 +62,13 @@ def atac2rna_link(
     **options: Any,
 ) -> None:
     """Extract cCRE-gene regulatory links, cell type by cell type."""
-    from cisformer.launch import relaunched
+    from cisformer.parallel.launch import relaunched
 
     done, cpu = relaunched(accelerate_config)
     if done:
         return
     from cisformer.config import load_config
-    from cisformer.linking import link
+    from cisformer.links.score import link
     from cisformer.model.checkpoint import load_checkpoint
 
     wanted = load_config(config, "atac2rna") if config else None
@@ -93,8 +93,8 @@ def atac2rna_link(
 @_FORCE
 def export_links(output: str, force: bool, **options: Any) -> None:
     """Filter links, and write them for genome browsers: IGV (bedpe), UCSC (interact), WashU (longrange)."""
-    from cisformer.link_formats import export_links as export
-    from cisformer.runtime import refuse_existing
+    from cisformer.links.formats import export_links as export
+    from cisformer.runtime.files import refuse_existing
 
     refuse_existing(output, force=force)
     number = export(output=output, **options)
@@ -117,8 +117,8 @@ def evaluate_links(
 ) -> None:
     """Score links against tested ones, beside distance, the nearest gene and activity by distance."""
     from cisformer.data.reference import load_reference
-    from cisformer.link_evaluation import evaluate_links as evaluate
-    from cisformer.runtime import refuse_existing
+    from cisformer.links.benchmark import evaluate_links as evaluate
+    from cisformer.runtime.files import refuse_existing
 
     if output:
         refuse_existing(output, force=force)
@@ -141,9 +141,9 @@ def evaluate_links(
 @_FORCE
 def plot_links(gene: str, output: str | None, force: bool, **options: Any) -> None:
     """Draw a gene's links: accessibility per cell type, arcs coloured by score, genes."""
-    from cisformer.links_io import safe_name
-    from cisformer.plotting import plot_links as plot
-    from cisformer.runtime import refuse_existing
+    from cisformer.links.files import safe_name
+    from cisformer.links.plot import plot_links as plot
+    from cisformer.runtime.files import refuse_existing
 
     path = output or f"{safe_name(gene)}_links.png"
     refuse_existing(path, force=force)
@@ -162,7 +162,7 @@ def plot_links(gene: str, output: str | None, force: bool, **options: Any) -> No
 @_FORCE
 def simulate(output_dir: str, force: bool, **options: Any) -> None:
     """Simulate paired cells with planted cCRE-gene links."""
-    from cisformer.runtime import refuse_existing
+    from cisformer.runtime.files import refuse_existing
     from cisformer.simulation import FILES
     from cisformer.simulation import simulate as simulate_cells
 

@@ -23,8 +23,8 @@ CONFIG_DIR = Path("cisformer_config")
 def generate_default_config(preset: Any, force: bool) -> None:
     """Generate default config files in ./cisformer_config."""
     from cisformer.config import DIRECTIONS, default_config, dump_config
-    from cisformer.launch import detect_accelerate_config
-    from cisformer.runtime import atomic_folder
+    from cisformer.parallel.launch import detect_accelerate_config
+    from cisformer.runtime.files import atomic_folder
 
     with atomic_folder(CONFIG_DIR, force=force) as folder:
         accelerate = json.dumps(detect_accelerate_config(), indent=2)
@@ -39,12 +39,12 @@ def generate_default_config(preset: Any, force: bool) -> None:
 def _train(
     direction: Direction, accelerate_config: str | None, config_file: str | None, **options: Any
 ) -> None:
-    from cisformer.launch import relaunched
+    from cisformer.parallel.launch import relaunched
 
     done, cpu = relaunched(accelerate_config)
     if done:
         return
-    from cisformer.training import train
+    from cisformer.training.loop import train
 
     best = train(direction=direction, config=config_path(config_file, direction), cpu=cpu, **options)
     metrics = best.metrics
@@ -102,14 +102,14 @@ def _predict(
     output: Path,
     **options: Any,
 ) -> None:
-    from cisformer.launch import relaunched
+    from cisformer.parallel.launch import relaunched
 
     done, cpu = relaunched(accelerate_config)
     if done:
         return
     from cisformer.config import load_config
     from cisformer.model.checkpoint import load_checkpoint
-    from cisformer.prediction import predict
+    from cisformer.prediction.predict import predict
 
     wanted = load_config(config_file, direction) if config_file else None
     checkpoint = load_checkpoint(model, direction, config=wanted)
@@ -200,7 +200,7 @@ def export_checkpoint(model_parameters: str, output: str, force: bool) -> None:
     """Write a model of architecture full as the published program reads it."""
     from cisformer.model.checkpoint import export_checkpoint as export
     from cisformer.model.checkpoint import load_checkpoint
-    from cisformer.runtime import refuse_existing
+    from cisformer.runtime.files import refuse_existing
 
     refuse_existing(output, force=force)
     click.echo(f"wrote {export(load_checkpoint(model_parameters), output)}")

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from cisformer.config import Config, Direction
+from cisformer.config import Config, Direction, Modality
 from cisformer.data.store import CellStore
 
-Modality = Literal["rna", "atac"]
+BLOCK_CELLS = 1_000
+"""Cells that one sweep over a store takes at a time."""
 RNA_SCALE = 1e4
 """Counts per cell after normalisation, before log1p."""
 
@@ -111,6 +111,12 @@ def normalise_rna(counts: sp.csr_matrix) -> sp.csr_matrix:
     per_cell = np.divide(RNA_SCALE, total, out=np.zeros_like(total), where=total > 0)
     counts.data = np.log1p(counts.data * np.repeat(per_cell, np.diff(counts.indptr)))
     return counts
+
+
+def row_blocks(rows: np.ndarray, size: int = BLOCK_CELLS) -> Iterator[np.ndarray]:
+    """Yield `rows` in runs of at most `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def normalise(matrix: sp.csr_matrix, modality: Modality) -> sp.csr_matrix:

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from cisformer.config import Modality
 from cisformer.data.alignment import are_genes, describe_genes, map_genes, map_peaks
 from cisformer.data.features import gene_identity, peak_regions
 from cisformer.data.genome import CCRE_COLUMNS, parse_regions
 from cisformer.data.hdf5 import open_hdf5
 from cisformer.data.reference import BUILT_IN, Reference, built_in_of, guess_genome, load_reference
-from cisformer.data.sources import FEATURE_TYPE_COLUMNS, Modality, Source, is_10x_folder, open_rows
+from cisformer.data.sources import FEATURE_TYPE_COLUMNS, Source, is_10x_folder, open_rows
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
-from cisformer.runtime import read_json, sha256_file
+from cisformer.runtime.files import read_json, sha256_file
 
 OWN_MANIFESTS = {
     "manifest.json": "preprocessed cells",

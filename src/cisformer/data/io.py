@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cisformer.data.sources import Modality, open_rows
-from cisformer.runtime import atomic_path, provenance
+from cisformer.config import Modality
+from cisformer.data.sources import open_rows
+from cisformer.runtime.files import atomic_path
+from cisformer.runtime.provenance import provenance
 
 if TYPE_CHECKING:
     import h5py

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from cisformer.config import Direction
 from cisformer.data.reference import Reference
 from cisformer.errors import StoreError, brief, first_complaint
-from cisformer.runtime import read_json
+from cisformer.runtime.files import read_json
 
 FORMAT = "cisformer-cells"
 FORMAT_VERSION = 1

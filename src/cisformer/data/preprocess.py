@@ -24,19 +24,13 @@ from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peak
 from cisformer.data.io import H5adWriter
 from cisformer.data.pairing import pair_barcodes, split_cells
 from cisformer.data.reference import Reference, dataset_reference, load_reference
+from cisformer.data.shards import RowFile, UnsortedCells
 from cisformer.data.sources import Source, open_rows
-from cisformer.data.spool import ParkedCells, Spool
 from cisformer.data.store import CellStore, SplitName, write_split
 from cisformer.errors import InputError
-from cisformer.runtime import (
-    atomic_folders,
-    make_folder,
-    occasion,
-    progress,
-    provenance,
-    refuse_existing,
-    write_errors,
-)
+from cisformer.runtime.files import atomic_folders, make_folder, refuse_existing, write_errors
+from cisformer.runtime.progress import progress
+from cisformer.runtime.provenance import occasion, provenance
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -162,8 +156,8 @@ def _aligned(
     folder: Path,
     workers: tuple[int, int],
     seconds: Seconds,
-) -> Iterator[tuple[ParkedCells, Reference, dict[str, Any]]]:
-    """Yield the paired cells, aligned and parked on disk; their reference; what a manifest says of them."""
+) -> Iterator[tuple[UnsortedCells, Reference, dict[str, Any]]]:
+    """Yield the paired cells, aligned and kept in files; their reference; what a manifest says of them."""
     with contextlib.ExitStack() as stack:
         with open_rows(rna, "rna") as genes, open_rows(atac, "atac") as peaks:
             sources = genes, peaks
@@ -172,10 +166,16 @@ def _aligned(
             maps = _map_features(sources, chosen)
             make_folder(folder)
             stack.enter_context(write_errors(folder, folder))
-            parked = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".spool", dir=folder)))
-            spools = [stack.enter_context(Spool(parked, with_values=values)) for values in (True, False)]
-            _align(sources, maps, spools, workers, seconds)
-        cells, empty = _without_empty(ParkedCells(spools[0], spools[1], *rows, _join_obs(sources, rows)))
+            folder_of_rows = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix=".cells", dir=folder))
+            )
+            row_files = [
+                stack.enter_context(RowFile(folder_of_rows, with_values=values)) for values in (True, False)
+            ]
+            _align(sources, maps, row_files, workers, seconds)
+        cells, empty = _without_empty(
+            UnsortedCells(row_files[0], row_files[1], *rows, _join_obs(sources, rows))
+        )
         inputs = {
             source.modality: _describe(source, found) for source, found in zip(sources, maps, strict=True)
         }
@@ -210,21 +210,21 @@ def _map_features(sources: tuple[Source, Source], reference: Reference) -> list[
 def _align(
     sources: tuple[Source, Source],
     maps: list[FeatureMap],
-    spools: list[Spool],
+    row_files: list[RowFile],
     workers: tuple[int, int],
     seconds: Seconds,
 ) -> None:
     """Read both modalities in blocks, align the blocks in threads, and park them in order."""
     batch_size, num_workers = workers
     n_threads = min(num_workers, os.cpu_count() or 1)
-    for source, found, spool in zip(sources, maps, spools, strict=True):
+    for source, found, row_file in zip(sources, maps, row_files, strict=True):
         with ThreadPoolExecutor(n_threads) as pool:
             blocks = _timed_blocks(source.blocks(batch_size * num_workers), seconds)
             aligned = _aligned_blocks(blocks, found, pool, n_threads, seconds)
             what = f"aligning {source.modality.upper()}"
             for block in progress(aligned, total=source.n_cells, desc=what, unit="cells", size=_n_rows):
                 start = time.perf_counter()
-                spool.append(block)
+                row_file.append(block)
                 seconds["write"] += time.perf_counter() - start
 
 
@@ -278,7 +278,7 @@ def _join_obs(
     return pd.concat([rna.add_suffix("_rna"), atac.add_suffix("_atac")], axis=1)
 
 
-def _without_empty(cells: ParkedCells) -> tuple[ParkedCells, list[str]]:
+def _without_empty(cells: UnsortedCells) -> tuple[UnsortedCells, list[str]]:
     """Leave out cells without any gene or any cCRE of the reference; also return their barcodes."""
     filled = (cells.rna.lengths[cells.rna_rows] > 0) & (cells.atac.lengths[cells.atac_rows] > 0)
     empty = cells.obs.index[~filled].tolist()

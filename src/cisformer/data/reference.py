@@ -22,7 +22,8 @@ from cisformer.data.annotation import read_bed, read_gtf
 from cisformer.data.features import gene_identity, peak_regions, stated_coordinates
 from cisformer.data.genome import CCRE_COLUMNS, GENE_COLUMNS, overlap_pairs, region_names, rename_chroms
 from cisformer.errors import InputError, ReferenceMismatchError
-from cisformer.runtime import atomic_folder, package_version, read_json
+from cisformer.runtime.files import atomic_folder, read_json
+from cisformer.runtime.provenance import package_version
 
 logger = logging.getLogger(__name__)
 

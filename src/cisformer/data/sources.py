@@ -18,6 +18,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from cisformer.config import Modality
 from cisformer.data.hdf5 import check_claims, damaged, kind_of, open_hdf5
 from cisformer.data.matrices import Reader, describe_values, first_bad, row_reader, sample_values
 from cisformer.errors import CisformerError, InputError
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Modality = Literal["rna", "atac"]
 Kind = Literal["h5ad", "h5mu", "10x h5", "AnnData"]
 
 FEATURE_TYPES = {

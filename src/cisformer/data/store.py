@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from cisformer.config import Direction
 from cisformer.data.manifest import BARCODES, CELL_INFO, MANIFEST, new_manifest, read_manifest
 from cisformer.data.reference import Reference, load_reference, save_reference
-from cisformer.data.spool import ParkedCells, write_shard
+from cisformer.data.shards import UnsortedCells, write_shard
 from cisformer.errors import ReferenceMismatchError, StoreError, brief
-from cisformer.runtime import read_json, sha256_file
+from cisformer.runtime.files import read_json, sha256_file
 
 SplitName = Literal["train", "val", "test", "all"]
 PARTS: tuple[SplitName, ...] = ("train", "val", "test")
@@ -333,7 +333,7 @@ def require_one_run(folder: Path) -> None:
 
 def write_split(
     folder: Path,
-    cells: ParkedCells,
+    cells: UnsortedCells,
     reference: Reference,
     direction: Direction,
     cnt: int | None,

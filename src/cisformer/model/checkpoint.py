@@ -23,10 +23,11 @@ from cisformer.data.batches import Layout
 from cisformer.data.reference import BUILT_IN, Reference, load_reference, save_reference
 from cisformer.errors import CheckpointError, ReferenceMismatchError, brief, first_complaint
 from cisformer.model.cis import CisModel
-from cisformer.model.full import export_published, load_published
-from cisformer.model.full_task import FullTask
-from cisformer.model.local import Windows
-from cisformer.runtime import atomic_folder, occasion, provenance, read_json, sha256_file
+from cisformer.model.closed_form_cis import Windows
+from cisformer.model.documented import export_published, load_published
+from cisformer.model.documented_task import FullTask
+from cisformer.runtime.files import atomic_folder, read_json, sha256_file
+from cisformer.runtime.provenance import occasion, provenance
 
 FORMAT = "cisformer-checkpoint"
 FORMAT_VERSION = 1

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from cisformer.config import Config, Model
 from cisformer.data.batches import Batch, Layout, dense_targets, places, ragged_rows, rows_of
 from cisformer.model.attention import Block, Dropout, LatentPool, segment_softmax
-from cisformer.model.linear import LinearStart, Projection, link_loss, pace_of
-from cisformer.model.local import DISTANCE_EDGES_BP, LocalStart, Windows
+from cisformer.model.closed_form import LinearStart, Projection, link_loss, pace_of
+from cisformer.model.closed_form_cis import DISTANCE_EDGES_BP, LocalStart, Windows
 
 LOADING_STD = 0.05
 """Of loadings beyond the linear start, where only h reaches them."""

@@ -1,0 +1,1 @@
+"""Scores of a prediction beside baselines, with intervals, a verdict and a report page."""

@@ -1,0 +1,402 @@
+"""What a model has to beat: mean profile, cell-type mean, nearest neighbours, PCA-ridge, and a mask oracle.
+
+They are meant to be strong. Each sees what the model sees, the input modality of the training cells and of
+the cell to predict, and chooses its settings (number of neighbours, metric, penalty, number of components,
+shrinkage) by its loss on a tenth of the training cells held out, then fits all of them. Predictions are
+products of two thin matrices, made block by block, so that a million cCREs fit in memory.
+
+Units: accessibility as probabilities in [1e-4, 1 − 1e-4]; expression as log1p(counts / total × 10,000).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.sparse as sp
+
+from cisformer.config import Direction
+from cisformer.evaluation.metrics import PROBABILITY_FLOOR, dense, pseudobulk
+
+N_COMPONENTS = 50
+TUNING_SHARE = 0.1
+MOST_TUNING_CELLS = 500
+MOST_TUNING_FEATURES = 4000
+
+
+# ---------------------------------------------------------------------------------------------- normalisation
+
+
+def log_normalise(counts: sp.csr_matrix) -> sp.csr_matrix:
+    """Return log1p(counts / total × 10,000) of each cell; a cell without counts stays zero."""
+    return _log_scaled(counts, np.ones(counts.shape[1]))
+
+
+def tf_idf(open_: sp.csr_matrix, n_open: np.ndarray, n_cells: int) -> sp.csr_matrix:
+    """Return log1p(tf × idf × 10,000): tf = share of the cell's cCREs, idf = log(1 + n_cells / n_open).
+
+    Parameters
+    ----------
+    open_
+        0/1 [cells × cCREs].
+    n_open, n_cells
+        In how many of how many training cells each cCRE is open; one that is open in none has idf 0.
+    """
+    return _log_scaled(open_, np.log1p(n_cells / np.maximum(n_open, 1)) * (n_open > 0))
+
+
+def _log_scaled(matrix: sp.csr_matrix, weight: np.ndarray) -> sp.csr_matrix:
+    result = sp.csr_matrix(matrix, dtype=np.float32, copy=True)
+    total = np.asarray(result.sum(axis=1), dtype=float).ravel()
+    scale = np.divide(1e4, total, out=np.zeros_like(total), where=total > 0)
+    result.data *= np.repeat(scale, np.diff(result.indptr)).astype(np.float32)
+    result.data = np.log1p(result.data * weight[result.indices].astype(np.float32))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- lazy
+# predictions
+
+
+@dataclass(frozen=True)
+class Product:
+    """A prediction `left @ right + offset`, clipped to [`low`, `high`], made where it is sliced.
+
+    Attributes
+    ----------
+    left
+        [cells × k], dense or sparse.
+    right
+        [k × features], dense or sparse.
+    offset, low
+        One value per feature.
+    high
+        Upper bound.
+    """
+
+    left: Any
+    right: Any
+    offset: np.ndarray
+    low: np.ndarray
+    high: float = np.inf
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Cells × features."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
+        rows, columns = key
+        block = dense(self.left[rows] @ self.right[:, columns], np.float32) + self.offset[columns]
+        return np.clip(block, self.low[columns], self.high).astype(np.float32)
+
+    def toarray(self) -> np.ndarray:
+        """Return the whole prediction, float32."""
+        return self[:, :]
+
+
+# ---------------------------------------------------------------------------------------------- cells
+
+
+@dataclass(frozen=True)
+class CellsToPredict:
+    """What a baseline sees of cells: principal components of the input, log depth, and labels or None."""
+
+    components: np.ndarray
+    depth: np.ndarray
+    labels: np.ndarray | None
+
+    def __getitem__(self, rows: np.ndarray) -> CellsToPredict:
+        return CellsToPredict(
+            self.components[rows], self.depth[rows], None if self.labels is None else self.labels[rows]
+        )
+
+
+@dataclass(frozen=True)
+class InputSpace:
+    """Leading principal components of one modality, fitted on training cells."""
+
+    modality: str
+    n_open: np.ndarray
+    n_cells: int
+    pca: Any
+
+    @classmethod
+    def fit(cls, train: sp.csr_matrix, modality: str, *, seed: int = 0) -> InputSpace:
+        """Fit on raw counts ("rna") or 0/1 accessibility ("atac") [cells × features]."""
+        from sklearn.decomposition import PCA
+
+        n_open = np.asarray((train != 0).sum(axis=0)).ravel()
+        pca = PCA(min(N_COMPONENTS, min(train.shape) - 1), svd_solver="arpack", random_state=seed)
+        space = cls(modality, n_open, train.shape[0], pca)
+        pca.fit(space._normalise(train))
+        return space
+
+    def _normalise(self, matrix: sp.csr_matrix) -> sp.csr_matrix:
+        if self.modality == "rna":
+            return log_normalise(matrix)
+        return tf_idf(matrix, self.n_open, self.n_cells)
+
+    def read(self, matrix: sp.csr_matrix, labels: np.ndarray | None = None) -> CellsToPredict:
+        """Return cells [cells × input features] as baselines see them."""
+        depth = np.log1p(np.asarray(matrix.sum(axis=1), dtype=float).ravel())
+        labels = None if labels is None else np.asarray(labels, dtype=object)
+        return CellsToPredict(self.pca.transform(self._normalise(matrix)), depth, labels)
+
+
+@dataclass(frozen=True)
+class TrainingCells:
+    """Paired training cells: what is seen of them, and the target in the units of the task."""
+
+    direction: Direction
+    cells: CellsToPredict
+    target: sp.csr_matrix
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean profile; for accessibility smoothed with one cell of average accessibility."""
+        n_cells = self.target.shape[0]
+        sums = np.asarray(self.target.sum(axis=0), dtype=float).ravel()
+        if self.direction == "atac2rna":
+            return sums / n_cells
+        return (sums + sums.mean() / n_cells) / (n_cells + 1)
+
+    def split(self, seed: int) -> tuple[TrainingCells, TrainingCells]:
+        """Return (cells to fit, cells to tune on), both with a sample of the target features."""
+        rng = np.random.default_rng(seed)
+        n_cells, n_features = self.target.shape
+        n_tuning = min(max(1, round(TUNING_SHARE * n_cells)), MOST_TUNING_CELLS)
+        order = rng.permutation(n_cells)
+        features = np.sort(rng.permutation(n_features)[:MOST_TUNING_FEATURES])
+        target = self.target[:, features]
+        rows = np.sort(order[n_tuning:]), np.sort(order[:n_tuning])
+        fit, tune = (TrainingCells(self.direction, self.cells[r], target[r]) for r in rows)
+        return fit, tune
+
+    def loss(self, predicted: Product) -> float:
+        """Mean loss of a prediction of these cells: log-loss (accessibility) or squared error."""
+        truth, values = dense(self.target), predicted.toarray()
+        if self.direction == "atac2rna":
+            return float(((values - truth) ** 2).mean())
+        return float(-np.log(np.where(truth > 0, values, 1 - values)).mean())
+
+    def product(self, left: Any, right: Any, offset: np.ndarray) -> Product:
+        """Return a prediction, kept within the bounds of the task."""
+        if self.direction == "atac2rna":
+            return Product(left, right, offset.astype(np.float32), np.zeros(len(offset), dtype=np.float32))
+        low = np.maximum(PROBABILITY_FLOOR, self.mean / 10).astype(np.float32)
+        return Product(left, right, offset.astype(np.float32), low, 1 - PROBABILITY_FLOOR)
+
+
+# ---------------------------------------------------------------------------------------------- the baselines
+
+
+class Baseline(Protocol):
+    """A fitted baseline."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was chosen on held-out training cells."""
+
+    def predict(self, cells: CellsToPredict) -> Product:
+        """Return the prediction of `cells` [cells × target features]."""
+
+
+@dataclass(frozen=True)
+class MeanProfile:
+    """The mean of the training cells, for every cell the same."""
+
+    training: TrainingCells
+    settings: dict[str, Any]
+
+    def predict(self, cells: CellsToPredict) -> Product:
+        """Return the mean for each of `cells`."""
+        mean = self.training.mean
+        nothing = sp.csr_matrix((1, len(mean)), dtype=np.float32)
+        return self.training.product(sp.csr_matrix((len(cells.depth), 1), dtype=np.float32), nothing, mean)
+
+
+@dataclass(frozen=True)
+class CellTypeMean:
+    """The mean of the training cells of the same label, shrunk to the mean profile by `shrink` cells."""
+
+    training: TrainingCells
+    settings: dict[str, Any]
+
+    def predict(self, cells: CellsToPredict) -> Product:
+        """Return the mean of each cell's type; the mean profile for a type that training has not seen."""
+        assert self.training.cells.labels is not None
+        assert cells.labels is not None
+        types, group = np.unique(self.training.cells.labels.astype(str), return_inverse=True)
+        sizes = np.bincount(group)
+        weight = (sizes / (sizes + self.settings["shrink"]))[:, None]
+        mean = self.training.mean
+        change = weight * (pseudobulk(self.training.target, group, len(types)) - mean)
+        member = (cells.labels.astype(str)[:, None] == types).astype(np.float32)
+        return self.training.product(member, change.astype(np.float32), mean)
+
+
+@dataclass(frozen=True)
+class NearestNeighbours:
+    """The mean of the most similar training cells, shrunk to the mean profile by `shrink` cells."""
+
+    training: TrainingCells
+    settings: dict[str, Any]
+
+    def predict(self, cells: CellsToPredict) -> Product:
+        """Return the mean of each cell's neighbours."""
+        from sklearn.neighbors import NearestNeighbors
+
+        k, shrink = min(self.settings["k"], self.training.target.shape[0]), self.settings["shrink"]
+        scale = self.training.cells.components.std(axis=0) if self.settings["white"] else 1.0
+        search = NearestNeighbors(n_neighbors=k, metric=self.settings["metric"], algorithm="brute")
+        search.fit(self.training.cells.components / scale)
+        near = search.kneighbors_graph(cells.components / scale)
+        left = (near / (k + shrink)).astype(np.float32)
+        return self.training.product(left, self.training.target, self.training.mean * shrink / (k + shrink))
+
+
+@dataclass(frozen=True)
+class PcaRidge:
+    """Ridge regression of the target on principal components and log depth of the input.
+
+    Components keep their variance, so that the penalty weighs most on the small ones; depth has the
+    variance of the first.
+    """
+
+    training: TrainingCells
+    settings: dict[str, Any]
+
+    def _design(self, cells: CellsToPredict) -> np.ndarray:
+        """Return components and depth [cells × k + 1], centred, the largest of s.d. 1."""
+        of = self.training.cells
+        scores = (cells.components - of.components.mean(axis=0)) / of.components.std(axis=0).max()
+        depth = (cells.depth - of.depth.mean()) / max(of.depth.std(), 1e-9)
+        return np.column_stack([scores[:, : self.settings["n_components"]], depth])
+
+    def predict(self, cells: CellsToPredict) -> Product:
+        """Return mean + design @ coefficients, which minimise squared error / n + penalty × their squares."""
+        design = self._design(self.training.cells)
+        gram = design.T @ design + self.settings["penalty"] * len(design) * np.eye(design.shape[1])
+        coefficients = np.linalg.solve(gram, (self.training.target.T @ design).T)
+        left, right = self._design(cells).astype(np.float32), coefficients.astype(np.float32)
+        return self.training.product(left, right, self.training.mean)
+
+
+Kind = type[MeanProfile] | type[CellTypeMean] | type[NearestNeighbours] | type[PcaRidge]
+
+GRIDS: dict[str, tuple[Kind, dict[str, Iterable[Any]]]] = {
+    "mean profile": (MeanProfile, {}),
+    "cell-type mean": (CellTypeMean, {"shrink": (1, 5, 20, 100)}),
+    "kNN": (
+        NearestNeighbours,
+        {
+            "k": (30, 100, 300),
+            "shrink": (0, 3, 10, 30, 100, 300),
+            "metric": ("cosine", "euclidean"),
+            "white": (False, True),
+        },
+    ),
+    "PCA-ridge": (
+        PcaRidge,
+        {"n_components": (10, 20, 50), "penalty": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)},
+    ),
+}
+"""Each baseline by its name, with the settings it chooses from."""
+
+ORACLE = "mask oracle"
+"""Writes 1 where the true cell expresses a gene: what a prediction that reads the answer would score."""
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Baselines fitted to one training set.
+
+    Attributes
+    ----------
+    space
+        Principal components of the input.
+    mean
+        What the mean profile predicts [features].
+    fitted
+        Baselines by name.
+    """
+
+    space: InputSpace
+    mean: np.ndarray
+    fitted: dict[str, Baseline]
+
+    def predict(self, test_input: sp.csr_matrix, labels: np.ndarray | None = None) -> dict[str, Product]:
+        """Predict cells by every baseline; those that need labels are left out where there are none.
+
+        Parameters
+        ----------
+        test_input
+            Raw counts or 0/1 accessibility [cells × input features].
+        labels
+            Cell type of each cell.
+        """
+        cells = self.space.read(sp.csr_matrix(test_input, dtype=np.float32), labels)
+        return {
+            name: baseline.predict(cells)
+            for name, baseline in self.fitted.items()
+            if labels is not None or not isinstance(baseline, CellTypeMean)
+        }
+
+
+def fit_baselines(
+    train_input: sp.csr_matrix,
+    train_target: sp.csr_matrix,
+    *,
+    direction: Direction,
+    labels: np.ndarray | None = None,
+    seed: int = 0,
+    names: Iterable[str] = tuple(GRIDS),
+) -> Baselines:
+    """Fit the baselines, each with the settings that have the lowest loss on held-out training cells.
+
+    Parameters
+    ----------
+    train_input
+        Raw counts (RNA→ATAC) or 0/1 accessibility (ATAC→RNA) [cells × input features].
+    train_target
+        0/1 accessibility or log-normalised expression [cells × target features].
+    direction
+        Which modality is predicted.
+    labels
+        Cell type of each cell; without at least two there is no cell-type mean.
+    seed
+        Of the choice of tuning cells.
+    names
+        Which baselines.
+    """
+    modality = "rna" if direction == "rna2atac" else "atac"
+    train_input = sp.csr_matrix(train_input, dtype=np.float32)
+    space = InputSpace.fit(train_input, modality, seed=seed)
+    target = sp.csr_matrix(train_target, dtype=np.float32)
+    training = TrainingCells(direction, space.read(train_input, labels), target)
+    telling = labels is not None and len(set(labels)) > 1
+    chosen = [name for name in names if telling or name != "cell-type mean"]
+    return Baselines(
+        space,
+        training.mean.astype(np.float32),
+        {name: _fit(training, *GRIDS[name], seed=seed) for name in chosen},
+    )
+
+
+def _fit(training: TrainingCells, kind: Kind, grid: dict[str, Iterable[Any]], *, seed: int) -> Baseline:
+    """Choose the settings on held-out training cells, then fit all training cells with them."""
+    options = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    if len(options) == 1:
+        return kind(training, options[0])
+    fit, tune = training.split(seed)
+    losses = [tune.loss(kind(fit, settings).predict(tune.cells)) for settings in options]
+    return kind(training, options[int(np.argmin(losses))])
+
+
+def mask_oracle(truth: sp.csr_matrix) -> sp.csr_matrix:
+    """Return 1 where `truth` [cells × genes] is expressed: not a method, but a measure of leakage."""
+    return (sp.csr_matrix(truth) != 0).astype(np.float32)

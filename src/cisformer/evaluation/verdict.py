@@ -1,0 +1,86 @@
+"""Say plainly whether a model beats the baselines, and on what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cisformer.config import Direction
+from cisformer.evaluation.scores import METRICS, Comparison, Measured
+
+MODEL = "model"
+TOLD_TYPES = "cell-type mean"
+"""The baseline that is told more than the model sees: it is named, but does not decide."""
+
+SEVERITY = ("better", "tie", "worse")
+
+
+def score_text(value: float, beside: float | None = None) -> str:
+    """Return a score as it is shown everywhere: four decimals, five where it (or `beside`) is below 0.1."""
+    size = abs(value if beside is None else beside)
+    return f"{value:.5f}" if 0 < size < 0.1 else f"{value:.4f}"
+
+
+def judge(
+    measured: Mapping[str, Measured], comparisons: list[Comparison], direction: Direction
+) -> tuple[str, str]:
+    """Return the standing of the model among the baselines, as one word and in a sentence."""
+    headline = {metric.key: metric for metric in METRICS[direction] if metric.headline}
+    if not comparisons:
+        values = "; ".join(
+            f"{metric.name} {score_text(measured[MODEL].value[key])}"
+            for key, metric in headline.items()
+            if key in measured[MODEL].value
+        )
+        return "alone", f"Not compared with any baseline. That needs training data; alone: {values}."
+    fair = [c for c in comparisons if c.baseline != TOLD_TYPES]
+    groups: dict[str, list[Comparison]] = {"better": [], "tie": [], "worse": []}
+    for key in headline:
+        against = [c for c in fair if c.metric == key]
+        if against:
+            hardest = min(against, key=lambda c: (-SEVERITY.index(c.outcome), c.gain))
+            groups[hardest.outcome].append(hardest)
+    standing, sentence = _sentence(
+        groups, {outcome: _phrases(group, measured, headline) for outcome, group in groups.items()}
+    )
+    told = [
+        c for c in comparisons if c.baseline == TOLD_TYPES and c.metric in headline and c.outcome == "worse"
+    ]
+    if told:
+        names = " and ".join(
+            f"{headline[c.metric].name} ({score_text(measured[TOLD_TYPES].value[c.metric])})" for c in told
+        )
+        sentence += f" The {TOLD_TYPES}, which is told the cell types, is better on {names}."
+    return standing, sentence
+
+
+def _sentence(groups: dict[str, list[Comparison]], said: dict[str, str]) -> tuple[str, str]:
+    """Return the standing and the sentence that goes with it."""
+    parts = [
+        f"{words} {said[outcome]}"
+        for outcome, words in zip(
+            SEVERITY, ("is best on", "cannot be told apart on", "is worse on"), strict=True
+        )
+        if groups[outcome]
+    ]
+    if groups["worse"]:
+        some = groups["better"] or groups["tie"]
+        standing, head = ("mixed", "The model does not beat every baseline") if some else (
+            "worse", "The model does not beat the baselines")  # fmt: skip
+    elif groups["tie"]:
+        standing, head = "even", "The model is beaten by no baseline"
+    else:
+        standing, head = "better", "The model beats every baseline"
+    return standing, f"{head}. It {'; it '.join(parts)}."
+
+
+def _phrases(group: list[Comparison], measured: Mapping[str, Measured], metrics: Mapping[str, Any]) -> str:
+    """Return "log-loss (0.1852 against 0.1853 of PCA-ridge) and …"."""
+    said = []
+    for c in group:
+        ours, theirs = measured[MODEL].value[c.metric], measured[c.baseline].value[c.metric]
+        article = "the " if c.baseline.islower() else ""
+        said.append(
+            f"{metrics[c.metric].name} ({score_text(ours)} against {score_text(theirs)} of {article}{c.baseline})"
+        )
+    return ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1] if said else ""

@@ -1,0 +1,1 @@
+"""cCRE–gene links: evidence, score, statistics, files, browser formats, plots, and their benchmark."""

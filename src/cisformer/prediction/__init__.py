@@ -1,0 +1,1 @@
+"""From a checkpoint and cells of one modality to the other modality, as AnnData or h5ad."""

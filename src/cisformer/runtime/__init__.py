@@ -1,0 +1,1 @@
+"""What every command needs from the machine: safe writes, progress, provenance, device and precision."""

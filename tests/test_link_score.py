@@ -1,0 +1,245 @@
+"""Links of a tiny trained model: joined by barcode, exact effects, whole files."""
+
+import copy
+import dataclasses
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cisformer.data.batches import encode_input, read_modality
+from cisformer.data.store import CellStore
+from cisformer.errors import CheckpointError, InputError, OutputExistsError, ReferenceMismatchError
+from cisformer.links.evidence import state_profiles
+from cisformer.links.score import choose_cells, link, score_links
+
+
+@pytest.fixture(scope="module")
+def store(tiny_data) -> CellStore:
+    return CellStore.open(tiny_data["atac2rna"] / "atac2rna_train")
+
+
+@pytest.fixture(scope="module")
+def types(tiny) -> pd.Series:
+    return tiny.rna.obs["cell_type"].astype(str)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoints):
+    """The tiny model with attention and weights of single cCREs that are far from their start."""
+    model = copy.deepcopy(tiny_checkpoints["atac2rna"].model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.cis.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return dataclasses.replace(tiny_checkpoints["atac2rna"], model=model.eval())
+
+
+@pytest.fixture(scope="module")
+def links(checkpoint, store, types):
+    return score_links(checkpoint, store, types)
+
+
+def test_links_are_of_pairs_in_the_window(links):
+    table = links.table
+    assert set(table["cell_type"]) == set(links.cell_num)
+    assert table["score"].between(0, 1).all()
+    assert table["attention"].between(0, 1).all()
+    assert (table["n_open"] >= 1).all()
+    assert not table.duplicated(["cell_type", "gene_id", "ccre"]).any()
+    tested = table["p_value"].notna()
+    assert tested.any()
+    assert (table["fdr"][tested] >= table["p_value"][tested] - 1e-6).all()
+
+
+def test_n_open_and_shares_by_hand(links, store, types):
+    part = links.types[0]
+    rows = np.flatnonzero(types.reindex(store.barcodes).to_numpy() == part.cell_type)
+    assert part.n_cells == len(rows)
+    n_open = np.asarray(store.atac(rows).sum(axis=0)).ravel()
+    assert np.array_equal(part.evidence["n_open"], n_open[part.ccre])
+    total = np.bincount(part.gene, part.evidence["activity_contact"])
+    assert np.allclose(total[total > 0], 1, atol=1e-5)
+
+
+def test_order_of_cell_types_changes_nothing(checkpoint, store, types, links):
+    again = score_links(checkpoint, store, types.sample(frac=1, random_state=3))
+    pd.testing.assert_frame_equal(again.table, links.table)
+
+
+def test_swapped_labels_swap_the_links(checkpoint, store, types, links):
+    first, second = links.types[0].cell_type, links.types[1].cell_type
+    swapped = score_links(checkpoint, store, types.replace({first: second, second: first}), max_cells=20)
+    straight = score_links(checkpoint, store, types, max_cells=20)
+    for one, other in ((first, second), (second, first)):
+        left, right = swapped[one], straight[other]
+        assert np.array_equal(left.gene, right.gene)
+        assert np.array_equal(left.ccre, right.ccre)
+        for name, values in left.evidence.items():
+            np.testing.assert_allclose(values, right.evidence[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert not np.array_equal(straight[first].ccre, straight[second].ccre)
+
+
+def test_effect_equals_running_the_model_without_the_ccre(checkpoint, store, types, links):
+    """Close one cCRE in the cis path of each cell, everything else as it was: expression changes by the effect."""
+    model, layout = checkpoint.model, checkpoint.layout
+    part = links.types[0]
+    rows = np.flatnonzero(types.reindex(store.barcodes).to_numpy() == part.cell_type)
+    cells = read_modality(store, rows, "atac")
+    batch = encode_input(cells, layout, None, None)
+    with torch.no_grad():
+        _, h, tokens = model.encode(batch)
+        cis = model.cis(batch, h, tokens, None)
+        for at in np.argsort(-np.abs(part.evidence["effect"]))[[0, 5, 50]]:
+            gene = np.searchsorted(layout.target_index, part.gene[at])
+            ccre = np.searchsorted(layout.input_index, part.ccre[at])
+            open_cells = np.asarray(cells[:, part.ccre[at]].todense()).ravel() > 0
+            changes = model.cis(close(batch, ccre), h, tokens, None) - cis
+            change = changes[open_cells, gene].mean() * model.scale[gene] * model.pace[gene]
+            assert float(change) == pytest.approx(part.evidence["effect"][at], rel=1e-3, abs=1e-7)
+    assert np.abs(part.evidence["effect"]).max() > 1e-4
+
+
+def close(batch, ccre):
+    """Return the batch with one cCRE closed in all cells."""
+    keep = batch.index != ccre
+    counts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cumsum(keep, 0)])
+    return dataclasses.replace(
+        batch, index=batch.index[keep], value=batch.value[keep], indptr=counts[batch.indptr]
+    )
+
+
+def test_ccre_profiles_are_slopes_on_the_states(tiny_checkpoints, store):
+    """The profiles read off the projection are the regression of accessibility on the cells' states."""
+    model = tiny_checkpoints["atac2rna"].model
+    batch = encode_input(read_modality(store, np.arange(store.n_cells), "atac"), model.layout, None, None)
+    with torch.no_grad():
+        z = model.cell_states(batch).double().numpy()
+        x = np.zeros((store.n_cells, len(model.layout.input_index)))
+        cell = np.repeat(np.arange(batch.n_cells), np.diff(batch.indptr.numpy()))
+        n_open = np.diff(batch.indptr.numpy())
+        x[cell, batch.index.numpy()] = np.log1p(
+            1e4 * model.projection.idf.numpy()[batch.index] / n_open[cell]
+        )
+    _, ccre = state_profiles(model, float(np.median(n_open)))
+    slope = (x - x.mean(0)).T @ (z - z.mean(0)) / len(z)
+    length = np.linalg.norm(slope, axis=1) * np.linalg.norm(ccre, axis=1)
+    cosine = (slope[:, : ccre.shape[1]] * ccre).sum(1)[length > 0] / length[length > 0]
+    assert np.median(cosine) > 0.9
+
+
+def test_capped_cells_are_drawn_by_seed(store, types):
+    given = choose_cells(store.barcodes, types, "x", 10, 1)
+    assert {len(rows) for rows in given.values()} == {10}
+    assert all(np.array_equal(a, b) for a, b in zip(
+        given.values(), choose_cells(store.barcodes, types[::-1], "x", 10, 1).values(), strict=True))  # fmt: skip
+    other = choose_cells(store.barcodes, types, "x", 10, 2)
+    assert any(not np.array_equal(a, b) for a, b in zip(given.values(), other.values(), strict=True))
+
+
+def test_files(checkpoint, store, types, links, tmp_path):
+    import json
+
+    import anndata as ad
+
+    named = types.replace({links.types[0].cell_type: "../a/b 🧬" + "x" * 300})
+    folder = link(checkpoint, store, named, tmp_path, formats=["bedpe", "interact", "longrange"])
+    assert folder == tmp_path / "cisformer_link"
+    matrices = {}
+    for path in folder.glob("*_250kbp_correlation_matrix.h5ad"):
+        adata = ad.read_h5ad(path)
+        matrices[adata.uns["cisformer"]["cell_type"]] = adata
+    assert set(matrices) == set(named)
+    assert json.loads((folder / "cell_num.json").read_text()) == links_by(named, store)
+    reference = store.reference
+    name, part = links.types[1].cell_type, links.types[1]
+    adata = matrices[name]
+    assert adata.shape == (reference.n_genes, reference.n_ccres)
+    assert list(adata.obs_names) == list(reference.gene_labels)
+    assert list(adata.var_names) == list(reference.ccre_labels)
+    assert np.allclose(adata.X[part.gene, part.ccre], part.evidence["score"])
+    assert adata.X.nnz == len(part.gene)
+    for component, values in part.evidence.items():
+        if component != "score":
+            found = np.asarray(adata.layers[component][part.gene, part.ccre]).ravel()
+            np.testing.assert_allclose(found, values)
+    table = pd.read_csv(folder / "links.tsv.gz", sep="\t")
+    assert len(table) == sum(m.X.nnz for m in matrices.values())
+    assert list(table.columns) == list(links.table.columns)
+    with pytest.raises(OutputExistsError):
+        link(checkpoint, store, named, tmp_path)
+
+
+def links_by(types: pd.Series, store: CellStore) -> dict[str, int]:
+    present = types.reindex(store.barcodes)
+    return {name: int((present == name).sum()) for name in sorted(types.unique())}
+
+
+def test_absent_type_is_named_and_counted(checkpoint, store, types, caplog):
+    more = pd.concat([types, pd.Series({"NOT-HERE-1": "ghost"})])
+    with caplog.at_level(logging.WARNING):
+        found = score_links(checkpoint, store, more, max_cells=5)
+    assert found.cell_num["ghost"] == 0
+    assert "ghost" in caplog.text
+    assert [part.cell_type for part in found.types] == sorted(types.unique())
+
+
+@pytest.mark.parametrize(
+    ("lines", "wanted"),
+    [
+        ("barcode\tcell_type\n{known}\tB\n{other}\tB\n", "looks like a header"),
+        ("nope\tB\nnada\tT\n", "none of the 2 barcodes"),
+        ("{known}\tB\n{known}\tT\n", "two cell types"),
+        ("{known},B\n", "one column"),
+        ("{known}\t\n", "has no cell type"),
+        ("", "cannot read cell types"),
+    ],
+)
+def test_bad_cell_types(checkpoint, store, tmp_path, lines, wanted):
+    path = tmp_path / "types.tsv"
+    path.write_text(lines.format(known=store.barcodes[0], other=store.barcodes[1]))
+    with pytest.raises(InputError, match=wanted) as error:
+        score_links(checkpoint, store, path)
+    assert error.value.hint
+
+
+def test_missing_cell_types(checkpoint, store, tmp_path):
+    with pytest.raises(InputError, match="cannot read"):
+        score_links(checkpoint, store, tmp_path / "none.tsv")
+
+
+def test_covariates(checkpoint, store, types, links):
+    adjusted = score_links(checkpoint, store, types, covariates=["donor", "state_1_rna"])
+    assert np.array_equal(adjusted.types[0].gene, links.types[0].gene)
+    assert not np.allclose(
+        adjusted.types[0].evidence["p_value"], links.types[0].evidence["p_value"], equal_nan=True
+    )
+    with pytest.raises(InputError, match="no column 'age'"):
+        score_links(checkpoint, store, types, covariates=["age"])
+
+
+def test_narrow_window(checkpoint, store, types, links):
+    near = score_links(checkpoint, store, types, window_bp=20_000)
+    assert 0 < len(near.table) < len(links.table)
+    wide = links.table.set_index(["cell_type", "gene_id", "ccre"])
+    joined = near.table.set_index(["cell_type", "gene_id", "ccre"]).join(wide, rsuffix="_wide")
+    assert np.allclose(joined["effect"], joined["effect_wide"])
+    assert np.allclose(joined["p_value"], joined["p_value_wide"], equal_nan=True)
+
+
+def test_parts_that_do_not_belong_together(tiny_checkpoints, tiny_data, types, checkpoint, store, tmp_path):
+    with pytest.raises(CheckpointError):
+        score_links(tiny_checkpoints["rna2atac"], store, types)
+    from cisformer.data.preprocess import preprocess
+    from cisformer.simulation import simulate
+
+    other = simulate(n_cells=40, n_genes=50, n_ccres=300, n_types=2, seed=2)
+    stores = preprocess(
+        other.rna, other.atac, tmp_path, direction="atac2rna", reference="dataset", manually=True
+    )
+    with pytest.raises(ReferenceMismatchError):
+        score_links(checkpoint, stores["all"], types)
+    with pytest.raises(InputError, match="distance"):
+        score_links(checkpoint, store, types, window_bp=0)
