@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _FUNCTIONS = {
+    "run": "workflow",
     "preprocess": "data.preprocess",
     "train": "training.loop",
     "predict": "prediction.predict",

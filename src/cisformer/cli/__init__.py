@@ -26,6 +26,7 @@ COMMANDS = {
     "build_reference": "data",
     "export_checkpoint": "model",
     "simulate": "links",
+    "run": "run",
     "demo": "model",
 }
 """Command name → module under `cisformer.cli` that defines a function of that name."""
