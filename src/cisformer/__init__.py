@@ -14,6 +14,7 @@ _FUNCTIONS = {
     "preprocess": "data.preprocess",
     "train": "training.loop",
     "predict": "prediction.predict",
+    "open_prediction": "prediction.compact",
     "link": "links.score",
     "score_links": "links.score",
     "evaluate": "evaluation.evaluate",

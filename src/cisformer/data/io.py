@@ -181,7 +181,7 @@ class H5adWriter:
         if len(length) != 1 or (block is not None and block.shape[1] != len(self._var)):
             shape = None if block is None else block.shape
             raise ValueError(f"a block of shape {shape} for {len(self._var)} features")
-        if sp.issparse(block):
+        if isinstance(block, sp.csr_matrix):
             indptr = self._file["X/indptr"]
             _extend(self._file["X/data"], block.data)
             _extend(self._file["X/indices"], block.indices)
