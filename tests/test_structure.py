@@ -21,7 +21,7 @@ ORDER = {
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
     ],
     "training": ["loss_plot", "split", "closed_form_start", "loop"],
-    "prediction": ["cells", "compact", "predict"],
+    "prediction": ["cells", "compact", "predict", "groups", "tracks"],
     "links": ["statistics", "evidence", "formats", "files", "gene", "score", "benchmark", "plot"],
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",

@@ -15,6 +15,7 @@ _FUNCTIONS = {
     "train": "training.loop",
     "predict": "prediction.predict",
     "open_prediction": "prediction.compact",
+    "write_tracks": "prediction.tracks",
     "link": "links.score",
     "score_links": "links.score",
     "evaluate": "evaluation.evaluate",

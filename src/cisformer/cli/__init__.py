@@ -19,6 +19,7 @@ COMMANDS = {
     "rna2atac_train": "model",
     "rna2atac_predict": "prediction",
     "expand": "prediction",
+    "tracks": "prediction",
     "evaluate": "evaluation",
     "evaluate_links": "links",
     "export_links": "links",

@@ -130,3 +130,20 @@ def expand(
 
     part = open_prediction(path).select(region=region, ccres=ccres, cells=cells)
     click.echo(f"wrote {part.write(output, **options)}")
+
+
+@click.command("tracks", context_settings=CONTEXT)
+@click.option("-i", "--input", "data", required=True,
+              help="Measured or predicted accessibility (.h5ad), full or compact.")  # fmt: skip
+@click.option("--groupby", required=True, help="Column of obs: one track per value.")
+@click.option("-o", "--output_dir", default="./output/tracks", show_default=True, help="Output directory.")
+@click.option(
+    "--genome", default="", help="Genome of the regions, such as hg38.  [default: as the data says]"
+)
+@click.option("--chrom_sizes", help="Table of chromosome lengths.  [default: up to the last region]")
+@_FORCE
+def tracks(data: str, output_dir: str, **options: Any) -> None:
+    """Write one bigWig per group of cells, with a UCSC track hub and an IGV session."""
+    from cisformer.prediction.tracks import write_tracks
+
+    click.echo(f"wrote {write_tracks(data, output_dir, **options)}")
