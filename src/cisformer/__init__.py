@@ -15,6 +15,8 @@ _FUNCTIONS = {
     "preprocess": "data.preprocess",
     "train": "training.loop",
     "predict": "prediction.predict",
+    "open_prediction": "prediction.compact",
+    "write_tracks": "prediction.tracks",
     "link": "links.score",
     "score_links": "links.score",
     "evaluate": "evaluation.evaluate",
