@@ -239,6 +239,7 @@ class _Workflow:
             yield _step("train", direction, model, self.train)
         for direction in DIRECTIONS:
             yield _step("evaluate", direction, model | labels, self.evaluate)
+        yield Step("gather", "gather the cells of all splits", cells, self.gather)
         yield Step("link", "link cCREs to genes", model | types, self.link)
 
     def _preprocessing(self) -> dict[str, str]:
@@ -263,15 +264,15 @@ class _Workflow:
         told = ("modality", "n_cells", "n_features", "values")
         return {"files": [INSPECTED], "found": [{key: file[key] for key in told} for file in report["files"]]}
 
-    def preprocess(self, direction: Direction) -> Facts:
-        """Align and split the cells."""
+    def preprocess(self, direction: Direction, *, manually: bool = False) -> Facts:
+        """Align and split the cells; `manually` leaves them together."""
         from cisformer.data.preprocess import preprocess
 
         stores = preprocess(
             self.rna, self.atac, self.folder / DATA, direction=direction, reference=self.options.reference,
-            config=self.preset[direction], seed=self.options.seed, gtf=self.options.gtf, force=True,
+            config=self.preset[direction], seed=self.options.seed, gtf=self.options.gtf, manually=manually, force=True,
         )  # fmt: skip
-        reference = stores["train"].reference
+        reference = next(iter(stores.values())).reference
         return {
             "files": [f"{DATA}/{store.path.name}" for store in stores.values()],
             "n_cells": {split: store.n_cells for split, store in stores.items()},
@@ -311,17 +312,25 @@ class _Workflow:
         files = [str(path.relative_to(self.folder).as_posix()) for path in (page, numbers)]
         return {"files": files, "verdict": report.verdict, "standing": report.standing}
 
+    def gather(self) -> Facts:
+        """Write the cells of all splits together: rare types need every cell, and no link is judged on test cells."""
+        return self.preprocess("atac2rna", manually=True) if self._can_link else {"files": []}
+
     def link(self) -> Facts:
         """Link cCREs to genes, or say why that cannot be."""
-        if self.journal.facts("preprocess_atac2rna")["n_genes_placed"] == 0:
+        if not self._can_link:
             return {"files": [], "skipped": "no gene has coordinates, so no cCRE is near any"}
         from cisformer.links.score import link
 
-        cells = self.folder / DATA / "atac2rna_train"
+        cells = self.folder / self.journal.facts("gather")["files"][0]
         folder = link(
             self._model("atac2rna"), cells, self.types, self.folder, seed=self.options.seed, force=True
         )
         return {"files": [folder.name]} | _count_links(folder / "links.tsv.gz")
+
+    @property
+    def _can_link(self) -> bool:
+        return bool(self.journal.facts("preprocess_atac2rna")["n_genes_placed"])
 
     def _model(self, direction: Direction) -> Path:
         return self.folder / str(self.journal.facts(f"train_{direction}")["model"])
