@@ -9,6 +9,7 @@ import rich_click as click
 
 from cisformer.cli.common import CONTEXT, LENIENT_INT, say, shared_options
 
+MODES = ("contact", "uniform", "no-coupling")
 FORMAT_NAMES = ("bedpe", "interact", "longrange")
 _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 
@@ -157,6 +158,8 @@ def plot_links(gene: str, output: str | None, force: bool, **options: Any) -> No
 @click.option("--n_genes", type=LENIENT_INT, default=5000, show_default=True, help="Genes.")
 @click.option("--n_ccres", type=LENIENT_INT, default=40_000, show_default=True, help="cCREs.")
 @click.option("--n_types", type=LENIENT_INT, default=8, show_default=True, help="Cell types.")
+@click.option("--mode", type=click.Choice(MODES), default="contact", show_default=True,
+              help="Links by accessibility × contact, by distance alone, or without coupling within a cell state.")  # fmt: skip
 @click.option("--reference", default="human", show_default=True, help="Where genes and cCREs are drawn from.")
 @click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Same seed, same cells.")
 @_FORCE
