@@ -13,19 +13,20 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from cisformer.data.genome import overlap_pairs, tss
+from cisformer.data.genome import overlap_pairs, signed_distance, tss, window_pairs
 from cisformer.data.reference import Reference, load_reference
 from cisformer.links.prior import (
     PROMOTER_BP,
     count_between,
     expression_breadth,
+    gene_competition,
     is_noncoding,
     pair_features,
     relative_activity,
 )
 from cisformer.links.statistics import distance_contact as contact
 
-SNP_FLANK_BP = 250
+SNP_FLANK_BP, WINDOW_BP = 250, 250_000
 POPULATION_OF = {"B cells": "B", "CD14+ Monocytes": "Mono", "CD4 Naive": "CD4", "CD8 Naive": "CD8"}
 
 
@@ -114,6 +115,17 @@ class Blood:
         result[best["row"]] = best["peak"]
         return result
 
+    def competition_of(self, names: pd.Series, genes: pd.DataFrame) -> np.ndarray:
+        """Return activity × contact of all peaks within 250 kb of a gene's TSS, all populations together, by name."""
+        genes = genes[genes["end"] > 0].reset_index(drop=True)
+        site = tss(genes)
+        activity = relative_activity(self.signal.mean(axis=0), self.is_promoter(genes))
+        gene, peak = window_pairs(genes.assign(start=site, end=site + 1), self.peaks, WINDOW_BP)
+        distance = signed_distance(genes, self.peaks, gene, peak)
+        total = pd.Series(gene_competition(gene, distance, activity[peak], len(genes)), genes["gene_name"])
+        total = total[~total.index.duplicated()]
+        return total.reindex(names).fillna(total.median()).to_numpy()
+
     def is_promoter(self, genes: pd.DataFrame) -> np.ndarray:
         """Say which peaks lie at the TSS of a gene that some population expresses."""
         column = self.gene.reindex(genes["gene_name"]).to_numpy()
@@ -158,8 +170,8 @@ def screens(data: Path, reference: Reference, blood: Blood) -> Truth:
         "accessibility × contact": reads * contact(distance),
         "ABC-like (DHS, H3K27ac)": acetylated * contact(distance),
     }
-    breadth = blood.breadth_of(pairs["gene"])
-    return Truth("CRISPRi K562", pairs, pair_features(distance, activity, between, breadth), scores)
+    genewise = blood.breadth_of(pairs["gene"]), blood.competition_of(pairs["gene"], reference.genes)
+    return Truth("CRISPRi K562", pairs, pair_features(distance, activity, between, *genewise), scores)
 
 
 def _tss_of_screen(table: pd.DataFrame, middle: np.ndarray, genes: pd.DataFrame) -> np.ndarray:
@@ -234,8 +246,9 @@ def _of_peaks(
     relative = np.stack([relative_activity(row, promoter) for row in blood.signal])
     activity = relative_activity(population, promoter)[peak] if own is None else relative[own, peak]
     between = count_between(genes, table["chrom"].to_numpy(), middle, site)
-    features = pair_features(distance, activity, between, blood.breadth_of(table["gene"]))
-    pairs = table.assign(is_link=table["label"].astype(bool), distance=distance, activity=activity)
+    genewise = blood.breadth_of(table["gene"]), blood.competition_of(table["gene"], genes)
+    features = pair_features(distance, activity, between, *genewise)
+    pairs = table.assign(is_link=table["label"].astype(bool), distance=distance, peak=peak)
     scores = {
         "distance": -distance.astype(float),
         "nearest gene": _nearest(pairs),

@@ -1,7 +1,7 @@
 """The prior of a link: what position, accessibility and breadth of expression say, before gene and cCRE are compared.
 
 Its weights come from real experiments, CRISPRi screens above all, and stand in ``resources/link_prior.json`` with
-the figures of how they did on chromosomes left out (``scripts/fit_link_prior.py`` makes the file). Four features, all
+the figures of how they did on chromosomes left out (``scripts/fit_link_prior.py`` makes the file). Five features, all
 of which any paired data set has:
 
 - ``log_distance``: log of the distance between TSS and cCRE + 5 kb;
@@ -23,10 +23,12 @@ import pandas as pd
 from scipy import stats
 
 from cisformer.data.genome import tss
+from cisformer.links.statistics import distance_contact
 
-FEATURES = ("log_distance", "log_activity", "log_genes_between", "breadth")
+FEATURES = ("log_distance", "log_activity", "log_genes_between", "breadth", "log_competition")
 DISTANCE_OFFSET_BP = 5_000
 ACTIVITY_SCALE = 20.0
+LEAST_COMPETITION = 0.03
 PROMOTER_BP = 500
 UNKNOWN_BREADTH = 0.5
 _NONCODING = r"^(?:[A-Z]{2}\d{6}|LINC|MIR|RNU|RN7|RNA5|Y_RNA|SNOR|ENSG|Gm\d|.*Rik$)|-AS\d|-DT$|-IT\d|-OT\d|\dP\d*$"
@@ -62,7 +64,11 @@ def load_prior() -> LinkPrior:
 
 
 def pair_features(
-    distance_bp: np.ndarray, activity: np.ndarray, genes_between: np.ndarray, breadth: np.ndarray
+    distance_bp: np.ndarray,
+    activity: np.ndarray,
+    genes_between: np.ndarray,
+    breadth: np.ndarray,
+    competition: np.ndarray,
 ) -> pd.DataFrame:
     """Return the features of pairs.
 
@@ -76,14 +82,30 @@ def pair_features(
         Number of protein-coding TSSs between the two; [E].
     breadth
         Of the gene's expression, see `expression_breadth`; [E].
+    competition
+        Of all cCREs near the gene, see `gene_competition`; [E].
     """
     columns = (
         np.log(np.abs(distance_bp) + DISTANCE_OFFSET_BP),
         np.log1p(ACTIVITY_SCALE * activity),
         np.log1p(genes_between),
         breadth,
+        np.log(LEAST_COMPETITION + competition),
     )
     return pd.DataFrame(dict(zip(FEATURES, columns, strict=True)))
+
+
+def gene_competition(gene: np.ndarray, distance_bp: np.ndarray, activity: np.ndarray, n_genes: int) -> np.ndarray:
+    """Return the sum of activity × contact over each gene's pairs; float64 [n_genes].
+
+    Parameters
+    ----------
+    gene, distance_bp, activity
+        Of all pairs around the genes; [E].
+    n_genes
+        More than the largest gene.
+    """
+    return np.bincount(gene, activity * distance_contact(distance_bp), minlength=n_genes)
 
 
 def is_noncoding(names: pd.Series) -> np.ndarray:
