@@ -50,9 +50,7 @@ def fit_prior(truths: dict[str, Truth], without: str = "", features: Sequence[st
     return LinkPrior(float(again.intercept_[0]), tuple((again.coef_[0, 0] * slopes).tolist()))
 
 
-def left_out(
-    truths: dict[str, Truth], name: str, features: Sequence[str] = FEATURES
-) -> np.ndarray:
+def left_out(truths: dict[str, Truth], name: str, features: Sequence[str] = FEATURES) -> np.ndarray:
     """Return the log odds of a truth's pairs, each from a prior that has not seen its chromosome; [E]."""
     truth = truths[name]
     known = truth.features[list(features)].to_numpy()

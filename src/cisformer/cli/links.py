@@ -159,7 +159,7 @@ def plot_links(gene: str, output: str | None, force: bool, **options: Any) -> No
 @click.option("--n_ccres", type=LENIENT_INT, default=40_000, show_default=True, help="cCREs.")
 @click.option("--n_types", type=LENIENT_INT, default=8, show_default=True, help="Cell types.")
 @click.option("--mode", type=click.Choice(MODES), default="contact", show_default=True,
-              help="Links by accessibility × contact, by distance alone, or without coupling within a cell state.")  # fmt: skip
+              help="How links are drawn; see the page on links.")  # fmt: skip
 @click.option("--reference", default="human", show_default=True, help="Where genes and cCREs are drawn from.")
 @click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Same seed, same cells.")
 @_FORCE

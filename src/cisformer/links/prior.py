@@ -31,7 +31,9 @@ ACTIVITY_SCALE = 20.0
 LEAST_COMPETITION = 0.03
 PROMOTER_BP = 500
 UNKNOWN_BREADTH = 0.5
-_NONCODING = r"^(?:[A-Z]{2}\d{6}|LINC|MIR|RNU|RN7|RNA5|Y_RNA|SNOR|ENSG|Gm\d|.*Rik$)|-AS\d|-DT$|-IT\d|-OT\d|\dP\d*$"
+_NONCODING = (
+    r"^(?:[A-Z]{2}\d{6}|LINC|MIR|RNU|RN7|RNA5|Y_RNA|SNOR|ENSG|Gm\d|.*Rik$)|-AS\d|-DT$|-IT\d|-OT\d|\dP\d*$"
+)
 _STRIDE = 1 << 40  # more than any chromosome is long
 
 
@@ -95,7 +97,9 @@ def pair_features(
     return pd.DataFrame(dict(zip(FEATURES, columns, strict=True)))
 
 
-def gene_competition(gene: np.ndarray, distance_bp: np.ndarray, activity: np.ndarray, n_genes: int) -> np.ndarray:
+def gene_competition(
+    gene: np.ndarray, distance_bp: np.ndarray, activity: np.ndarray, n_genes: int
+) -> np.ndarray:
     """Return the sum of activity × contact over each gene's pairs; float64 [n_genes].
 
     Parameters

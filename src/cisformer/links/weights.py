@@ -115,7 +115,9 @@ def _coupling_gain(evidence: Evidence) -> float:
     return max(float(gain - total**-0.5), 0.0)
 
 
-def _variance_by_power(exchanged: np.ndarray, power: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _variance_by_power(
+    exchanged: np.ndarray, power: np.ndarray
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean square of `exchanged` in bins of equal numbers of pairs, and the middle of each bin."""
     parts = np.array_split(np.argsort(power, kind="stable"), POWER_BINS)
     smallest = max(1e-3 * float(np.square(exchanged).mean()), 1e-12)
