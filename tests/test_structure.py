@@ -10,7 +10,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "provenance", "progress", "device"],
+    "runtime": ["files", "provenance", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "sources", "io",
@@ -21,7 +21,7 @@ ORDER = {
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
     ],
     "training": ["loss_plot", "split", "closed_form_start", "loop"],
-    "prediction": ["predict"],
+    "prediction": ["cells", "compact", "predict", "groups", "tracks"],
     "links": [
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
         "benchmark", "plot",
@@ -29,8 +29,8 @@ ORDER = {
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
-    "top": ["simulation", "demo"],
-    "cli": ["common", "data", "model", "links", "evaluation", ""],
+    "top": ["simulation", "run_summary", "workflow", "demo"],
+    "cli": ["common", "data", "model", "prediction", "links", "evaluation", "run", ""],
     "main": ["__main__"],
 }  # fmt: skip
 """Folder → its modules, each above those that may import it; "" and "top" are the modules beside the folders."""

@@ -166,6 +166,37 @@ def design_of(store: CellStore, names: Sequence[str]) -> np.ndarray:
     return np.hstack(columns)
 
 
+def check_design(design: np.ndarray, members: dict[str, np.ndarray], names: Sequence[str]) -> None:
+    """Refuse covariates that leave nothing to test in any type, and name the types in which they do.
+
+    Parameters
+    ----------
+    design
+        Covariates; [n_cells, k].
+    members
+        Cell type → rows of its cells.
+    names
+        Of the covariates.
+    """
+    if design.shape[1] == 0:
+        return
+    free = {
+        name: len(rows) - 4 - np.linalg.matrix_rank(design[rows])
+        for name, rows in members.items()
+        if len(rows)
+    }
+    if free and max(free.values()) < 1:
+        raise InputError(
+            f"{', '.join(map(repr, names))} take {design.shape[1]} columns to adjust for; no cell type has enough cells",
+            hint="adjust for fewer columns, or for columns with fewer values",
+        )
+    for name, left in free.items():
+        if left < 1:
+            logger.warning(
+                "cell type %r has too few cells for these covariates: its p-values are empty", name
+            )
+
+
 def donors_of(store: CellStore, name: str) -> np.ndarray:
     """Return the donor of each cell as a number; int64 [n_cells]."""
     number, names = pd.factorize(cell_column(store, name).astype(str), sort=True)

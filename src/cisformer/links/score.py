@@ -34,6 +34,7 @@ from cisformer.links.formats import FormatName
 from cisformer.links.inputs import (
     WINDOW_BP,
     LinkOptions,
+    check_design,
     choose_cells,
     chosen_genes,
     design_of,
@@ -254,17 +255,25 @@ def prepare(
             checkpoint.config.model.cis_window,
         )
     chosen = chosen_genes(store.reference, options)
+    design = design_of(store, options.covariates)
+    check_design(design, members, options.covariates)
     inputs = LinkInputs(
         model=model.to(device),
         attending=attending,
         store=store,
         members=members,
         pairs=_pairs(model, store, chosen, options),
-        covariates=design_of(store, options.covariates),
+        covariates=design,
         donor=None if options.donor is None else donors_of(store, options.donor),
         device=device,
     )
-    record: dict[str, object] = {"checkpoint": checkpoint.folder, "data": store.path, **asdict(options)}
+    record: dict[str, object] = {
+        "checkpoint": checkpoint.folder,
+        "data": store.path,
+        "seed": options.seed,
+        "max_cells": options.max_cells,
+        "options": json.dumps(asdict(options)),
+    }
     return LinkScorer.measure(inputs, options.window_bp, chosen, record)
 
 
