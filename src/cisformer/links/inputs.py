@@ -187,7 +187,7 @@ def check_design(design: np.ndarray, members: dict[str, np.ndarray], names: Sequ
     }
     if free and max(free.values()) < 1:
         raise InputError(
-            f"{', '.join(map(repr, names))} take {design.shape[1]} columns to adjust for; no cell type has enough cells",
+            f"{', '.join(map(repr, names))} take {design.shape[1]} columns: no cell type has enough cells",
             hint="adjust for fewer columns, or for columns with fewer values",
         )
     for name, left in free.items():
