@@ -7,8 +7,16 @@ import torch
 from cisformer.data.batches import add_targets, encode_input, read_modality
 from cisformer.data.store import CellStore, find_split
 from cisformer.model.cis import CisModel
-from cisformer.model.closed_form import count_features, fit_linear, pace_of, states
+from cisformer.model.closed_form import (
+    CellRows,
+    StartOptions,
+    change_of_log_odds,
+    count_features,
+    fit_linear,
+    pace_of,
+)
 from cisformer.model.closed_form_cis import Windows, fit_local
+from cisformer.model.projection import states
 from cisformer.training.closed_form_start import make_layout
 
 
@@ -18,11 +26,11 @@ def started(direction, tiny_data, config):
     rows = np.arange(store.n_cells)
     counts = count_features(store, rows, direction)
     layout = make_layout(counts, direction, store)
-    start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=5, ridge=7.0, seed=0)
+    start = fit_linear(CellRows.of(store, rows), CellRows(()), layout, counts, StartOptions(5, 1.0, 0))
     windows = local = None
     if direction == "atac2rna":
         windows = Windows.of(store.reference, layout, 250_000)
-        local = fit_local(store, rows, store, rows[:30], layout, start, windows, 0)
+        local = fit_local(CellRows.of(store, rows), CellRows.of(store, rows[:30]), layout, start, windows, 0)
     torch.manual_seed(0)
     return store, layout, start, local, CisModel.from_start(config, layout, start, windows, local).eval()
 
@@ -39,7 +47,10 @@ def test_the_untrained_model_is_the_closed_form(direction, tiny_data, tiny_confi
     store, layout, start, local, model = started(direction, tiny_data, tiny_config(direction))
     rows = np.arange(25)
     z = states(start.projection, store, rows, layout)
-    expected = start.prior / start.scale + z @ start.loadings.T
+    expected = z @ start.loadings.T
+    if local is None:
+        expected = change_of_log_odds(torch.from_numpy(expected)).numpy()
+    expected += start.prior / start.scale
     if local is not None:
         x = read_modality(store, rows, "atac").toarray()[:, layout.input_index]
         spread = np.zeros((len(layout.target_index), x.shape[1]), np.float32)

@@ -3,10 +3,10 @@
     eta[i, f] = prior[f] / scale[f] + link(pace[f] (bias[f] + <z[i] + h[i], B[f]> + cis[i, f]))
 
 The link is the identity for ATAC→RNA, `closed_form.change_of_log_odds` for RNA→ATAC. z are fixed states of the cell
-(`projection`), B starts in closed form in their columns, h comes from latents that attend to the cell's tokens and moves
-the cell in the same space, and cis (ATAC→RNA only) comes from the open cCREs near each gene: a weight per pair, started
-in closed form, and attention. h and the attention start at exactly zero: the untrained model *is* the closed form. The
-pace, fixed, is how far training may move a target: `closed_form.pace_of`.
+(`projection`), B starts in closed form in their columns, h comes from latents that attend to the cell's tokens and
+moves the cell in the same space, and cis (ATAC→RNA only) comes from the open cCREs near each gene: a weight per pair,
+started in closed form, and attention. h and the attention start at exactly zero: the untrained model *is* the closed
+form. The pace, fixed, is how far training may move a target: `closed_form.pace_of`.
 
 Shapes: B cells, N tokens, P distinct tokens, L latents, R embedding width, K components, F targets, E edges, H heads,
 D head width.
