@@ -10,7 +10,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "provenance", "journal", "progress", "device"],
+    "runtime": ["files", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "sources", "io",
