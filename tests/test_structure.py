@@ -22,7 +22,10 @@ ORDER = {
     ],
     "training": ["loss_plot", "split", "closed_form_start", "loop"],
     "prediction": ["cells", "compact", "predict", "groups", "tracks"],
-    "links": ["statistics", "evidence", "formats", "files", "gene", "score", "benchmark", "plot"],
+    "links": [
+        "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
+        "benchmark", "plot",
+    ],
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
