@@ -9,7 +9,10 @@ from cisformer.data.store import CellStore, find_split
 from cisformer.model.cis import CisModel
 from cisformer.model.closed_form import (
     CellRows,
+    Hat,
+    Penalty,
     StartOptions,
+    Sums,
     change_of_log_odds,
     count_features,
     fit_linear,
@@ -245,3 +248,28 @@ def test_every_attention_block_is_compiled_where_asked(direction, tiny_data, tin
     assert [block._compiled_call_impl for block in model.encoder.blocks] == [None]
     model.compile_blocks()
     assert all(block._compiled_call_impl is not None for block in model.encoder.blocks)
+
+
+def test_training_sees_accessibility_as_of_cells_that_were_not_fitted_to(tiny_data, tiny_config):
+    """The closed form refitted without a cell predicts of it what the model says of it in training mode."""
+    store, layout, start, _, model = started("rna2atac", tiny_data, tiny_config("rna2atac"))
+    rows = np.arange(store.n_cells)
+    sd = start.projection.sd.double().numpy()
+    penalty = Penalty(start.rank, start.ridge, start.unevenness)
+    whole = Sums.over(CellRows.of(store, rows), start.projection, layout)
+    y = read_modality(store, rows, "atac").toarray()[:, layout.target_index]
+    p = 1 / (1 + np.exp(-start.prior.astype(np.float64)))
+    z = states(start.projection, store, rows, layout).astype(np.float64)
+    batch = batch_of(store, layout, rows[:6], targets=True)
+    change = model.held_out_change(batch, torch.from_numpy(z[:6].astype(np.float32))).numpy()
+    inverse = Hat.of(whole, sd, penalty)
+    for f in (3, 17, 40):
+        for cell in range(6):
+            others = np.delete(rows, cell)
+            system = (
+                z[others].T @ z[others] + np.linalg.pinv(inverse.basis @ inverse.basis.T) * inverse.ridge[f]
+            )
+            wanted = z[cell] @ np.linalg.solve(
+                system, z[others].T @ ((y[others, f] - p[f]) / (p[f] * (1 - p[f])))
+            )
+            assert change[cell, f] + z[cell] @ start.loadings[f] == pytest.approx(wanted, rel=1e-3, abs=1e-4)

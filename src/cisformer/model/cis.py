@@ -32,6 +32,8 @@ from cisformer.model.target_states import TargetStates
 
 LOADING_STD = 0.05
 """Of loadings beyond the linear start, where only h reaches them."""
+MOST_LEVERAGE = 0.5
+"""Of a training cell in the closed form of a cCRE."""
 CELL_KEY_DIM = 16
 """Width in which a cell's state meets the cCREs; narrow, since every open cCRE of a batch carries it."""
 PAIRS_AT_ONCE = 200_000
@@ -343,6 +345,13 @@ class CisModel(nn.Module):
         self.register_buffer("prior", torch.zeros(n_target))
         self.register_buffer("scale", torch.ones(n_target))
         self.register_buffer("pace", torch.ones(n_target))
+        self.hat_basis: Tensor
+        self.hat_values: Tensor
+        self.hat_ridge: Tensor
+        if windows is None:
+            self.register_buffer("hat_basis", torch.zeros(rank, rank))
+            self.register_buffer("hat_values", torch.ones(rank))
+            self.register_buffer("hat_ridge", torch.ones(n_target))
         self.target_axes: Tensor
         self.readout: Tensor
         self.leverage: Tensor
@@ -373,6 +382,9 @@ class CisModel(nn.Module):
             model.scale.copy_(torch.from_numpy(start.scale))
             model.pace.copy_(torch.from_numpy(pace_of(start.loadings)))
             model.loadings[:, :rank] = torch.from_numpy(start.loadings) / model.pace[:, None]
+            if start.hat is not None:
+                for name in ("basis", "values", "ridge"):
+                    getattr(model, f"hat_{name}").copy_(torch.from_numpy(getattr(start.hat, name)))
             if start.target_states is not None:
                 model.set_target_states(start.target_states)
             if model.cis is not None and local is not None:
@@ -410,6 +422,24 @@ class CisModel(nn.Module):
         unit = self.readout.diagonal()
         change = (z_BK @ self.readout - u_BK) * self.leverage / (1 - self.leverage)
         return z_BK + torch.where(unit > 0, change / unit.clamp(min=1e-12), 0.0)
+
+    @torch.no_grad()
+    def held_out_change(self, batch: Batch, z_BK: Tensor) -> Tensor:
+        """Return what the linear path would say of training cells had it not been fitted to them, less what it says.
+
+        RNA→ATAC; exact for ridge regression: (x − h t) / (1 − h) − x, with t the cell's own target and h its leverage
+        (Allen 1974); float [B, S].
+        """
+        ridge, prior, pace, loadings = (
+            drawn(x, batch) for x in (self.hat_ridge, self.prior, self.pace, self.loadings[:, : self.rank])
+        )
+        p = prior.sigmoid()
+        own_BS = (dense_targets(batch, len(self.prior)) - p) / (p * (1 - p))
+        share_BK = (z_BK @ self.hat_basis).square()
+        leverage_BS = share_BK @ (1 / (self.hat_values[:, None] + ridge))
+        leverage_BS = leverage_BS.clamp(max=MOST_LEVERAGE)
+        linear_BS = (z_BK @ loadings.T) * pace
+        return (linear_BS - own_BS) * leverage_BS / (1 - leverage_BS)
 
     @torch.no_grad()
     def state_loadings(self) -> Tensor:
@@ -461,6 +491,8 @@ class CisModel(nn.Module):
             column = None if batch.columns is None else places(batch.columns, len(self.prior))
             moved_BS += self.cis(batch, h_BR, tokens, column)
         moved_BS = moved_BS.mul_(pace)  # in place: with all cCREs of a batch, memory is what costs
+        if self.training and self.cis is None and batch.target_index is not None:
+            moved_BS = moved_BS + self.held_out_change(batch, z_BK)
         return (change_of_log_odds(moved_BS) if self.cis is None else moved_BS).add_(prior)
 
     def forward(self, batch: Batch) -> Tensor:

@@ -88,8 +88,8 @@ class LinearStart:
         What validation chose; rank 0 is the mean profile.
     unevenness
         a of the penalty, RNA→ATAC only.
-    target_states
-        The ATAC→RNA model that the loadings are of.
+    target_states, hat
+        The ATAC→RNA model that the loadings are of; or what they were solved with, RNA→ATAC.
     """
 
     projection: Projection
@@ -100,6 +100,7 @@ class LinearStart:
     ridge: float
     unevenness: float = 0.0
     target_states: TargetStates | None = None
+    hat: Hat | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,36 @@ def link_moments(counts: FeatureCounts, layout: Layout) -> tuple[np.ndarray, np.
     return mean.astype(np.float32), np.sqrt(variance + np.median(variance) + 1e-8).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Hat:
+    """The inverses (ZᵀZ + n λ_f D)⁻¹ of all targets: basis (values + ridge_f)⁻¹ basisᵀ.
+
+    Attributes
+    ----------
+    basis, values
+        float64 [K, K], zero beyond the rank, and [K].
+    ridge
+        n λ_f; float64 [F].
+    """
+
+    basis: np.ndarray
+    values: np.ndarray
+    ridge: np.ndarray
+
+    @classmethod
+    def of(cls, sums: Sums, sd: np.ndarray, penalty: Penalty) -> Hat:
+        """Decompose ZᵀZ for a penalty; `sd` is the spread of each component, largest first."""
+        rank, size = penalty.rank, len(sd)
+        p = 1 / (1 + np.exp(-sums.prior().astype(np.float64)))
+        weight = p * (1 - p)
+        basis, values = np.zeros((size, size)), np.ones(size)
+        root = sd[:rank] / sd[0]
+        found, axes = np.linalg.eigh(root[:, None] * sums.gram[:rank, :rank] * root)
+        basis[:rank, :rank], values[:rank] = root[:, None] * axes, np.maximum(found, 1e-9)
+        ridge = sums.n_cells * penalty.ridge * (weight.mean() / weight) ** penalty.unevenness
+        return cls(basis, values, ridge)
+
+
 def solve(sums: Sums, sd: np.ndarray, penalty: Penalty, columns: np.ndarray | None = None) -> np.ndarray:
     """Return RNA→ATAC loadings float32 [F, K], of all targets or of some `columns`; zero beyond the rank.
 
@@ -237,18 +268,12 @@ def solve(sums: Sums, sd: np.ndarray, penalty: Penalty, columns: np.ndarray | No
     D^-½ Q (Λ + n λ_f)⁻¹ Qᵀ D^-½.
     """
     every = slice(None) if columns is None else columns
-    rank, n = penalty.rank, sums.n_cells
     p = 1 / (1 + np.exp(-sums.prior().astype(np.float64)))
-    weight = p * (1 - p)
-    ridge = n * penalty.ridge * (weight.mean() / weight[every]) ** penalty.unevenness
-    root = sd[:rank] / sd[0] if rank else sd[:0]
-    values, axes = np.linalg.eigh(root[:, None] * sums.gram[:rank, :rank] * root)
-    basis = root[:, None] * axes
-    centred = sums.cross[:rank, every] - np.outer(sums.z[:rank], p[every])
-    loadings = basis @ ((basis.T @ centred) / (np.maximum(values, 1e-9)[:, None] + ridge)) / weight[every]
-    result = np.zeros((loadings.shape[1], len(sd)), np.float32)
-    result[:, :rank] = loadings.T
-    return result
+    hat = Hat.of(sums, sd, penalty)
+    centred = sums.cross[:, every] - np.outer(sums.z, p[every])
+    spread = hat.values[:, None] + hat.ridge[every]
+    loadings = hat.basis @ ((hat.basis.T @ centred) / spread) / (p * (1 - p))[every]
+    return np.ascontiguousarray(loadings.T, dtype=np.float32)
 
 
 def pace_of(loadings: np.ndarray) -> np.ndarray:
@@ -320,9 +345,10 @@ def fit_linear(
     penalty = Penalty(projection.rank, 0.3 if given is None else given, 0.5)
     if given is None and len(held_out):
         penalty = _select(sums, projection, held_out, layout, rng)
-    loadings = solve(sums, projection.sd.double().numpy(), penalty)
+    sd = projection.sd.double().numpy()
     return LinearStart(
-        projection, *moments, loadings, penalty.rank, penalty.ridge, penalty.unevenness
+        projection, *moments, solve(sums, sd, penalty), penalty.rank, penalty.ridge, penalty.unevenness,
+        hat=Hat.of(sums, sd, penalty),
     )  # fmt: skip
 
 
