@@ -10,7 +10,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "provenance", "journal", "progress", "device"],
+    "runtime": ["files", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "sources", "io",
@@ -22,7 +22,10 @@ ORDER = {
     ],
     "training": ["loss_plot", "split", "closed_form_start", "loop"],
     "prediction": ["cells", "compact", "predict", "groups", "tracks"],
-    "links": ["statistics", "evidence", "formats", "files", "gene", "score", "benchmark", "plot"],
+    "links": [
+        "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
+        "benchmark", "plot",
+    ],
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],

@@ -324,7 +324,7 @@ class _Workflow:
         return {"files": [folder.name]} | _count_links(folder / "links.tsv.gz")
 
     def _model(self, direction: Direction) -> Path:
-        return self.folder / self.journal.facts(f"train_{direction}")["model"]
+        return self.folder / str(self.journal.facts(f"train_{direction}")["model"])
 
 
 def _count_links(path: Path) -> Facts:

@@ -57,6 +57,8 @@ class AttentionSums:
         inside = place < len(key)
         inside[inside] = key[place[inside]] == wanted[inside]
         self.place = np.where(inside, place, -1)
+        self.inside = np.zeros(len(pairs), dtype=bool)
+        self.inside[place[inside]] = True
         self.attention, self.effect = np.zeros(len(pairs)), np.zeros(len(pairs))
 
     def add(self, batch: Batch) -> None:
@@ -69,9 +71,13 @@ class AttentionSums:
         rank = two_way_rank(
             weight, cell, gene, ccre, *map(len, (self.model.prior, self.model.projection.idf))
         )
-        n = len(self.attention)
-        self.attention += np.bincount(place[kept], rank[kept], n)
-        self.effect += np.bincount(place[kept], edges.effect.double().cpu().numpy()[kept], n)
+        np.add.at(self.attention, place[kept], rank[kept])
+        np.add.at(self.effect, place[kept], edges.effect.double().cpu().numpy()[kept])
+
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return attention and effects, NaN for pairs outside the model's window; float64 [E] each."""
+        attention, effect = (np.where(self.inside, total, np.nan) for total in (self.attention, self.effect))
+        return attention, effect
 
 
 class WholeAttentionSums:
@@ -91,3 +97,7 @@ class WholeAttentionSums:
             gene, place = self.pairs.gene[here], token[self.pairs.ccre[here]]
             rank = self.task.pair_ranks(batch, cell, torch.from_numpy(gene), torch.from_numpy(place))
             self.attention[here] += rank.double().numpy()
+
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return attention, and NaN for effects; float64 [E] each."""
+        return self.attention, self.effect

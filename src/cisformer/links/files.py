@@ -39,10 +39,16 @@ FOLDER = "cisformer_link"
 CELL_NUM, CELL_NUM_PICKLE = "cell_num.json", "cell_num.pkl"
 FORMAT, FORMAT_VERSION = "cisformer-links", 1
 COMPONENTS = (
-    "attention",
-    "effect",
+    "score_fdr",
+    "prior",
     "association",
     "coupling",
+    "expression",
+    "power",
+    "specificity",
+    "specificity_se",
+    "attention",
+    "effect",
     "activity_contact",
     "p_value",
     "fdr",

@@ -88,7 +88,7 @@ class Journal:
 
     def begun(self, step: str) -> str:
         """Return when the present attempt at a step was first begun, in the format `STAMP`."""
-        return self._steps[step]["begun"]
+        return str(self._steps[step]["begun"])
 
     def finish(self, step: str, facts: Facts, seconds: float) -> None:
         """Note that a step is done, and what it found."""
@@ -97,11 +97,12 @@ class Journal:
 
     def facts(self, step: str) -> Facts:
         """Return what a finished step found."""
-        return self._steps[step]["facts"]
+        facts: Facts = self._steps[step]["facts"]
+        return facts
 
     def seconds(self) -> float:
         """Return how long all finished steps took together, in the runs that did them."""
-        return sum(step.get("seconds", 0.0) for step in self._steps.values())
+        return float(sum(step.get("seconds", 0.0) for step in self._steps.values()))
 
     def _has_files(self, step: str) -> bool:
         return all((self.folder / name).exists() for name in self._steps[step]["facts"]["files"])
