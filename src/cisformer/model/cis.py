@@ -360,11 +360,8 @@ class CisModel(nn.Module):
             self.register_buffer("readout", torch.zeros(rank, rank))
             self.register_buffer("leverage", torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(n_target))
-<<<<<<< HEAD
-        self.loadings = nn.Parameter(torch.randn(n_target, max(model.emb_rank, rank)) * LOADING_STD)
-=======
-        self.loadings = nn.Parameter(torch.empty(n_target, model.emb_rank).normal_(std=LOADING_STD))
->>>>>>> main
+        width = max(model.emb_rank, rank)
+        self.loadings = nn.Parameter(torch.empty(n_target, width).normal_(std=LOADING_STD))
         self.encoder = CellEncoder(n_input, rank, layout.input_modality == "rna", model)
         self.cis = None if windows is None else CisPath(n_target, windows, model)
 
