@@ -85,6 +85,7 @@ def test_the_counts_of_links_are_those_of_the_table(whole):
     table = pd.read_csv(folder / "cisformer_link" / "links.tsv.gz", sep="\t")
     assert f"{len(table):,} pairs" in done.stdout
     assert f"{(table.fdr <= 0.05).sum():,} of them" in done.stdout
+    assert f"{(table.score >= 0.5).sum():,} have a score" in done.stdout
     assert f"-g {table.gene_name[table.score.idxmax()]} " in done.stdout
     assert "cells of all splits" in " ".join(steps(done))
     assert sum(json.loads((folder / "cisformer_link" / "cell_num.json").read_text()).values()) == 160

@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 ALL_CELLS = "all cells"
 """The one cell type of cells without types."""
 DATA, MODELS, EVALUATION, INSPECTED = "data", "models", "evaluation", "inspect.json"
-SIGNIFICANT = 0.05
-"""Largest false discovery rate of the links that the summary counts."""
+SIGNIFICANT, LIKELY = 0.05, 0.5
+"""Largest false discovery rate, and smallest score, of the links that the summary counts."""
 
 
 @dataclass(frozen=True)
@@ -337,10 +337,10 @@ class _Workflow:
 
 
 def _count_links(path: Path) -> Facts:
-    """Count scored pairs and significant ones, and name the gene of the highest score."""
+    """Count scored pairs, significant and likely ones, and name the gene of the highest score."""
     import pandas as pd
 
-    n_pairs, n_significant, best_score, best_gene = 0, 0, float("-inf"), ""
+    n_pairs, n_significant, n_likely, best_score, best_gene = 0, 0, 0, float("-inf"), ""
     missing = {"score": [""], "fdr": [""]}  # a gene may be called NA
     tables = pd.read_csv(
         path, sep="\t", usecols=["gene_name", *missing], keep_default_na=False, na_values=missing,
@@ -349,10 +349,12 @@ def _count_links(path: Path) -> Facts:
     for table in tables:
         n_pairs += len(table)
         n_significant += int((table["fdr"] <= SIGNIFICANT).sum())
+        n_likely += int((table["score"] >= LIKELY).sum())
         if table["score"].max() > best_score:
             top = table.loc[table["score"].idxmax()]
             best_score, best_gene = float(top["score"]), str(top["gene_name"])
-    return {"n_pairs": n_pairs, "n_significant": n_significant, "best_gene": best_gene}
+    counts = {"n_pairs": n_pairs, "n_significant": n_significant, "n_likely": n_likely}
+    return counts | {"best_gene": best_gene}
 
 
 # ---------------------------------------------------------------------------------------------- cell types
