@@ -73,7 +73,7 @@ def test_a_mean_profile_is_not_said_to_beat_the_mean_profile(reports):
 
 def test_scores_stand_beside_all_baselines(reports):
     report = reports["types"]
-    assert report.methods == ["model", "mean profile", "cell-type mean", "kNN", "PCA-ridge"]
+    assert report.methods == ["model", "mean profile", "cell-type mean", "kNN", "PCA-ridge", "kernel ridge"]
     keys = {metric.key for metric in METRICS["rna2atac"]}
     assert all(keys <= set(scores) for scores in report.scores.values())
     assert {c["metric"] for c in report.comparisons} == keys
@@ -161,7 +161,7 @@ def test_probabilities_add_up_to_the_ccres_that_are_open(tiny_data, tiny_checkpo
 
 def test_the_table_marks_who_wins(reports):
     line = next(line for line in reports["truth"].table().splitlines() if line.startswith("log-loss"))
-    assert line.count("+") == 4
+    assert line.count("+") == 5
 
 
 def _measured(**values):
