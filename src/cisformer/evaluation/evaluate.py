@@ -128,7 +128,7 @@ def evaluate(
     training_log
         A training run's `metrics.jsonl`, for its curves.
     seed
-        Of the bootstrap and of the baselines' choices.
+        Random seed of the bootstrap and of the baselines' choices.
 
     Returns
     -------
@@ -177,14 +177,14 @@ def evaluate_model(
     training_log
         `metrics.jsonl` of the training run; looked for beside the checkpoint unless given.
     seed
-        Of the bootstrap and of the baselines' choices.
+        Random seed of the bootstrap and of the baselines' choices.
     **options
         For `predict`, such as `device`.
 
     Returns
     -------
     EvaluationReport
-        As of `evaluate`.
+        See `evaluate`.
 
     Raises
     ------
@@ -229,7 +229,7 @@ def evaluate_case(
     training_log
         A training run's `metrics.jsonl`.
     seed
-        Of the bootstrap and of the baselines' choices.
+        Random seed of the bootstrap and of the baselines' choices.
     quick
         On at most 500 cells and 5,000 features, without figures.
     started
