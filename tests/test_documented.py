@@ -16,7 +16,6 @@ from cisformer.config import default_config, parse_config
 from cisformer.data.batches import Layout, encode_input, normalise_rna, read_modality
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import CheckpointError, InputError
-from cisformer.evaluation.metrics import dense
 from cisformer.model import bf16_attention, documented
 from cisformer.model.checkpoint import export_checkpoint, load_checkpoint
 from cisformer.model.documented import CHUNK, FullModel, attend, export_published, load_published
@@ -562,8 +561,8 @@ def test_the_commands_choose_genes_decode_in_chunks_and_export(
     for name, more in (("whole", []), ("parts", ["--chunk", "1e2"])):
         done = command(*given, "-m", best, "-n", name, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    whole, parts = (dense(ad.read_h5ad(tmp_path / f"output/{name}.h5ad").X) for name in ("whole", "parts"))
-    np.testing.assert_allclose(parts, whole, atol=1e-3)
+    whole, parts = (ad.read_h5ad(tmp_path / f"output/{name}.h5ad").X for name in ("whole", "parts"))
+    assert abs(parts - whole).max() < 1e-3
 
     done = command("export_checkpoint", "-m", best, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

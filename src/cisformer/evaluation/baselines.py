@@ -410,7 +410,7 @@ def fit_baselines(
     labels
         Cell type of each cell; without at least two there is no cell-type mean.
     seed
-        Of the choice of tuning cells.
+        Random seed of the choice of tuning cells.
     names
         Which baselines.
     """

@@ -126,7 +126,7 @@ def evaluate(
     training_log
         A training run's `metrics.jsonl`, for its curves.
     seed
-        Of the bootstrap and of the baselines' choices.
+        Random seed of the bootstrap and of the baselines' choices.
 
     Returns
     -------
@@ -175,14 +175,14 @@ def evaluate_model(
     training_log
         `metrics.jsonl` of the training run; looked for beside the checkpoint unless given.
     seed
-        Of the bootstrap and of the baselines' choices.
+        Random seed of the bootstrap and of the baselines' choices.
     **options
         For `predict`, such as `device`.
 
     Returns
     -------
     EvaluationReport
-        As of `evaluate`.
+        See `evaluate`.
 
     Raises
     ------
@@ -226,7 +226,13 @@ def evaluate_case(
     training_log
         A training run's `metrics.jsonl`.
     seed
+<<<<<<< HEAD
         Of the bootstrap and of the baselines' choices.
+=======
+        Random seed of the bootstrap and of the baselines' choices.
+    quick
+        On at most 500 cells and 5,000 features, without figures.
+>>>>>>> main
     started
         `time.perf_counter()` when work began.
     """
