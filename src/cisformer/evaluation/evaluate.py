@@ -226,13 +226,7 @@ def evaluate_case(
     training_log
         A training run's `metrics.jsonl`.
     seed
-<<<<<<< HEAD
-        Of the bootstrap and of the baselines' choices.
-=======
         Random seed of the bootstrap and of the baselines' choices.
-    quick
-        On at most 500 cells and 5,000 features, without figures.
->>>>>>> main
     started
         `time.perf_counter()` when work began.
     """
