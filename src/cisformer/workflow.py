@@ -57,7 +57,7 @@ class RunOptions:
     preset
         Size of the models.
     epochs
-        Most epochs of training; as the preset says where it is `None`.
+        Maximum number of epochs; `None` takes the preset's.
     seed
         Random seed of the split, of training, evaluation and links.
     """
@@ -130,7 +130,7 @@ def run(
         Size of the models: ``"small"`` trains in minutes on a laptop, and has predicted no worse than ``"default"``
         on sets of up to 10,000 cells.
     epochs
-        Most epochs of training; as the preset says by default.
+        Maximum number of epochs; by default the preset's.
     seed
         Random seed of the split, of training, evaluation and links.
     force
