@@ -13,8 +13,9 @@ ORDER = {
     "runtime": ["files", "provenance", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
-        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "sources", "io",
-        "pairing", "shards", "manifest", "store", "preprocess", "inspect", "batches",
+        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "fragments",
+        "containers", "sources", "io", "barcodes", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
+        "batches",
     ],
     "model": [
         "attention", "closed_form", "closed_form_cis", "cis",

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cisformer.data.features import ENSEMBL, gene_identity, peak_regions, stated_coordinates
 from cisformer.data.genome import overlap_pairs, parse_regions, rename_chroms
-from cisformer.data.reference import BUILT_IN, Reference, built_in_of, coverage, guess_genome
+from cisformer.data.reference import BUILT_IN, GENOMES, Reference, built_in_of, coverage, guess_genome
 from cisformer.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -197,34 +197,38 @@ def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, la
     peaks = peak_regions(var)
     share, chance = coverage(peaks, reference.ccres)
     genome = guess_genome(peaks)
-    looks = f"like {genome}" if genome else "unlike hg38 and mm39"
+    looks = f"like {genome}" if genome else f"unlike {', '.join(GENOMES)}"
     raise InputError(
         f"{head} overlap a cCRE of the {reference.name} reference ({share:.0%}; {chance:.0%} when "
         f"moved by 20 kb, that is by chance); they look {looks}",
-        hint=_other_reference(built_in_of(genome), reference),
+        hint=_other_reference(built_in_of(genome), reference, genome),
     )
 
 
-def _other_reference(species: str, reference: Reference) -> str:
+def _other_reference(species: str, reference: Reference, genome: str = "") -> str:
     if species and species != reference.name:
         return f"use --reference {species}"
-    own = (
-        "take the data's own features with --reference dataset, or make one with `cisformer build_reference`"
-    )
-    return own if reference.name not in BUILT_IN else f"lift the data over to {reference.genome}, {own}"
+    known = f" --genome {genome}" if genome else ""
+    return f"take the data's own features with --reference dataset{known}, or make one with `cisformer build_reference`"
 
 
 def accept_map(found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str) -> None:
     """Refuse a map that finds too little, as `require_found` does; log what another finds."""
     require_found(found, var, reference, label)
-    log_found(found, reference, label)
+    log_found(found, var, reference, label)
 
 
-def log_found(found: FeatureMap, reference: Reference, label: str) -> None:
-    """Log how many features the reference has, and the notes."""
+def log_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str) -> None:
+    """Log how many features the reference has, which it has not, and the notes."""
     logger.info(
         "%s: %d of %d %s (%s) are in the %s reference",
         label, found.n_found, found.n_features, found.features, found.id_type, reference.name,
     )  # fmt: skip
+    missing = np.flatnonzero(np.diff(found.matrix.indptr) == 0)
+    if len(missing):
+        logger.info(
+            "%s: %d %s are not in it, such as %s",
+            label, len(missing), found.features, ", ".join(map(str, var.index[missing[:3]])),
+        )  # fmt: skip
     for note in found.notes:
         logger.info("%s: %s", label, note)

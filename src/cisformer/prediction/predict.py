@@ -22,9 +22,10 @@ import torch
 from cisformer.config import Direction, Modality
 from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peaks
 from cisformer.data.batches import Batch, encode_input, normalise, prefetch, read_modality, row_blocks
+from cisformer.data.containers import is_cells_folder
 from cisformer.data.io import H5adWriter
 from cisformer.data.reference import Reference
-from cisformer.data.sources import Source, is_10x_folder, open_rows
+from cisformer.data.sources import Source, open_rows
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
@@ -87,7 +88,7 @@ class InputCells:
 
 
 def _is_store(path: Path) -> bool:
-    return path.is_dir() and not is_10x_folder(path)
+    return path.is_dir() and not is_cells_folder(path)
 
 
 def _reader(source: Source, found: FeatureMap) -> Callable[[np.ndarray], sp.csr_matrix]:
