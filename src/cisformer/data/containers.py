@@ -230,14 +230,14 @@ def read_mtx(matrix: Path) -> AnnData:
     barcodes = _table_beside(matrix, prefix, ("barcodes.tsv", "barcodes.txt", "cells.tsv"))
     features = _table_beside(matrix, prefix, ("features.tsv", "genes.tsv", "peaks.bed", "features.txt"))
     try:
-        cells = sp.csr_matrix(scipy.io.mmread(matrix))
+        stored = scipy.io.mmread(matrix)
     except Exception as error:  # scipy, gzip and zlib raise whatever they come upon
         raise damaged(str(matrix), error) from error
-    if cells.shape != (len(barcodes), len(features)):
-        cells = sp.csr_matrix(cells.T)
+    turned = stored.shape == (len(barcodes), len(features)) != (len(features), len(barcodes))
+    cells = sp.csr_matrix(stored if turned else stored.T)
     if cells.shape != (len(barcodes), len(features)):
         raise InputError(
-            f"{matrix} is of {cells.shape[1]:,} x {cells.shape[0]:,}, but there are {len(features):,} features and "
+            f"{matrix} is of {stored.shape[0]:,} x {stored.shape[1]:,}, but there are {len(features):,} features and "
             f"{len(barcodes):,} barcodes beside it",
             hint="give the three files of one sample",
         )

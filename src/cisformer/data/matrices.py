@@ -80,7 +80,7 @@ def share_above_zero(node: Any) -> float:
     """Return the share of entries above 0, of a sample; of a sparse matrix all stored ones count."""
     if not _is_sparse(node):
         return float((np.asarray(sample_values(node)) > 0).mean())
-    n_stored = node.nnz if sp.issparse(node) else len(node["data"])
+    n_stored = node.nnz if sp.issparse(node) else node["data"].shape[0]
     n_rows, n_columns = (int(size) for size in _shape(node))
     return n_stored / max(n_rows * n_columns, 1)
 
@@ -145,8 +145,8 @@ def _check_sparse(node: h5py.Group, n_lines: int, label: str) -> None:
     if sizes["indptr"] != (n_lines + 1,) or sizes["indices"] != sizes["data"]:
         raise damaged(label, f"its sparse matrix of {n_lines:,} lines has arrays of {sizes}")
     indptr = node["indptr"][:]
-    if indptr[0] != 0 or indptr[-1] != len(node["data"]) or (indptr[1:] < indptr[:-1]).any():
-        raise damaged(label, f"the index pointer does not lead through {len(node['data']):,} entries")
+    if indptr[0] != 0 or indptr[-1] != sizes["data"][0] or (indptr[1:] < indptr[:-1]).any():
+        raise damaged(label, f"the index pointer does not lead through {sizes['data'][0]:,} entries")
 
 
 def _numbers(values: NDArray) -> NDArray:

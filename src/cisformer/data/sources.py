@@ -242,7 +242,7 @@ def _announce(source: Source) -> None:
     """Log what was chosen where there was a choice."""
     if source.slot not in ("X", "fragments"):
         logger.info("%s: reading the counts in %s", source.label, source.slot)
-    if source.modality == "atac" and source.holds != "binary":
+    if source.modality == "atac" and source.holds in ("counts", "normalised", "log-normalised"):
         logger.info("%s: peaks hold %s; any value above 0 is taken as open", source.label, source.holds)
 
 
