@@ -161,11 +161,10 @@ def simulate(folder: Path, n_cells: int, compression: str | None, seed: int, n_p
         ("rna", pd.DataFrame(index=genes), GENES_PER_CELL, 4, barcodes),
         ("atac", pd.DataFrame(index=human.ccre_labels[ccres]), PEAKS_PER_CELL, 1, rng.permutation(barcodes)),
     ):
-        with H5adWriter(folder / f"{name}.h5ad", var, compression=compression) as writer:
+        obs = pd.DataFrame({"cell_type": "simulated"}, index=order)
+        with H5adWriter(folder / f"{name}.h5ad", obs, var, compression=compression) as writer:
             for start in range(0, n_cells, 1000):
-                part = order[start : start + 1000]
-                cells = block(len(part), len(var), n_open, largest)
-                writer.append(cells, pd.DataFrame({"cell_type": "simulated"}, index=part))
+                writer.append(block(len(order[start : start + 1000]), len(var), n_open, largest))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Sphinx configuration; the command and configuration references are written from the code before each build."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ release = version = __version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
@@ -22,14 +25,27 @@ extensions = [
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 html_theme = "sphinx_book_theme"
-html_title = "cisformer"
+html_title = f"cisformer {version}"  # each version has pages of its own, made from its tag
 html_static_path = ["_static"]
 exclude_patterns = ["_build"]
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
+autosummary_generate = True
+# The inventories of other packages are on the network; without it the pages build, with their types unlinked.
+intersphinx_mapping = {
+    name: (f"{home}/", None)
+    for name, home in {
+        "python": "https://docs.python.org/3",
+        "numpy": "https://numpy.org/doc/stable",
+        "scipy": "https://docs.scipy.org/doc/scipy",
+        "pandas": "https://pandas.pydata.org/docs",
+        "torch": "https://pytorch.org/docs/stable",
+        "anndata": "https://anndata.readthedocs.io/en/stable",
+    }.items()
+    if os.environ.get("READTHEDOCS") or os.environ.get("CISFORMER_INTERSPHINX")
+}
 nitpicky = True
-# Types of other packages: their inventories are on the network, and the pages build without one.
 nitpick_ignore_regex = [
     ("py:.*", r"(?!cisformer).*"),
     ("py:class", r"cisformer\.model\.(cis|documented_task)\..*"),

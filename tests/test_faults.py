@@ -26,7 +26,6 @@ from cisformer.data.preprocess import preprocess
 from cisformer.data.sources import open_rows
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, OutputExistsError, StoreError, WriteError
-from cisformer.runtime import files
 from cisformer.runtime.files import atomic_folder, atomic_path
 from cisformer.training.split import CellSplit
 
@@ -102,10 +101,10 @@ def test_a_stopped_command_says_so(faults: ModuleType, workplace: Path, tmp_path
 
 KILLED_WHILE_PLACING = """
 import os, signal, sys
-from cisformer import runtime
+from cisformer.runtime import files
 from cisformer.data.preprocess import preprocess
 
-place, left = runtime._place_folder, int(sys.argv[1])
+place, left = files._place_folder, int(sys.argv[1])
 
 def place_or_die(*arguments, **options):
     global left
@@ -114,7 +113,7 @@ def place_or_die(*arguments, **options):
     left -= 1
     place(*arguments, **options)
 
-runtime._place_folder = place_or_die
+files._place_folder = place_or_die
 preprocess("rna.h5ad", "atac.h5ad", "data", direction="atac2rna", reference="dataset", seed=1, force=True)
 """
 
@@ -244,38 +243,7 @@ def test_two_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_pat
 # ---- one write -----------------------------------------------------------------------------------------------------
 
 
-def test_an_exchange_never_leaves_a_name_without_a_folder(tmp_path: Path):
-    """Seen from another thread all the time: one of the two is there, whole."""
-    folder = tmp_path / "best"
-    with atomic_folder(folder) as temporary:
-        (temporary / "weights").write_text("0")
-    if not files._exchange(folder, folder):
-        pytest.skip("this system cannot exchange two folders in one step")
-    missing, done = [], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            missing.append(not folder.is_dir())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for number in range(300):
-        with atomic_folder(folder, force=True) as temporary:
-            (temporary / "weights").write_text(str(number))
-    done.set()
-    watcher.join()
-    assert len(missing) > 100
-    assert not any(missing)
-    assert [path.name for path in tmp_path.iterdir()] == ["best"]
-    assert (folder / "weights").read_text() == "299"
-
-
-@pytest.mark.parametrize("exchange", [True, False])
-def test_a_folder_or_file_makes_way_only_if_forced(
-    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+def test_a_folder_or_file_makes_way_only_if_forced(tmp_path: Path):
     for old in ("folder", "file"):
         path = tmp_path / old
         path.mkdir() if old == "folder" else path.write_text("old")
@@ -299,7 +267,6 @@ def test_a_rename_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: 
             raise OSError(5, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "out", force=True) as folder:
         (folder / "a").write_text("new")

@@ -229,12 +229,11 @@ def test_writer_gives_what_anndata_reads(tmp_path: Path):
     path = tmp_path / "out.h5ad"
     var = pd.DataFrame({"chrom": ["chr1"] * 3, "text": ["x", None, "x"]}, index=GENES)
     obs = cells().obs.assign(mixed=[1, "a", None, 2.5])
-    with H5adWriter(
-        path, var, {"cisformer": {"seed": 3, "none": None}, "note": Path("x")}, compression="gzip"
-    ) as writer:
+    uns = {"cisformer": {"seed": 3, "none": None}, "note": Path("x")}
+    with H5adWriter(path, obs, var, uns, compression="gzip") as writer:
         for start in (0, 1, 3):
             rows = slice(start, {0: 1, 1: 3, 3: 4}[start])
-            writer.append(sp.csr_matrix(COUNTS)[rows], obs[rows])
+            writer.append(sp.csr_matrix(COUNTS)[rows])
     read = ad.read_h5ad(path)
     assert np.array_equal(read.X.toarray(), COUNTS)
     assert (read.X.dtype, read.n_obs) == (np.float32, 4)
@@ -251,7 +250,7 @@ def test_writer_gives_what_anndata_reads(tmp_path: Path):
 
 
 def test_writer_of_no_cells(tmp_path: Path):
-    with H5adWriter(tmp_path / "out.h5ad", pd.DataFrame(index=GENES)):
+    with H5adWriter(tmp_path / "out.h5ad", cells().obs[:0], pd.DataFrame(index=GENES)):
         pass
     assert ad.read_h5ad(tmp_path / "out.h5ad").shape == (0, 3)
 
@@ -262,8 +261,8 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path: Path):
     before = path.read_bytes()
 
     def interrupted() -> None:
-        with H5adWriter(path, pd.DataFrame(index=GENES)) as writer:
-            writer.append(sp.csr_matrix(COUNTS), cells().obs)
+        with H5adWriter(path, cells().obs, pd.DataFrame(index=GENES)) as writer:
+            writer.append(sp.csr_matrix(COUNTS))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -273,9 +272,36 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path: Path):
 
 
 def test_writer_refuses_blocks_of_another_shape(tmp_path: Path):
-    writer = H5adWriter(tmp_path / "out.h5ad", pd.DataFrame(index=GENES))
-    with writer, pytest.raises(ValueError, match="a block of shape"):
-        writer.append(sp.csr_matrix(COUNTS[:, :2]), cells().obs)
+    with (
+        pytest.raises(ValueError, match="a block of shape"),
+        H5adWriter(tmp_path / "out.h5ad", cells().obs, pd.DataFrame(index=GENES)) as writer,
+    ):
+        writer.append(sp.csr_matrix(COUNTS[:, :2]))
+    with (
+        pytest.raises(ValueError, match="3 cells were written, 4 are annotated"),
+        H5adWriter(tmp_path / "out.h5ad", cells().obs, pd.DataFrame(index=GENES)) as writer,
+    ):
+        writer.append(sp.csr_matrix(COUNTS[:3]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layout", ["csr", "dense", "none"])
+def test_writer_stores_each_layout_and_what_describes_cells_and_features(layout, tmp_path: Path):
+    state, loadings = np.arange(8.0).reshape(4, 2), np.arange(6.0).reshape(3, 2)
+    var = pd.DataFrame(index=GENES)
+    with H5adWriter(tmp_path / "a.h5ad", cells().obs, var, varm={"w": loadings}, layout=layout) as writer:
+        for rows in (slice(0, 3), slice(3, 4)):
+            block = {"csr": sp.csr_matrix(COUNTS)[rows], "dense": COUNTS[rows], "none": None}[layout]
+            writer.append(block, X_state=state[rows])
+    read = ad.read_h5ad(tmp_path / "a.h5ad")
+    assert read.shape == (4, 3)
+    assert np.array_equal(read.obsm["X_state"], state)
+    assert np.array_equal(read.varm["w"], loadings)
+    if layout == "none":
+        assert read.X is None
+    else:
+        assert sp.issparse(read.X) == (layout == "csr")
+        assert np.array_equal(read.X.toarray() if layout == "csr" else read.X, COUNTS)
 
 
 def test_written_files_say_who_wrote_them(tmp_path: Path):

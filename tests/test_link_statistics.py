@@ -14,7 +14,7 @@ from cisformer.links.statistics import (
     activity_contact,
     associate,
     combine,
-    contact,
+    distance_contact,
     false_discovery_rate,
     orthonormal,
     two_way_rank,
@@ -45,8 +45,8 @@ def test_pairs_come_from_the_window():
 
 
 def test_contact_falls_from_one():
-    assert contact(np.array([0]))[0] == 1
-    assert np.all(np.diff(contact(np.array([0, 1_000, -10_000, 100_000]))) < 0)
+    assert distance_contact(np.array([0]))[0] == 1
+    assert np.all(np.diff(distance_contact(np.array([0, 1_000, -10_000, 100_000]))) < 0)
 
 
 def test_shares_of_a_gene_sum_to_one(pairs):

@@ -35,7 +35,7 @@ def _loop(function, predicted, truth, axis):
 @pytest.mark.parametrize("layout", ["float32", "float64", "sparse", "csc", "negative"])
 @pytest.mark.parametrize("n_levels", [3, 1_000_000])
 def test_ranking_equals_scikit_learn(axis, layout, n_levels, monkeypatch):
-    monkeypatch.setattr(metrics, "blocks", lambda m, a: _tiny_blocks(m, a))
+    monkeypatch.setattr(metrics, "matrix_blocks", lambda m, a: _tiny_blocks(m, a))
     rng = np.random.default_rng(n_levels)
     truth = (rng.random((37, 29)) < rng.random(29) * 0.5).astype(np.float32)
     truth[:, 3], truth[:, 4] = 0, 1

@@ -10,7 +10,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "provenance", "progress", "device"],
+    "runtime": ["files", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "fragments",
@@ -22,13 +22,13 @@ ORDER = {
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
     ],
     "training": ["loss_plot", "split", "closed_form_start", "loop"],
-    "prediction": ["predict"],
+    "prediction": ["cells", "compact", "predict", "groups", "tracks"],
     "links": ["statistics", "evidence", "formats", "files", "gene", "score", "benchmark", "plot"],
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
-    "top": ["simulation", "demo"],
-    "cli": ["common", "data", "model", "links", "evaluation", ""],
+    "top": ["simulation", "run_summary", "workflow", "demo"],
+    "cli": ["common", "data", "model", "prediction", "links", "evaluation", "run", ""],
     "main": ["__main__"],
 }  # fmt: skip
 """Folder → its modules, each above those that may import it; "" and "top" are the modules beside the folders."""

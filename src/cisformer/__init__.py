@@ -11,9 +11,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _FUNCTIONS = {
+    "run": "workflow",
     "preprocess": "data.preprocess",
     "train": "training.loop",
     "predict": "prediction.predict",
+    "open_prediction": "prediction.compact",
+    "write_tracks": "prediction.tracks",
     "link": "links.score",
     "score_links": "links.score",
     "evaluate": "evaluation.evaluate",

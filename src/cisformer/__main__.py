@@ -14,6 +14,9 @@ from types import FrameType
 from typing import Any
 
 from cisformer.parallel.processes import is_main_process
+from cisformer.runtime.installation import clash
+
+logger = logging.getLogger("cisformer")
 
 
 def main() -> None:
@@ -27,6 +30,8 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
     recap = _speak(debug)
+    if (problem := clash()) is not None:
+        logger.warning("%s", problem)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:

@@ -117,7 +117,7 @@ class Training(Section):
         False, description="Compile the attention blocks (torch.compile); needs a C++ compiler on a CPU."
     )
     tracker: Literal["none", "tensorboard"] = Field(
-        "none", description="Also log to TensorBoard (pip install 'cisformer[tensorboard]')."
+        "none", description="Also log to TensorBoard (pip install 'cisformer-links[tensorboard]')."
     )
 
 

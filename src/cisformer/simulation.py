@@ -219,7 +219,8 @@ def _keep(frame: pd.DataFrame, number: int, first: np.ndarray, rng: np.random.Ge
 def _is_noncoding(names: pd.Series) -> np.ndarray:
     """Say which gene names look like those of non-coding genes, which single cells seldom show."""
     pattern = r"^(?:[A-Z]{2}\d{6}|LINC|MIR|RNU|RN7|RNA5|Y_RNA|SNOR|ENSG)|-AS\d|-DT$|-IT\d|-OT\d|\dP\d*$"
-    return names.str.contains(pattern, regex=True).to_numpy()
+    matches: np.ndarray = names.str.contains(pattern, regex=True).to_numpy()
+    return matches
 
 
 def _names(ccres: pd.DataFrame) -> np.ndarray:
@@ -258,7 +259,7 @@ class _Cells:
 
     @property
     def loadings_len(self) -> int:
-        return self.programme.shape[1]
+        return int(self.programme.shape[1])
 
     @classmethod
     def draw(cls, n_cells: int, n_types: int, rng: np.random.Generator) -> _Cells:
@@ -345,7 +346,8 @@ class _Domains:
         """Return the domain of the midpoint of each region (of its start, for genes)."""
         point = regions["start"].to_numpy()
         chrom = regions["chrom"].map(self._chroms).to_numpy()
-        return chrom * self._per_chrom + np.searchsorted(self._edges, point)
+        number: np.ndarray = chrom * self._per_chrom + np.searchsorted(self._edges, point)
+        return number
 
 
 # ---------------------------------------------------------------- links
@@ -391,7 +393,8 @@ def _draw_without_replacement(
     order = np.lexsort((time, group))
     rank = np.empty(len(group), dtype=np.int64)
     rank[order] = np.arange(len(group)) - np.searchsorted(group, group)[order]
-    return (rank < wanted[group]) & (weight > 0)
+    best: np.ndarray = (rank < wanted[group]) & (weight > 0)
+    return best
 
 
 # ---------------------------------------------------------------- observation

@@ -14,10 +14,12 @@ COMMANDS = {
     "generate_default_config": "model",
     "data_preprocess": "data",
     "atac2rna_train": "model",
-    "atac2rna_predict": "model",
+    "atac2rna_predict": "prediction",
     "atac2rna_link": "links",
     "rna2atac_train": "model",
-    "rna2atac_predict": "model",
+    "rna2atac_predict": "prediction",
+    "expand": "prediction",
+    "tracks": "prediction",
     "evaluate": "evaluation",
     "evaluate_links": "links",
     "export_links": "links",
@@ -26,6 +28,7 @@ COMMANDS = {
     "build_reference": "data",
     "export_checkpoint": "model",
     "simulate": "links",
+    "run": "run",
     "demo": "model",
 }
 """Command name → module under `cisformer.cli` that defines a function of that name."""

@@ -12,7 +12,7 @@ from cisformer.parallel.processes import is_main_process
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
-class LenientInt(click.ParamType):
+class LenientInt(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
     """An integer that may be written as 1e10."""
 
     name = "integer"

@@ -13,7 +13,7 @@ FORMAT_NAMES = ("bedpe", "interact", "longrange")
 _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 
 
-class Names(click.ParamType):
+class Names(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.3
     """Several names in one word, separated by commas."""
 
     name = "names"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 
-from cisformer.cli.common import CONTEXT, LENIENT_INT, config_path, say, shared_options
+from cisformer.cli.common import CONTEXT, config_path, say, shared_options
 
 if TYPE_CHECKING:
     from cisformer.config import Direction
@@ -94,101 +94,8 @@ def rna2atac_train(
     _train("rna2atac", accelerate_config, config_file, data=train_data_dir, val_data=val_data_dir, **options)
 
 
-def _predict(
-    direction: Direction,
-    model: str,
-    config_file: str | None,
-    accelerate_config: str | None,
-    output: Path,
-    **options: Any,
-) -> None:
-    from cisformer.parallel.launch import relaunched
-
-    done, cpu = relaunched(accelerate_config)
-    if done:
-        return
-    from cisformer.config import load_config
-    from cisformer.model.checkpoint import load_checkpoint
-    from cisformer.prediction.predict import predict
-
-    wanted = load_config(config_file, direction) if config_file else None
-    checkpoint = load_checkpoint(model, direction, config=wanted)
-    say(f"wrote {predict(checkpoint, output=output, device='cpu' if cpu else None, **options)}")
-
-
 _MODEL = click.option("-m", "--model_parameters", required=True, help="Previous trained model parameters.")
-_OUTPUT = click.option("-o", "--output_dir", default="./output", show_default=True, help="Output directory.")
-_CONFIG = click.option(
-    "-c", "--config_file", help="Config file to compare with the checkpoint's own, which is used."
-)
 _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing output.")
-_WORKERS = click.option("--num_workers", default=2, show_default=True, help="Number of workers.")
-
-
-@click.command("atac2rna_predict", context_settings=CONTEXT)
-@click.option("-d", "--data", required=True,
-              help="Data file: a .pt shard, a folder of shards, or ATAC cells (.h5ad, .h5mu, 10x .h5).")  # fmt: skip
-@_MODEL
-@_OUTPUT
-@click.option("-n", "--name", default="cisformer_predicted_rna", show_default=True, help="Output name.")
-@_CONFIG
-@click.option("--batch_size", default=16, show_default=True, help="Batch size.")
-@_WORKERS
-@click.option("--genes", default="expressed_in_training", show_default=True, metavar="CHOICE",
-              help="architecture full: genes to predict; expressed_in_training, all, or a file of ids or names. "
-                   "Never those that the cell expresses.")  # fmt: skip
-@shared_options
-@_FORCE
-def atac2rna_predict(
-    data: str,
-    model_parameters: str,
-    output_dir: str,
-    name: str,
-    config_file: str | None,
-    accelerate_config: str | None,
-    **options: Any,
-) -> None:
-    """Predict gene expression from ATAC."""
-    output = Path(output_dir) / f"{name}.h5ad"
-    _predict("atac2rna", model_parameters, config_file, accelerate_config, output, data=data, **options)
-
-
-@click.command("rna2atac_predict", context_settings=CONTEXT)
-@click.option("-r", "--rna_file", required=True,
-              help="RNA cells: .h5ad, .h5mu, 10x .h5, or a folder of preprocessed cells.")  # fmt: skip
-@_MODEL
-@_OUTPUT
-@click.option("-n", "--name", default="cisformer_predicted_atac", show_default=True, help="Output name.")
-@_CONFIG
-@click.option(
-    "--rna_len", default=3600, show_default=True, help="Number of non-zero expressed genes to be used."
-)
-@click.option("--batch_size", default=2, show_default=True, help="Batch size.")
-@_WORKERS
-@click.option(
-    "--min_prob", default=0.001, show_default=True, help="Leave probabilities below out of the file."
-)
-@click.option(
-    "--binarize", is_flag=True, help="Write open/closed: each cell's likeliest cCREs, as many as expected."
-)
-@click.option("--chunk", type=LENIENT_INT,
-              help="architecture full: cCREs decoded together, which bounds memory.  [default: 8192]")  # fmt: skip
-@shared_options
-@_FORCE
-def rna2atac_predict(
-    rna_file: str,
-    model_parameters: str,
-    output_dir: str,
-    name: str,
-    config_file: str | None,
-    accelerate_config: str | None,
-    rna_len: int,
-    **options: Any,
-) -> None:
-    """Predict chromatin accessibility from RNA."""
-    output = Path(output_dir) / f"{name}.h5ad"
-    _predict("rna2atac", model_parameters, config_file, accelerate_config, output, data=rna_file,
-             max_tokens=rna_len, **options)  # fmt: skip
 
 
 @click.command("export_checkpoint", context_settings=CONTEXT)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 logger = logging.getLogger(__name__)
+
+MatrixLayout = Literal["csr", "dense", "none"]
 
 _CHUNK = 1 << 16  # elements per HDF5 chunk of a streamed matrix
 _BLOCK = 1000  # cells read at once
@@ -81,18 +84,22 @@ def _read(data: str | Path | AnnData, modality: Modality) -> AnnData:
 
 
 class H5adWriter:
-    """Write an h5ad file in blocks of cells, in memory that does not grow with their number.
+    """Write an h5ad file in blocks of cells. Memory does not grow with the number of blocks.
 
-    Used as a context manager; the file appears under its name only when the block ends without an exception.
+    Use it as a context manager. The file appears under its name only when the block ends without an exception.
 
     Parameters
     ----------
     path
         The ``.h5ad`` file to write.
-    var
-        Annotation of the features, indexed by name.
+    obs, var
+        Annotation of all cells and of the features, indexed by name.
     uns
         Unstructured annotation; ``uns["cisformer"]`` with the provenance is added where it is missing.
+    varm
+        Arrays [n_features, k] that describe the features.
+    layout
+        How ``X`` is stored: "csr", "dense" (float32), or "none" for a file without ``X``.
     compression
         ``"gzip"``, ``"lzf"`` or `None`; of the matrix.
     force
@@ -101,9 +108,10 @@ class H5adWriter:
     Examples
     --------
     >>> import numpy as np, pandas as pd, scipy.sparse as sp, tempfile, anndata
+    >>> obs, var = pd.DataFrame(index=["cell1", "cell2"]), pd.DataFrame(index=["A", "B"])
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with H5adWriter(f"{folder}/a.h5ad", pd.DataFrame(index=["A", "B"])) as writer:
-    ...         writer.append(sp.csr_matrix(np.eye(2)), pd.DataFrame(index=["cell1", "cell2"]))
+    ...     with H5adWriter(f"{folder}/a.h5ad", obs, var) as writer:
+    ...         writer.append(sp.csr_matrix(np.eye(2)))
     ...     anndata.read_h5ad(f"{folder}/a.h5ad").shape
     (2, 2)
     """
@@ -111,19 +119,21 @@ class H5adWriter:
     def __init__(
         self,
         path: str | Path,
+        obs: pd.DataFrame,
         var: pd.DataFrame,
         uns: dict[str, Any] | None = None,
         *,
+        varm: Mapping[str, np.ndarray] | None = None,
+        layout: MatrixLayout = "csr",
         compression: str | None = None,
         force: bool = True,
     ) -> None:
         self.path = Path(path)
         self.n_cells = 0
-        self._var = var
+        self._obs, self._var, self._varm = obs, var, dict(varm or {})
         self._uns = {"cisformer": provenance()} | (uns or {})
+        self._layout = layout
         self._compression, self._force = compression, force
-        self._obs: list[pd.DataFrame] = []
-        self._indptr = [np.zeros(1, np.int64)]
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> H5adWriter:
@@ -133,34 +143,56 @@ class H5adWriter:
             temporary = stack.enter_context(atomic_path(self.path, force=self._force))
             self._file: h5py.File = stack.enter_context(h5py.File(temporary, "w"))
             self._file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-            matrix = self._file.create_group("X")
-            matrix.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-            for name, dtype in (("data", np.float32), ("indices", np.int32)):
-                matrix.create_dataset(
-                    name, (0,), dtype, chunks=(_CHUNK,), maxshape=(None,), compression=self._compression
-                )
+            if self._layout == "csr":
+                matrix = self._file.create_group("X")
+                matrix.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
+                self._growing("X/data", (), np.float32)
+                self._growing("X/indices", (), np.int32)
+                self._growing("X/indptr", (), np.int64)
+                _extend(self._file["X/indptr"], np.zeros(1, np.int64))
+            elif self._layout == "dense":
+                self._growing("X", (len(self._var),), np.float32)
             self._exit = stack.pop_all()
         return self
 
-    def append(self, block: sp.csr_matrix, obs: pd.DataFrame) -> None:
-        """Add cells.
+    def _growing(self, name: str, width: tuple[int, ...], dtype: type) -> None:
+        """Make an empty dataset [0, *width] that grows by cells; a chunk holds whole cells where it can."""
+        per_chunk = (max(1, _CHUNK // width[0]), min(width[0], _CHUNK)) if width else (_CHUNK,)
+        compression = self._compression if name.startswith("X") else None
+        made = self._file.create_dataset(
+            name, (0, *width), dtype, chunks=per_chunk, maxshape=(None, *width), compression=compression
+        )
+        if width:
+            made.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+
+    def append(self, block: sp.csr_matrix | np.ndarray | None = None, **obsm: np.ndarray) -> None:
+        """Add the next cells.
 
         Parameters
         ----------
         block
-            [n_cells, n_features]; stored as float32.
-        obs
-            Annotation of these cells, indexed by barcode; the same columns in every block.
+            [n_cells, n_features], stored as float32; `None` for a file without ``X``.
+        obsm
+            Arrays [n_cells, k] of these cells; the same names in every block.
         """
-        if block.shape != (len(obs), len(self._var)):
-            raise ValueError(
-                f"a block of shape {block.shape} for {len(obs)} cells and {len(self._var)} features"
-            )
-        _extend(self._file["X/data"], block.data)
-        _extend(self._file["X/indices"], block.indices)
-        self._indptr.append(self._indptr[-1][-1] + block.indptr[1:].astype(np.int64))
-        self._obs.append(obs)
-        self.n_cells += len(obs)
+        length = {len(values) for values in obsm.values()} | (
+            {block.shape[0]} if block is not None else set()
+        )
+        if len(length) != 1 or (block is not None and block.shape[1] != len(self._var)):
+            shape = None if block is None else block.shape
+            raise ValueError(f"a block of shape {shape} for {len(self._var)} features")
+        if isinstance(block, sp.csr_matrix):
+            indptr = self._file["X/indptr"]
+            _extend(self._file["X/data"], block.data)
+            _extend(self._file["X/indices"], block.indices)
+            _extend(indptr, indptr[-1] + block.indptr[1:].astype(np.int64))
+        elif block is not None:
+            _extend(self._file["X"], block)
+        for name, values in obsm.items():
+            if f"obsm/{name}" not in self._file:
+                self._growing(f"obsm/{name}", values.shape[1:], np.float32)
+            _extend(self._file[f"obsm/{name}"], values)
+        self.n_cells += length.pop()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -171,26 +203,35 @@ class H5adWriter:
             self._finish()
 
     def _finish(self) -> None:
-        matrix = self._file["X"]
-        matrix.attrs["shape"] = np.array([self.n_cells, len(self._var)], np.int64)
-        matrix.create_dataset("indptr", data=np.concatenate(self._indptr), compression=self._compression)
-        obs = pd.concat(self._obs) if self._obs else pd.DataFrame(index=pd.Index([], dtype=object))
-        write_elements(self._file, obs=storable_frame(obs), var=storable_frame(self._var), uns=self._uns)
+        if self.n_cells != len(self._obs):
+            raise ValueError(f"{self.n_cells} cells were written, {len(self._obs)} are annotated")
+        if self._layout == "csr":
+            self._file["X"].attrs["shape"] = np.array([self.n_cells, len(self._var)], np.int64)
+        write_elements(
+            self._file,
+            obs=storable_frame(self._obs),
+            var=storable_frame(self._var),
+            varm=self._varm,
+            uns=self._uns,
+        )
 
 
 def _extend(dataset: h5py.Dataset, values: np.ndarray) -> None:
     old = dataset.shape[0]
-    dataset.resize((old + len(values),))
+    dataset.resize(old + len(values), axis=0)
     dataset[old:] = values
 
 
 def write_elements(file: h5py.File, **elements: Any) -> None:
-    """Write AnnData elements (`obs`, `var`, `uns`) into an open h5ad file, and empty ones for the others."""
+    """Write AnnData elements (`obs`, `var`, `uns`) into an open h5ad file, and empty ones for those it lacks."""
     from anndata.io import write_elem
 
     elements["uns"] = storable(elements.get("uns") or {})
     for name in ("layers", "obsm", "varm", "obsp", "varp"):
-        elements.setdefault(name, {})
+        if name not in file:
+            elements.setdefault(name, {})
+    if "obsm" in file:
+        file["obsm"].attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
     for name, value in elements.items():
         write_elem(file, name, value)
 

@@ -386,7 +386,7 @@ def write_mapped(store: CellStore, rows_per_block: int = 500) -> None:
     genes = reference.genes.set_axis(pd.Index(reference.gene_labels))
     ccres = reference.ccres.set_axis(pd.Index(reference.ccre_labels))
     for name, var, read in (("rna", genes, store.rna), ("atac", ccres, store.atac)):
-        with H5adWriter(store.path / f"mapped_{name}.h5ad", var, compression="lzf") as writer:
+        path = store.path / f"mapped_{name}.h5ad"
+        with H5adWriter(path, store.cell_info, var, compression="lzf") as writer:
             for start in range(0, store.n_cells, rows_per_block):
-                rows = np.arange(start, min(start + rows_per_block, store.n_cells))
-                writer.append(read(rows), store.cell_info.iloc[rows])
+                writer.append(read(np.arange(start, min(start + rows_per_block, store.n_cells))))

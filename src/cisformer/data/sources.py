@@ -292,8 +292,9 @@ def _of_group(group: h5py.Group, kind: Kind, modality: Modality, label: str, str
         return _of_old_h5ad(group, modality, label, strict)
     names = slot_names(group.get("layers", ()))
     nodes = {name: group[name] for name in names if name in group}
-    slot = choose_slot(nodes, modality, label, strict)
     obs, var = read_elem(group["obs"]), read_elem(group["var"])
+    refuse_peaks(var, modality, label)
+    slot = choose_slot(nodes, modality, label, strict)
     if slot.name == "raw/X":
         var = _raw_var(read_elem(group["raw/var"]), var)
     if kind == "h5mu":
@@ -328,6 +329,7 @@ def _of_anndata(adata: AnnData, modality: Modality, label: str, strict: bool) ->
     stored |= {"raw/X": None if raw is None else raw.X, "X": adata.X}
     names = slot_names(adata.layers.keys())
     nodes = {name: stored[name] for name in names if stored.get(name) is not None}
+    refuse_peaks(adata.var, modality, label)
     slot = choose_slot(nodes, modality, label, strict)
     var = _raw_var(raw.var, adata.var) if slot.name == "raw/X" else adata.var
     return _source(label, "AnnData", modality, adata.obs, var, slot)
@@ -427,6 +429,17 @@ def _with_barcodes(obs: pd.DataFrame, label: str) -> pd.DataFrame:
             )
             return obs.set_axis(pd.Index(barcodes.to_numpy()))
     return obs
+
+
+def refuse_peaks(var: pd.DataFrame, modality: Modality, label: str) -> None:
+    """Raise `InputError` where RNA is wanted and all features are peaks."""
+    names = pd.Series(var.index[:50].astype(str))
+    if modality == "rna" and len(names) and names.str.match(_REGION_NAME).all():
+        if not any(name in var for name in FEATURE_TYPE_COLUMNS):
+            raise InputError(
+                f"{label} holds peaks, such as {names[0]}; wanted RNA counts of genes",
+                hint="give the RNA file with -r and the ATAC file with -a",
+            )
 
 
 def check_orientation(obs: pd.DataFrame, var: pd.DataFrame, label: str) -> None:

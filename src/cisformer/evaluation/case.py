@@ -129,7 +129,7 @@ def case_of_files(
     aligned, covered = _align_target(measured, prediction.var, target, _label(truth, "the truth"))
     case = Case(
         direction,
-        sp.csr_matrix(prediction.X, dtype=np.float32)[rows],
+        sp.csr_matrix(_values(prediction, label), dtype=np.float32)[rows],
         aligned[test_rows],
         measured.obs_names.to_numpy(dtype=object)[test_rows],
         prediction.var_names.to_numpy(dtype=object),
@@ -340,6 +340,13 @@ def _open(data: Any) -> AnnData:
             f"{data} is not an h5ad: {' '.join(str(error).split())[:300]}",
             hint="give the file that predict wrote",
         ) from error
+
+
+def _values(prediction: AnnData, label: str) -> Any:
+    """Return what was predicted, cells × features, whichever form the file has."""
+    from cisformer.prediction.compact import compact_of, is_compact
+
+    return compact_of(prediction, label).toarray() if is_compact(prediction) else prediction.X
 
 
 def _label(data: Any, otherwise: str) -> str:

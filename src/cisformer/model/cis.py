@@ -317,6 +317,11 @@ def distinct(number: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return present.nonzero().squeeze(1), torch.cumsum(present, 0) - 1
 
 
+def _place(z_BK: Tensor, h_BR: Tensor) -> Tensor:
+    """Return z + h, z filled with zeros up to the width of h; float [B, R]."""
+    return h_BR + F.pad(z_BK, (0, h_BR.shape[1] - z_BK.shape[1]))
+
+
 class CisModel(nn.Module):
     """The default model of both directions.
 
@@ -409,7 +414,7 @@ class CisModel(nn.Module):
 
     def _move(self, batch: Batch, z_BK: Tensor, h_BR: Tensor, tokens: Tokens) -> Tensor:
         """Return the prediction of cells in these states, in single precision."""
-        place_BR = h_BR + F.pad(z_BK, (0, h_BR.shape[1] - z_BK.shape[1]))
+        place_BR = _place(z_BK, h_BR)
         bias, loadings, prior, pace = (
             drawn(x, batch) for x in (self.bias, self.loadings, self.prior / self.scale, self.pace)
         )
@@ -432,10 +437,28 @@ class CisModel(nn.Module):
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         """Return probabilities, or log1p-normalised expression ≥ 0, of all known targets; float [B, F]."""
-        eta_BF = self.eta(batch)
-        if self.layout.direction == "rna2atac":
-            return eta_BF.sigmoid_()
-        return (eta_BF * self.scale).clamp_(min=0)
+        return self.predict_with_place(batch)[0]
+
+    @torch.no_grad()
+    def predict_with_place(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what `predict` returns, and the cells' places in the space of the loadings; float [B, R]."""
+        z_BK, h_BR, tokens = self.encode(batch)
+        with torch.autocast(h_BR.device.type, enabled=False):
+            eta_BF = self._move(batch, z_BK, h_BR.float(), tokens)
+        rna2atac = self.layout.direction == "rna2atac"
+        predicted_BF = eta_BF.sigmoid_() if rna2atac else (eta_BF * self.scale).clamp_(min=0)
+        return predicted_BF, _place(z_BK, h_BR.float())
+
+    @torch.no_grad()
+    def place(self, batch: Batch) -> Tensor:
+        """Return the cells' places in the space of the loadings, z + h; float [B, R]."""
+        z_BK, h_BR, _ = self.encode(batch)
+        return _place(z_BK, h_BR.float())
+
+    @torch.no_grad()
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Return intercept [F] and loadings [F, R]: eta is intercept + place @ loadingsᵀ, without the cis path."""
+        return self.prior / self.scale + self.pace * self.bias, self.loadings * self.pace[:, None]
 
     @torch.no_grad()
     def cis_attention(self, batch: Batch) -> CisAttention:

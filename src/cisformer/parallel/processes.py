@@ -72,7 +72,8 @@ class Processes:
             return value
         from accelerate.utils import broadcast_object_list
 
-        return broadcast_object_list([value])[0]
+        sent: list[T] = broadcast_object_list([value])
+        return sent[0]
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return the run of `items` that is this process's; the runs of all follow each other."""

@@ -20,9 +20,9 @@ def multiplies_bf16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     detect = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and detect is not None and detect()
+    return device.type == "cpu" and detect is not None and bool(detect())
 
 
 def fastest_precision(device: torch.device) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -12,7 +11,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +89,10 @@ def atomic_folders(paths: Sequence[Path], *, force: bool = False) -> Iterator[li
 
 
 def _place_folder(new: Path, path: Path, *, force: bool) -> None:
-    """Rename `new` onto `path`; with `force`, what was there is found at `new` afterwards."""
+    """Rename `new` onto `path`; with `force`, what was there is found at `new` afterwards.
+
+    A kill between the two renames leaves the old folder under a hidden name that ends in `.old`.
+    """
     if not path.exists():
         os.replace(new, path)
         return
@@ -101,8 +102,6 @@ def _place_folder(new: Path, path: Path, *, force: bool) -> None:
         refuse_existing(path, force=False)
         os.rename(new, path)
         return
-    if _exchange(new, path):
-        return
     old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
     os.replace(path, old)
     try:
@@ -111,16 +110,6 @@ def _place_folder(new: Path, path: Path, *, force: bool) -> None:
         os.replace(old, path)
         raise
     os.replace(old, new)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths in one step, so that neither is missing at any moment; `False` where that cannot be.
-
-    Linux has a system call for it (renameat2); elsewhere a kill between two renames leaves the old folder
-    under a hidden name.
-    """
-    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    return swap is not None and swap(-100, os.fsencode(first), -100, os.fsencode(second), 2) == 0
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,152 @@
+"""What has been done in a folder, step by step, so that a second run goes on where the first one stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cisformer.errors import InputError, OutputExistsError, StoreError
+from cisformer.runtime.files import atomic_path, make_folder, read_json, sha256_file
+from cisformer.runtime.provenance import occasion, provenance
+
+FORMAT = "cisformer-run"
+FORMAT_VERSION = 1
+FILE = "run.json"
+STAMP = "%Y-%m-%d_%H-%M-%S"
+"""How times are written, so that their order is that of text; folders of training runs begin so."""
+
+Facts = dict[str, Any]
+"""What a step found, in types that JSON has. `files` names what it wrote, relative to the folder."""
+
+
+class Journal:
+    """The steps of a run, in a file that is written anew after each of them.
+
+    A step is done if it came to its end, was made from the same things as now, and its files are still there.
+
+    Parameters
+    ----------
+    folder
+        Where the run writes.
+    steps
+        By name: what each step was made from, whether it is done, and its facts.
+    """
+
+    def __init__(self, folder: Path, steps: dict[str, dict[str, Any]]) -> None:
+        self.folder = folder
+        self._steps = steps
+
+    @classmethod
+    def open(cls, folder: Path, *, force: bool) -> Journal:
+        """Open the journal of a folder, or begin one in a new or empty folder.
+
+        Raises
+        ------
+        OutputExistsError
+            The folder holds something else, and `force` is not given.
+        StoreError
+            The journal cannot be read.
+        """
+        path = folder / FILE
+        if path.is_file():
+            return cls(folder, _read(path))
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not force):
+            raise OutputExistsError(
+                f"{folder} exists already, and no earlier run has written it",
+                hint="choose another output folder, or write into this one with --force",
+            )
+        make_folder(folder)
+        journal = cls(folder, {})
+        journal._write()
+        return journal
+
+    def is_done(self, step: str, made_from: Mapping[str, str]) -> bool:
+        """Whether a step is done, from the same things as now."""
+        known = self._steps.get(step, {})
+        return known.get("done", False) and known["made_from"] == dict(made_from) and self._has_files(step)
+
+    def changes(self, step: str, made_from: Mapping[str, str]) -> list[str]:
+        """Return what has changed since a step was done; nothing where it was never done."""
+        known = self._steps.get(step, {})
+        if not known.get("done", False):
+            return []
+        before = known["made_from"]
+        names = dict.fromkeys([*made_from, *before])
+        return [name for name in names if made_from.get(name) != before.get(name)]
+
+    def begin(self, step: str, made_from: Mapping[str, str]) -> None:
+        """Note that a step begins; one that was interrupted, of the same things, goes on."""
+        known = self._steps.get(step, {})
+        if known.get("done", True) or known["made_from"] != dict(made_from):
+            now = datetime.now().strftime(STAMP)
+            self._steps[step] = {"made_from": dict(made_from), "done": False, "begun": now}
+            self._write()
+
+    def begun(self, step: str) -> str:
+        """Return when the present attempt at a step was first begun, in the format `STAMP`."""
+        return str(self._steps[step]["begun"])
+
+    def finish(self, step: str, facts: Facts, seconds: float) -> None:
+        """Note that a step is done, and what it found."""
+        self._steps[step] |= {"done": True, "seconds": round(seconds, 1), "facts": facts}
+        self._write()
+
+    def facts(self, step: str) -> Facts:
+        """Return what a finished step found."""
+        facts: Facts = self._steps[step]["facts"]
+        return facts
+
+    def seconds(self) -> float:
+        """Return how long all finished steps took together, in the runs that did them."""
+        return float(sum(step.get("seconds", 0.0) for step in self._steps.values()))
+
+    def _has_files(self, step: str) -> bool:
+        return all((self.folder / name).exists() for name in self._steps[step]["facts"]["files"])
+
+    def _write(self) -> None:
+        about = {"format": FORMAT, "format_version": FORMAT_VERSION, "steps": self._steps}
+        with atomic_path(self.folder / FILE) as path:
+            text = json.dumps(about | {"provenance": provenance(**occasion())}, indent=1)
+            path.write_text(text + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        about = read_json(path)
+        if about["format"] != FORMAT or about["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"it is of format {about['format']!r} {about['format_version']!r}")
+        steps: dict[str, dict[str, Any]] = about["steps"]
+        for step in steps.values():
+            _ = step["made_from"], step["begun"], step["done"] and step["facts"]["files"]
+        return steps
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"{path} does not say which steps are done: {error!r}",
+            hint="remove it, and run again with --force: all steps are done again then",
+        ) from error
+
+
+def fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file, or of the names and contents of all files of a folder.
+
+    Raises
+    ------
+    InputError
+        There is no such file.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        lines = (f"{file.relative_to(path).as_posix()} {sha256_file(file)}" for file in files)
+        return fingerprint_of_text("\n".join(lines))
+    if not path.is_file():
+        raise InputError(f"there is no file {path}", hint="check the path")
+    return sha256_file(path)
+
+
+def fingerprint_of_text(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,403 @@
+"""From two files to links in one call: inspect, preprocess, train, evaluate, link, and say what came out.
+
+Each step calls the public function of that name. What is done, and made from the same files and options as now, is
+not done again; `runtime.journal` keeps the record. In the output folder:
+
+    run.json           which steps are done, and from what
+    inspect.json       what the input files are
+    data/              preprocessed cells, for each direction
+    models/            a folder per training run
+    evaluation/        a report page per direction
+    cisformer_link/    the links
+    summary.txt, index.html
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from cisformer.config import DIRECTIONS, Config, Direction, Preset, default_config, parse_config
+from cisformer.errors import CheckpointError, InputError, OutputExistsError
+from cisformer.run_summary import ARROWS, RunSummary, summarise
+from cisformer.runtime.files import atomic_path
+from cisformer.runtime.journal import Facts, Journal, fingerprint, fingerprint_of_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+ALL_CELLS = "all cells"
+"""The one cell type of cells without types."""
+DATA, MODELS, EVALUATION, INSPECTED = "data", "models", "evaluation", "inspect.json"
+SIGNIFICANT = 0.05
+"""Largest false discovery rate of the links that the summary counts."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What `run` was asked for; checked when it is made.
+
+    Attributes
+    ----------
+    groupby
+        Column of `obs` with cell types.
+    celltype_info
+        Table of cell types without header: barcode, cell type. In place of `groupby`.
+    reference
+        As of `preprocess`; by default the data's own genes and peaks.
+    gtf
+        Gene annotation, for the gene coordinates of ``reference="dataset"``.
+    preset
+        Size of the models.
+    epochs
+        Most epochs of training; as the preset says where it is `None`.
+    seed
+        Random seed of the split, of training, evaluation and links.
+    """
+
+    groupby: str | None = None
+    celltype_info: str | Path | None = None
+    reference: str | Path = "dataset"
+    gtf: str | Path | None = None
+    preset: Preset = "small"
+    epochs: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.groupby is not None and self.celltype_info is not None:
+            raise InputError(
+                f"cell types are given twice: column {self.groupby!r} and {self.celltype_info}",
+                hint="leave one of them out",
+            )
+        if self.preset not in get_args(Preset):
+            raise InputError(
+                f"there is no preset {self.preset!r}", hint=f"choose {' or '.join(get_args(Preset))}"
+            )
+        if self.seed < 0:
+            raise InputError(f"the seed is {self.seed}", hint="give a number of 0 or more")
+
+    def config(self, direction: Direction) -> Config:
+        """Return the configuration of a direction."""
+        content = default_config(direction, self.preset).model_dump()
+        content["training"]["SEED"] += self.seed
+        if self.epochs is not None:
+            content["training"]["epoch"] = self.epochs
+        return parse_config(content, direction, source="the options")
+
+
+def run(
+    rna: str | Path,
+    atac: str | Path,
+    output_dir: str | Path = "cisformer_run",
+    *,
+    groupby: str | None = None,
+    celltype_info: str | Path | None = None,
+    reference: str | Path = "dataset",
+    gtf: str | Path | None = None,
+    preset: Preset = "small",
+    epochs: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> RunSummary:
+    """Do everything that leads from a multiome to links: inspect, preprocess, train, evaluate, link.
+
+    Models of both directions are trained, so that one modality can be predicted from the other as well. A second
+    call with the same files and options goes on where the first one stopped.
+
+    Parameters
+    ----------
+    rna, atac
+        An h5ad, h5mu or 10x h5 file with RNA counts, and one with ATAC peaks; may be the same file.
+    output_dir
+        Where everything goes.
+    groupby
+        Column of `obs` with cell types. Without it, and without `celltype_info`, all cells count as one type.
+    celltype_info
+        Table of cell types without header, separated by tabs: barcode, cell type. In place of `groupby`.
+    reference
+        As of `preprocess`, but by default ``"dataset"``, the data's own genes and peaks: this works for any genome
+        and takes least time. ``"human"`` or ``"mouse"`` make models that fit other data, too.
+    gtf
+        Gene annotation, for the gene coordinates of ``reference="dataset"``.
+    preset
+        Size of the models: ``"small"`` trains in minutes on a laptop, and has predicted no worse than ``"default"``
+        on sets of up to 10,000 cells.
+    epochs
+        Most epochs of training; as the preset says by default.
+    seed
+        Random seed of the split, of training, evaluation and links.
+    force
+        Do steps again whose files or options have changed, which replaces their results; write into a folder
+        that holds something else.
+
+    Returns
+    -------
+    RunSummary
+        What was found, how good the models are, where the files are, and what to do next.
+
+    Raises
+    ------
+    InputError
+        If a file or an option is not what it should be.
+    OutputExistsError
+        If `output_dir` holds results of other files or options, and `force` is not given.
+    """
+    options = RunOptions(groupby, celltype_info, reference, gtf, preset, epochs, seed)
+    workflow = _Workflow(Path(rna), Path(atac), Path(output_dir), options)
+    steps = list(workflow.steps())
+    workflow.journal = Journal.open(workflow.folder, force=force)
+    _refuse_changes(workflow.journal, steps, force)
+    for number, step in enumerate(steps, 1):
+        _do(step, workflow.journal, f"step {number} of {len(steps)}, {step.title}")
+    summary = summarise(workflow.journal, str(rna), workflow.types_told)
+    summary.write()
+    return summary
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the run.
+
+    Attributes
+    ----------
+    name, title
+        In the journal, and for people.
+    made_from
+        Everything that its result depends on, by what people call it.
+    work
+        Do it, and return what was found.
+    """
+
+    name: str
+    title: str
+    made_from: Mapping[str, str]
+    work: Callable[[], Facts]
+
+
+def _do(step: Step, journal: Journal, heading: str) -> None:
+    if journal.is_done(step.name, step.made_from):
+        logger.info("%s: done already", heading)
+        return
+    logger.info("%s", heading)
+    journal.begin(step.name, step.made_from)
+    started = time.monotonic()
+    facts = step.work()
+    journal.finish(step.name, facts, time.monotonic() - started)
+
+
+def _refuse_changes(journal: Journal, steps: list[Step], force: bool) -> None:
+    """Raise `OutputExistsError` where a step that is done would be done again from other things."""
+    changed = {step.title: journal.changes(step.name, step.made_from) for step in steps}
+    changed = {title: changes for title, changes in changed.items() if changes}
+    if changed and not force:
+        what = ", ".join(dict.fromkeys(change for changes in changed.values() for change in changes))
+        raise OutputExistsError(
+            f"{journal.folder} holds the results of an earlier run, and this has changed since: {what}",
+            hint=f"choose another output folder, or do again what depends on it ({', '.join(changed)}) with --force",
+        )
+
+
+def _step(
+    verb: str, direction: Direction, made_from: Mapping[str, str], work: Callable[[Direction], Facts]
+) -> Step:
+    return Step(f"{verb}_{direction}", f"{verb} {ARROWS[direction]}", made_from, lambda: work(direction))
+
+
+class _Workflow:
+    """The steps, and what they share: files, folder, options and cell types.
+
+    Everything that can be wrong with cell types is found here, before any work.
+    """
+
+    journal: Journal
+
+    def __init__(self, rna: Path, atac: Path, folder: Path, options: RunOptions) -> None:
+        self.rna, self.atac, self.folder, self.options = rna, atac, folder, options
+        self.types, self.types_told = _cell_types(rna, atac, options)
+        self.preset = {direction: options.config(direction) for direction in DIRECTIONS}
+
+    # ---- which steps -----------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[Step]:
+        """Yield all steps, each with what it is made from."""
+        files = {"the RNA file": fingerprint(self.rna), "the ATAC file": fingerprint(self.atac)}
+        cells = files | self._preprocessing()
+        model = cells | {"--preset": self.options.preset, "--epochs": str(self.options.epochs)}
+        labels = {"--groupby": str(self.options.groupby)}
+        types = {"cell types": fingerprint_of_text(_as_text(self.types))}
+        yield Step("inspect", "look at the files", files, self.inspect)
+        for direction in DIRECTIONS:
+            yield _step("preprocess", direction, cells, self.preprocess)
+        for direction in DIRECTIONS:
+            yield _step("train", direction, model, self.train)
+        for direction in DIRECTIONS:
+            yield _step("evaluate", direction, model | labels, self.evaluate)
+        yield Step("link", "link cCREs to genes", model | types, self.link)
+
+    def _preprocessing(self) -> dict[str, str]:
+        """Return what the preprocessed cells depend on beside the files."""
+        options = self.options
+        reference = Path(options.reference)
+        about = {
+            "--reference": fingerprint(reference) if reference.is_dir() else str(reference),
+            "--seed": str(options.seed),
+        }
+        return about if options.gtf is None else about | {"the GTF file": fingerprint(Path(options.gtf))}
+
+    # ---- the steps themselves --------------------------------------------------------------------------------
+
+    def inspect(self) -> Facts:
+        """Look at the files."""
+        from cisformer.data.inspect import inspect
+
+        report = inspect(list(dict.fromkeys([self.rna, self.atac])))
+        with atomic_path(self.folder / INSPECTED) as path:
+            path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        told = ("modality", "n_cells", "n_features", "values")
+        return {"files": [INSPECTED], "found": [{key: file[key] for key in told} for file in report["files"]]}
+
+    def preprocess(self, direction: Direction) -> Facts:
+        """Align and split the cells."""
+        from cisformer.data.preprocess import preprocess
+
+        stores = preprocess(
+            self.rna, self.atac, self.folder / DATA, direction=direction, reference=self.options.reference,
+            config=self.preset[direction], seed=self.options.seed, gtf=self.options.gtf, force=True,
+        )  # fmt: skip
+        reference = stores["train"].reference
+        return {
+            "files": [f"{DATA}/{store.path.name}" for store in stores.values()],
+            "n_cells": {split: store.n_cells for split, store in stores.items()},
+            "reference": reference.describe(),
+            "n_genes_placed": int((reference.genes["start"] >= 0).sum()),
+        }
+
+    def train(self, direction: Direction) -> Facts:
+        """Train a model; finish a training that was interrupted."""
+        from cisformer.training.loop import train
+
+        models, data = self.folder / MODELS, self.folder / DATA
+        begun = self.journal.begun(f"train_{direction}")
+        mine = [path for path in models.glob(f"*_{direction}") if path.name >= begun]
+        resume = max((path for path in mine if (path / "config.yaml").is_file()), default=None)
+        config = self.preset[direction]
+        try:
+            best = train(data, direction, direction=direction, save=models, config=config, resume=resume)
+        except CheckpointError as error:
+            if resume is None:
+                raise
+            logger.warning("%s; the training begins anew", error.message)
+            best = train(data, direction, direction=direction, save=models, config=config)
+        assert best.folder is not None
+        model = f"{MODELS}/{best.folder.parent.name}"
+        return {"files": [f"{model}/best"], "model": model}
+
+    def evaluate(self, direction: Direction) -> Facts:
+        """Evaluate a model on the test cells, beside baselines."""
+        from cisformer.evaluation.evaluate import evaluate_model
+        from cisformer.evaluation.report import write_report
+
+        report = evaluate_model(
+            self.folder / DATA, self._model(direction), cell_type=self.options.groupby, seed=self.options.seed
+        )
+        page, numbers = write_report(report, self.folder / EVALUATION / direction, force=True)
+        files = [str(path.relative_to(self.folder).as_posix()) for path in (page, numbers)]
+        return {"files": files, "verdict": report.verdict, "standing": report.standing}
+
+    def link(self) -> Facts:
+        """Link cCREs to genes, or say why that cannot be."""
+        if self.journal.facts("preprocess_atac2rna")["n_genes_placed"] == 0:
+            return {"files": [], "skipped": "no gene has coordinates, so no cCRE is near any"}
+        from cisformer.links.score import link
+
+        cells = self.folder / DATA / "atac2rna_train"
+        folder = link(
+            self._model("atac2rna"), cells, self.types, self.folder, seed=self.options.seed, force=True
+        )
+        return {"files": [folder.name]} | _count_links(folder / "links.tsv.gz")
+
+    def _model(self, direction: Direction) -> Path:
+        return self.folder / str(self.journal.facts(f"train_{direction}")["model"])
+
+
+def _count_links(path: Path) -> Facts:
+    """Count scored pairs and significant ones, and name the gene of the highest score."""
+    import pandas as pd
+
+    n_pairs, n_significant, best_score, best_gene = 0, 0, float("-inf"), ""
+    missing = {"score": [""], "fdr": [""]}  # a gene may be called NA
+    tables = pd.read_csv(
+        path, sep="\t", usecols=["gene_name", *missing], keep_default_na=False, na_values=missing,
+        dtype={"gene_name": str}, chunksize=500_000,
+    )  # fmt: skip
+    for table in tables:
+        n_pairs += len(table)
+        n_significant += int((table["fdr"] <= SIGNIFICANT).sum())
+        if table["score"].max() > best_score:
+            top = table.loc[table["score"].idxmax()]
+            best_score, best_gene = float(top["score"]), str(top["gene_name"])
+    return {"n_pairs": n_pairs, "n_significant": n_significant, "best_gene": best_gene}
+
+
+# ---------------------------------------------------------------------------------------------- cell types
+
+
+def _cell_types(rna: Path, atac: Path, options: RunOptions) -> tuple[pd.Series, str]:
+    """Return the type of each cell by barcode, and where it is from, in words."""
+    import pandas as pd
+
+    from cisformer.data.sources import open_rows
+    from cisformer.links.files import read_cell_types
+
+    with open_rows(rna, "rna") as source:
+        obs = source.obs
+    if options.celltype_info is not None:
+        types = read_cell_types(options.celltype_info)
+        _require_known(types, obs.index, str(options.celltype_info))
+        return types, f"{types.nunique()} cell types, from {options.celltype_info}"
+    if options.groupby is None:
+        return pd.Series(ALL_CELLS, index=obs.index), "no cell types were given: all cells count as one type"
+    if options.groupby not in obs:
+        with open_rows(atac, "atac") as source:
+            obs = obs.join(source.obs, rsuffix="_atac")
+    types = _column(obs, options.groupby)
+    return types, f"{types.nunique()} cell types, from column {options.groupby!r}"
+
+
+def _require_known(types: pd.Series, barcodes: pd.Index, source: str) -> None:
+    if not types.index.isin(barcodes).any():
+        raise InputError(
+            f"none of the {len(types)} barcodes in {source} is in the data: "
+            f"{', '.join(types.index[:3])} against {', '.join(barcodes[:3])}",
+            hint="give the barcodes as the RNA file has them",
+        )
+
+
+def _column(obs: pd.DataFrame, name: str) -> pd.Series:
+    """Return the named cells of a column as text; `InputError` where it is not one of cell types."""
+    if name not in obs:
+        known = ", ".join(map(str, obs.columns)) or "none"
+        close = difflib.get_close_matches(name, obs.columns.astype(str), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "give the types in a table with --celltype_info"
+        raise InputError(f"obs has no column {name!r}; it has {known}", hint=hint)
+    types = obs[name].dropna().astype(str)
+    types = types[types.str.strip() != ""]
+    if types.empty:
+        raise InputError(f"column {name!r} of obs is empty", hint="name another column with --groupby")
+    if 2 * types.nunique() > len(types) > 10:
+        raise InputError(
+            f"column {name!r} of obs holds {types.nunique():,} different values for {len(types):,} cells",
+            hint="name a column of cell types or clusters with --groupby",
+        )
+    return types
+
+
+def _as_text(types: pd.Series) -> str:
+    return "\n".join(f"{barcode}\t{name}" for barcode, name in types.items())
