@@ -86,8 +86,8 @@ REFUSED = {
     ),
     "peaks of another genome": Refused(
         preprocess(atac="moved.h5ad", more=""),
-        "moved.h5ad: only … of 900 peaks overlap a cCRE of the human reference … they look unlike hg38 and mm39",
-        "lift the data over",
+        "moved.h5ad: only … of 900 peaks overlap a cCRE of the human reference … they look unlike hg38, hg19, mm39, mm10",
+        "own features with --reference dataset",
     ),
     "log-normalised RNA": Refused(
         preprocess("log.h5ad"),

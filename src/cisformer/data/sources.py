@@ -434,12 +434,12 @@ def _with_barcodes(obs: pd.DataFrame, label: str) -> pd.DataFrame:
 def refuse_peaks(var: pd.DataFrame, modality: Modality, label: str) -> None:
     """Raise `InputError` where RNA is wanted and all features are peaks."""
     names = pd.Series(var.index[:50].astype(str))
-    if modality == "rna" and len(names) and names.str.match(_REGION_NAME).all():
-        if not any(name in var for name in FEATURE_TYPE_COLUMNS):
-            raise InputError(
-                f"{label} holds peaks, such as {names[0]}; wanted RNA counts of genes",
-                hint="give the RNA file with -r and the ATAC file with -a",
-            )
+    told = any(name in var for name in FEATURE_TYPE_COLUMNS)
+    if modality == "rna" and not told and len(names) and names.str.match(_REGION_NAME).all():
+        raise InputError(
+            f"{label} holds peaks, such as {names[0]}; wanted RNA counts of genes",
+            hint="give the RNA file with -r and the ATAC file with -a",
+        )
 
 
 def check_orientation(obs: pd.DataFrame, var: pd.DataFrame, label: str) -> None:

@@ -192,7 +192,9 @@ def predict(
     processes = Processes.current(cpu=str(device) == "cpu") if output is not None else Processes()
     checkpoint = _as_asked(checkpoint, options)
     place = torch.device(device or processes.device or best_device())
-    with InputCells.open(data, checkpoint.layout.input_modality, checkpoint.reference, min_fragments) as cells:
+    with InputCells.open(
+        data, checkpoint.layout.input_modality, checkpoint.reference, min_fragments
+    ) as cells:
         options = replace(options, compact=_choose_compact(checkpoint, options, len(cells.obs), output))
         predictor = Predictor(checkpoint, cells, options, place)
         if output is None:
