@@ -13,7 +13,8 @@ from cisformer.data.batches import encode_input, read_modality
 from cisformer.data.store import CellStore
 from cisformer.errors import CheckpointError, InputError, OutputExistsError, ReferenceMismatchError
 from cisformer.links.evidence import state_profiles
-from cisformer.links.score import choose_cells, link, score_links
+from cisformer.links.inputs import choose_cells
+from cisformer.links.score import link, score_links
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +117,13 @@ def test_ccre_profiles_are_slopes_on_the_states(tiny_checkpoints, store):
     model = tiny_checkpoints["atac2rna"].model
     batch = encode_input(read_modality(store, np.arange(store.n_cells), "atac"), model.layout, None, None)
     with torch.no_grad():
-        z = model.cell_states(batch).double().numpy()
+        z = model.cell_states(batch)[:, model.projection.principal].double().numpy()
         x = np.zeros((store.n_cells, len(model.layout.input_index)))
         cell = np.repeat(np.arange(batch.n_cells), np.diff(batch.indptr.numpy()))
         n_open = np.diff(batch.indptr.numpy())
-        x[cell, batch.index.numpy()] = np.log1p(
-            1e4 * model.projection.idf.numpy()[batch.index] / n_open[cell]
-        )
+        x[cell, batch.index.numpy()] = 1.0
+        x *= model.projection.weight.numpy()
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
     _, ccre = state_profiles(model, float(np.median(n_open)))
     slope = (x - x.mean(0)).T @ (z - z.mean(0)) / len(z)
     length = np.linalg.norm(slope, axis=1) * np.linalg.norm(ccre, axis=1)
@@ -243,3 +244,130 @@ def test_parts_that_do_not_belong_together(tiny_checkpoints, tiny_data, types, c
         score_links(checkpoint, stores["all"], types)
     with pytest.raises(InputError, match="distance"):
         score_links(checkpoint, store, types, window_bp=0)
+
+
+def test_score_is_that_of_its_columns(links, checkpoint, store, types):
+    """Prior, association, coupling and expression, each with its weight, give the score of each row."""
+    from cisformer.links.inputs import LinkOptions
+    from cisformer.links.score import prepare
+
+    scorer = prepare(checkpoint, store, types, LinkOptions(), "cpu")
+    weights, table = scorer.shared.weights, links.table
+    prior = table["prior"].to_numpy(np.float64)
+    by_association = weights.association_gain / np.interp(
+        table["power"], weights.power, weights.null_variance
+    )
+    log_odds = (
+        np.log(prior / (1 - prior))
+        + by_association * table["association"]
+        + 2 * weights.coupling_gain * table["power"] * table["coupling"].clip(-6, 6)
+        + table["expression"]
+        - scorer.shared.less
+    )
+    np.testing.assert_allclose(table["score"], 1 / (1 + np.exp(-log_odds)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def strong():
+    """Cells, a store of them and a closed-form model, large enough for planted links to be found."""
+    from cisformer.simulation import simulate
+
+    return simulate(n_cells=1000, n_genes=800, n_ccres=6000, n_types=4, seed=21)
+
+
+@pytest.fixture(scope="module")
+def strong_links(strong, tmp_path_factory):
+    from cisformer.config import default_config
+    from cisformer.data.preprocess import preprocess
+    from cisformer.training.loop import train
+
+    folder = tmp_path_factory.mktemp("strong")
+    options = {"direction": "atac2rna", "reference": "dataset"}
+    preprocess(strong.rna, strong.atac, folder, **options)
+    stores = preprocess(strong.rna, strong.atac, folder, manually=True, **options)
+    config = default_config("atac2rna", "small")
+    config = config.model_copy(update={"training": config.training.model_copy(update={"epoch": 0})})
+    checkpoint = train(folder, "x", direction="atac2rna", save=folder / "save", cpu=True, config=config)
+    return score_links(checkpoint, stores["all"], strong.rna.obs["cell_type"].astype(str), device="cpu")
+
+
+def judged(strong, strong_links) -> pd.DataFrame:
+    """Distal pairs that all cells show often enough, and whether they are planted in any type."""
+    table = strong_links.table
+    n_open = table.groupby(["gene_id", "ccre"])["n_open"].transform("sum") / 1000
+    table = table[(n_open >= 0.05) & (table["power"] >= 5) & (table["distance"].abs().between(500, 250_000))]
+    best = table.groupby(["gene_id", "ccre"])[
+        ["score", "prior", "association", "coupling", "power", "distance"]
+    ].max()
+    planted = pd.MultiIndex.from_frame(strong.links[["gene_id", "ccre"]])
+    return best.assign(is_link=best.index.isin(planted))
+
+
+def test_score_finds_planted_links(strong, strong_links):
+    """A floor, so that a score without one of its parts, or with a wrong sign, is seen."""
+    from cisformer.links.benchmark import average_precision
+
+    pairs = judged(strong, strong_links)
+    area = {
+        name: average_precision(pairs["is_link"].to_numpy(), pairs[name].to_numpy())
+        for name in pairs.columns[:4]
+    }
+    assert area["score"] > 1.15 * area["prior"], area
+    assert area["score"] > 1.2 * max(area["association"], area["coupling"]), area
+    assert area["association"] > 1.5 * pairs["is_link"].mean()
+    links = pairs["is_link"]
+    assert pairs["coupling"][links].mean() > pairs["coupling"][~links].mean() + 0.15
+
+
+def test_type_specific_links_are_told(strong, strong_links):
+    """Where a cCRE is open in several types, and the link works in some, specificity is higher there."""
+    table = strong_links.table
+    share = table["n_open"] / table["cell_type"].map(strong_links.cell_num)
+    distal = strong.links[~strong.links["promoter"]]
+    table = table[(share >= 0.05) & (table["power"] >= 5)].merge(
+        distal[["gene_id", "ccre"]].drop_duplicates(), on=["gene_id", "ccre"]
+    )
+    planted = pd.MultiIndex.from_frame(distal[["gene_id", "ccre", "cell_type"]])
+    table = table.assign(
+        works=pd.MultiIndex.from_frame(table[["gene_id", "ccre", "cell_type"]]).isin(planted)
+    )
+    spread = table.groupby(["gene_id", "ccre"])["works"].transform("nunique")
+    table = table[spread == 2]
+    assert len(table) > 100
+    assert table["specificity"][table["works"]].mean() > table["specificity"][~table["works"]].mean() + 0.2
+    assert (table["specificity_se"] > 0).all()
+
+
+def test_genes_and_region(checkpoint, store, types, links):
+    names = links.table["gene_name"].unique()[[3, 7]]
+    some = score_links(checkpoint, store, types, genes=list(names))
+    assert set(some.table["gene_name"]) == set(names)
+    wide = links.table.set_index(["cell_type", "gene_id", "ccre"])
+    joined = some.table.set_index(["cell_type", "gene_id", "ccre"]).join(wide, rsuffix="_all")
+    assert joined["score_all"].notna().all()
+    np.testing.assert_allclose(joined["prior"], joined["prior_all"], rtol=1e-4)
+    np.testing.assert_allclose(joined["p_value"], joined["p_value_all"], rtol=1e-3)
+    row = links.table[links.table["gene_name"] == names[0]].iloc[0]
+    gene = store.reference.genes.set_index("gene_id").loc[row["gene_id"]]
+    near = score_links(checkpoint, store, types, region=f"{gene['chrom']}:{row['tss']}-{row['tss'] + 1}")
+    assert names[0] in set(near.table["gene_name"])
+    assert (near.table["tss"] == row["tss"]).all()
+    with pytest.raises(InputError, match="no gene 'NOPE'"):
+        score_links(checkpoint, store, types, genes=["NOPE"])
+    with pytest.raises(InputError, match="not a region"):
+        score_links(checkpoint, store, types, region="chr1")
+    with pytest.raises(InputError, match="no gene to link"):
+        score_links(checkpoint, store, types, region="chr1:1-2")
+
+
+def test_beyond_the_models_window_nothing_is_known(checkpoint, store, types):
+    model = copy.deepcopy(checkpoint.model)
+    windows = model.cis
+    near = score_links(checkpoint, store, types, window_bp=20_000).table
+    far = score_links(checkpoint, store, types, window_bp=400_000).table
+    assert windows is not None
+    assert near["attention"].notna().all()
+    beyond = far["attention"].isna()
+    assert beyond.any()
+    assert far["effect"][beyond].isna().all()
+    assert far["score"].notna().all()

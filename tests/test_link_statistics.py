@@ -9,11 +9,11 @@ from scipy import stats
 from cisformer.data.reference import Reference
 from cisformer.links.statistics import (
     FEWEST_EXPECTED,
+    PairProducts,
     Pairs,
     PartialCorrelation,
     activity_contact,
     associate,
-    combine,
     distance_contact,
     false_discovery_rate,
     orthonormal,
@@ -174,22 +174,36 @@ def test_uncoupled_cells_give_uniform_p_values():
     assert stats.chi2.isf(np.median(p), 1) / stats.chi2.isf(0.5, 1) == pytest.approx(1, abs=0.1)
 
 
-def test_score_rises_with_all_evidence():
-    zero, low = np.zeros(2), np.array([0.01, 0.01])
-    grid = [
-        combine(np.array([0.01, 0.1]), zero, zero, 2000),
-        combine(low, np.array([0.0, 0.05]), zero, 2000),
-        combine(low, zero, np.array([0.0, 2.0]), 2000),
-    ]
-    assert all(score[1] > score[0] for score in grid)
-    assert combine(np.array([1.0]), np.array([1.0]), np.array([1e9]), 10)[0] <= 1
+def test_depth_confounding_is_adjusted_away():
+    """Deep cells show more of everything: without depth in the basis p-values are small, with it they are uniform."""
+    rng = np.random.default_rng(6)
+    n, genes, ccres = 400, 40, 40
+    depth = rng.normal(0, 0.8, n)
+    rate = rng.uniform(0.3, 2, genes) * np.exp(depth)[:, None]
+    expression = np.log1p(rng.poisson(rate)).astype(np.float32)
+    is_open = (rng.random((n, ccres)) < 1 / (1 + np.exp(1.5 - depth[:, None]))).astype(np.float32)
+    gene, ccre = np.divmod(np.arange(genes * ccres), ccres)
+    pairs = Pairs(gene, ccre, ccre)
+
+    def p_values(basis: np.ndarray) -> np.ndarray:
+        test = PartialCorrelation(pairs, basis, (genes, ccres))
+        test.add(sp.csr_matrix(expression), sp.csr_matrix(is_open))
+        return test.p_value()
+
+    assert np.median(p_values(orthonormal(np.zeros((n, 0))))) < 0.05
+    adjusted = p_values(orthonormal(depth))
+    assert stats.kstest(adjusted, "uniform").statistic < 0.06
+    assert stats.chi2.isf(np.median(adjusted), 1) / stats.chi2.isf(0.5, 1) == pytest.approx(1, abs=0.1)
 
 
-@pytest.mark.parametrize(("n_cells", "weight"), [(2000, 0.6), (500, 0.3), (10**6, 0.6)])
-def test_score_by_hand(n_cells, weight):
-    odds = 4.5 * 0.1 * np.exp(18 * 0.05 + weight * 2)
-    found = combine(np.array([0.1]), np.array([0.05]), np.array([2.0]), n_cells)[0]
-    assert found == pytest.approx(odds / (1 + odds), rel=1e-3)
+def test_products_may_be_given(pairs):
+    expression, is_open, covariates = random_cells(100, 7)
+    rna, atac = sp.csr_matrix(expression), sp.csr_matrix(is_open)
+    alone, given = (PartialCorrelation(pairs, orthonormal(covariates), (6, 9)) for _ in range(2))
+    alone.add(rna, atac)
+    given.add(rna, atac, PairProducts(pairs, 9).of(rna, atac))
+    assert np.array_equal(alone.z(), given.z())
+    assert np.allclose(alone.product, (expression.T @ is_open)[pairs.gene, pairs.ccre])
 
 
 def test_two_way_rank_equals_scipys():

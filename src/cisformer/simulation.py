@@ -15,16 +15,23 @@ probability given by the depth.
 *Genes* have a log rate: a base level, a trans part (loadings on type and state, in small part those of their
 domain) and a cis part: each linked cCRE adds its effect times its activity in that cell. Since RNA outlives
 a snapshot of chromatin, that activity is the probability to be open, with one part in twenty of the open state
-of the moment. A gene has its promoter (cCREs within 500 bp of the TSS) and 0–6 distal links drawn with
-probability ∝ (distance + 5 kb)^-0.7; some links work in some types only, though the cCRE is open in others.
-Counts are gamma-Poisson.
+of the moment. A gene has its promoter (cCREs within 500 bp of the TSS) and 0–6 distal links; some links work in some
+types only, though the cCRE is open in others. Counts are gamma-Poisson.
+
+Which cCREs are linked, and whether cells of one state still vary together, is not known of real cells. So there are
+three *modes*; a method that does well in one of them only has learned the generator:
+
+- ``contact``: a link's chance is ∝ (distance + 5 kb)^-0.7 / √(1 + exp(−base level)), so open cCREs are linked more;
+- ``uniform``: it is ∝ (distance + 5 kb)^-0.7 alone, however open the cCRE is;
+- ``no-coupling``: as ``contact``, but a gene follows the probability to be open, not the open state of the moment:
+  given their state, expression and accessibility of a cell are independent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -61,6 +68,8 @@ PROMOTER_BP = 500
 N_STATES = 3
 MAX_LINKS = 6
 SNAPSHOT_SHARE = 0.05
+Mode = Literal["contact", "uniform", "no-coupling"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ def simulate(
     n_ccres: int = 40_000,
     *,
     n_types: int = 8,
+    mode: Mode = "contact",
     seed: int = 0,
     reference: str | Reference = "human",
     window_bp: int = 250_000,
@@ -117,6 +127,9 @@ def simulate(
     ----------
     n_cells, n_genes, n_ccres, n_types
         Sizes; `n_types` at most `n_cells`.
+    mode
+        Which cCREs are linked, and whether cells of one state vary together: "contact", "uniform" or "no-coupling";
+        see the text of this module.
     seed
         The same seed gives the same cells, bit by bit.
     reference
@@ -132,15 +145,19 @@ def simulate(
     Raises
     ------
     InputError
-        If a size is not positive or larger than the reference has.
+        If a size is not positive or larger than the reference has, or the mode is unknown.
     """
     _check_sizes(n_cells, n_genes, n_ccres, n_types)
+    if mode not in MODES:
+        raise InputError(f"there is no mode {mode!r}", hint=f"choose from: {', '.join(MODES)}")
     rng = np.random.default_rng(seed)
     genes, ccres = _draw_regions(reference, n_genes, n_ccres, rng)
     cells = _Cells.draw(n_cells, n_types, rng)
     landscape = _Landscape.draw(genes, ccres, cells.loadings_len, rng)
-    links = _plant_links(genes, ccres, landscape, n_types, window_bp, rng)
-    rna, atac, mean_open = _observe(cells, landscape, links, rng)
+    by_openness = np.zeros(n_ccres) if mode == "uniform" else landscape.ccre_base
+    links = _plant_links(genes, ccres, by_openness, n_types, window_bp, rng)
+    snapshot_share = 0.0 if mode == "no-coupling" else SNAPSHOT_SHARE
+    rna, atac, mean_open = _observe(cells, landscape, links, snapshot_share, rng)
     return SimulatedCells(
         rna=_as_adata(rna, cells.obs, genes.set_index("gene_name")),
         atac=_as_adata(atac, cells.obs, ccres.set_index(_names(ccres))),
@@ -367,14 +384,15 @@ class _Links:
 def _plant_links(
     genes: pd.DataFrame,
     ccres: pd.DataFrame,
-    landscape: _Landscape,
+    openness: np.ndarray,
     n_types: int,
     window_bp: int,
     rng: np.random.Generator,
 ) -> _Links:
+    """Draw links; a cCRE with a high `openness` (log odds) is drawn more often."""
     gene, ccre, distance = _pairs(genes, ccres, window_bp)
     promoter = np.abs(distance) <= PROMOTER_BP
-    weight = (np.abs(distance) + 5_000.0) ** -0.7 / (1 + np.exp(-landscape.ccre_base[ccre])) ** 0.5
+    weight = (np.abs(distance) + 5_000.0) ** -0.7 / (1 + np.exp(-openness[ccre])) ** 0.5
     wanted = rng.binomial(MAX_LINKS, 0.5, len(genes))
     chosen = promoter | _draw_without_replacement(gene, np.where(promoter, 0, weight), wanted, rng)
     gene, ccre, distance, promoter = gene[chosen], ccre[chosen], distance[chosen], promoter[chosen]
@@ -401,7 +419,7 @@ def _draw_without_replacement(
 
 
 def _observe(
-    cells: _Cells, landscape: _Landscape, links: _Links, rng: np.random.Generator
+    cells: _Cells, landscape: _Landscape, links: _Links, snapshot_share: float, rng: np.random.Generator
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix, np.ndarray]:
     """Return counts, 0/1 accessibility, and mean activity of each cCRE in each type [n_types, n_ccres]."""
     n_types, block = len(cells.type_names), 256
@@ -414,7 +432,7 @@ def _observe(
             rows = members[start : start + block]
             probability = _open_probability(cells.programme[rows], landscape)
             is_open = rng.random(probability.shape, dtype=np.float32) < probability
-            activity = probability + SNAPSHOT_SHARE * (is_open - probability)
+            activity = probability + snapshot_share * (is_open - probability)
             mean_open[cell_type] += activity.sum(0) / len(members)
             rna_blocks.append(_count(activity @ weight, rows, cells, landscape, rng))
             atac_blocks.append(_see(is_open, cells.atac_depth[rows], rng))

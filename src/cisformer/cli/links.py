@@ -9,6 +9,7 @@ import rich_click as click
 
 from cisformer.cli.common import CONTEXT, LENIENT_INT, say, shared_options
 
+MODES = ("contact", "uniform", "no-coupling")
 FORMAT_NAMES = ("bedpe", "interact", "longrange")
 _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 
@@ -35,20 +36,30 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # not generic before cl
 
 
 @click.command("atac2rna_link", context_settings=CONTEXT)
-@click.option("-d", "--data_path", required=True, help="Preprocessed cells: a .pt file, or its folder.")
+@click.option("-d", "--data_path", required=True, help="Preprocessed cells: the folder, or one .pt file.")
 @click.option("-c", "--celltype_info", required=True,
               help="Cell types: a tab-separated table without header; barcode, cell type.")  # fmt: skip
 @click.option("-m", "--model_parameters", required=True, help="Previous trained model parameters.")
 @click.option("-o", "--output_dir", default="./output", show_default=True, help="Output directory.")
-@click.option("-n", "--num_of_cells", type=LENIENT_INT, help="Most cells of each type.  [default: all]")
+@click.option(
+    "-n", "--num_of_cells", type=LENIENT_INT, help="Maximum number of cells per type.  [default: all]"
+)
 @click.option("--config", help="Config file to compare with the checkpoint's own, which is used.")
 @click.option("--distance", type=LENIENT_INT, default=250_000, show_default=True,
-              help="Most base pairs between gene and cCRE.")  # fmt: skip
+              help="Largest distance between gene and cCRE, in base pairs.")  # fmt: skip
 @click.option("--formats", type=Names(FORMAT_NAMES), default=(), metavar="NAMES",
               help=f"Genome browser files of the strongest links: {','.join(FORMAT_NAMES)}.")  # fmt: skip
 @click.option("--covariates", type=Names(), default=(), metavar="COLUMNS",
               help="Columns of cell_info.tsv to adjust p-values for, beside depth; such as donor,batch.")  # fmt: skip
-@click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Of the choice of cells.")
+@click.option("--donor", metavar="COLUMN",
+              help="Column of cell_info.tsv that names donors: p-values then take donors as replicates.")  # fmt: skip
+@click.option(
+    "--genes", metavar="NAMES", help="Link these genes only: A,B,C, or a file with one name a line."
+)
+@click.option("--region", help="Link genes whose TSS lies in chrom:start-end only.")
+@click.option(
+    "--seed", type=LENIENT_INT, default=0, show_default=True, help="Random seed of the choice of cells."
+)
 @shared_options
 @_FORCE
 def atac2rna_link(
@@ -58,6 +69,7 @@ def atac2rna_link(
     config: str | None,
     num_of_cells: int | None,
     distance: int,
+    genes: str | None,
     accelerate_config: str | None,
     **options: Any,
 ) -> None:
@@ -68,6 +80,7 @@ def atac2rna_link(
     if done:
         return
     from cisformer.config import load_config
+    from cisformer.links.inputs import read_genes
     from cisformer.links.score import link
     from cisformer.model.checkpoint import load_checkpoint
 
@@ -75,7 +88,7 @@ def atac2rna_link(
     checkpoint = load_checkpoint(model_parameters, "atac2rna", config=wanted)
     folder = link(
         checkpoint, data_path, celltype_info, window_bp=distance, max_cells=num_of_cells,
-        device="cpu" if cpu else None, **options,
+        genes=read_genes(genes) if genes else (), device="cpu" if cpu else None, **options,
     )  # fmt: skip
     for path in sorted(folder.iterdir()):
         say(f"wrote {path}")
@@ -157,6 +170,8 @@ def plot_links(gene: str, output: str | None, force: bool, **options: Any) -> No
 @click.option("--n_genes", type=LENIENT_INT, default=5000, show_default=True, help="Genes.")
 @click.option("--n_ccres", type=LENIENT_INT, default=40_000, show_default=True, help="cCREs.")
 @click.option("--n_types", type=LENIENT_INT, default=8, show_default=True, help="Cell types.")
+@click.option("--mode", type=click.Choice(MODES), default="contact", show_default=True,
+              help="How links are drawn; see the page on links.")  # fmt: skip
 @click.option("--reference", default="human", show_default=True, help="Where genes and cCREs are drawn from.")
 @click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Same seed, same cells.")
 @_FORCE

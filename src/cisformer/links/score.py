@@ -1,28 +1,26 @@
 """Link cCREs to genes, cell type by cell type, from a trained ATAC→RNA model and paired cells.
 
-Cells are read three times, in blocks: for their states and depths; for what expression and accessibility
-share beyond these (coupling); and type by type, for attention, effect and p-values. Only sums over pairs
-are kept.
+The odds of a link are those of a prior (`prior`) times what association and coupling say, with weights estimated from
+the cells at hand (`weights`), and what belongs to the cell type (`types`). Cells are read in three passes; each of
+them reads each cell once (`measure`).
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 
-from cisformer.data.batches import Layout, encode_input, read_modality, row_blocks
+from cisformer.data.genome import overlap_pairs, tss
 from cisformer.data.store import CellStore
 from cisformer.errors import CheckpointError, InputError
-from cisformer.links.evidence import AttentionSums, WholeAttentionSums, state_profiles
+from cisformer.links.evidence import state_profiles
 from cisformer.links.files import (
     FOLDER,
     Links,
@@ -33,14 +31,28 @@ from cisformer.links.files import (
     safe_name,
 )
 from cisformer.links.formats import FormatName
-from cisformer.links.statistics import (
-    Pairs,
-    PartialCorrelation,
-    activity_contact,
-    associate,
-    combine,
-    false_discovery_rate,
-    orthonormal,
+from cisformer.links.inputs import (
+    WINDOW_BP,
+    LinkOptions,
+    check_design,
+    choose_cells,
+    chosen_genes,
+    design_of,
+    donors_of,
+    with_background,
+)
+from cisformer.links.measure import CellSums, LinkInputs, PairTests, read_attention, read_cells, read_tests
+from cisformer.links.prior import PROMOTER_BP, count_between, expression_breadth, load_prior
+from cisformer.links.statistics import Pairs, activity_contact, associate, false_discovery_rate
+from cisformer.links.types import SharedEvidence, TypeScorer, pair_power
+from cisformer.links.weights import (
+    Evidence,
+    EvidenceWeights,
+    estimate_weights,
+    exchange_genes,
+    keep_total,
+    probability,
+    score_fdr,
 )
 from cisformer.model.checkpoint import Checkpoint, check_reference, load_checkpoint
 from cisformer.model.cis import CisModel
@@ -49,17 +61,14 @@ from cisformer.model.documented_task import FullTask
 from cisformer.parallel.processes import Processes
 from cisformer.runtime.device import best_device
 from cisformer.runtime.files import atomic_folder, atomic_path, refuse_existing
-from cisformer.runtime.progress import progress
 from cisformer.training.closed_form_start import fit_closed_form, make_layout
 from cisformer.training.split import CellSplit
 
 logger = logging.getLogger(__name__)
-WINDOW_BP = 250_000
-BATCH_CELLS = 16
-BLOCK_CELLS = 256
 SMALLEST_P = 1e-37  # what float32 holds
-HEADER = re.compile(r"(cell[ _.-]?)?(types?|labels?|annotations?|clusters?)", re.IGNORECASE)
-"""What a column of cell types is called."""
+SEEN_GENE, SEEN_CCRE = 0.05, 0.02
+"""Weights are estimated from genes and cCREs seen in at least these shares of the cells."""
+FEWEST_CELLS_OF_BREADTH = 20
 
 
 def score_links(
@@ -70,6 +79,9 @@ def score_links(
     window_bp: int = WINDOW_BP,
     max_cells: int | None = None,
     covariates: Sequence[str] = (),
+    donor: str | None = None,
+    genes: Sequence[str] = (),
+    region: str | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> Links:
@@ -84,13 +96,20 @@ def score_links(
     cell_types
         Cell type by barcode (a Series indexed by barcode), or a two-column table without header.
     window_bp
-        Most bases between gene body and cCRE.
+        Largest distance between gene body and cCRE in bp.
     max_cells
-        Most cells per type, drawn by `seed`; `None` takes all.
+        Maximum number of cells per type, drawn by `seed`; `None` takes all.
     covariates
-        Columns of the store's `cell_info` to adjust p-values and coupling for, beside depth.
+        Columns of the store's `cell_info` to adjust p-values and coupling for, beside depth. Text, booleans and
+        integers with at most 10 values are categories.
+    donor
+        Column that names the donor of each cell. p-values are then of a t-test over donors.
+    genes
+        Names or ids of the genes to link; all where empty.
+    region
+        Link genes whose TSS lies in this region, chrom:start-end.
     seed
-        Of the choice of cells.
+        Random seed of the choice of cells.
     device
         Where the model runs; an NVIDIA GPU where there is one, else the CPU.
 
@@ -105,8 +124,9 @@ def score_links(
     CheckpointError, ReferenceMismatchError, StoreError, InputError
         The parts do not belong together, or no cell has a type.
     """
-    scorer = _prepare(checkpoint, data, cell_types, window_bp, max_cells, covariates, seed, device)
-    return Links(scorer.store.reference, window_bp, list(scorer.types()), scorer.cell_num)
+    options = LinkOptions(window_bp, max_cells, tuple(covariates), donor, tuple(genes), region, seed)
+    scorer = prepare(checkpoint, data, cell_types, options, device)
+    return Links(scorer.inputs.store.reference, window_bp, list(scorer.types()), scorer.cell_num)
 
 
 def link(
@@ -118,6 +138,9 @@ def link(
     window_bp: int = WINDOW_BP,
     max_cells: int | None = None,
     covariates: Sequence[str] = (),
+    donor: str | None = None,
+    genes: Sequence[str] = (),
+    region: str | None = None,
     seed: int = 0,
     formats: Iterable[FormatName] = (),
     device: str | torch.device | None = None,
@@ -131,7 +154,7 @@ def link(
         As of `score_links`.
     output_dir
         Where the folder goes. Under `accelerate launch`, processes share the cell types.
-    window_bp, max_cells, covariates, seed
+    window_bp, max_cells, covariates, donor, genes, region, seed
         As of `score_links`.
     formats
         Genome browser files to write as well, of each gene's strongest links: "bedpe", "interact", "longrange".
@@ -154,14 +177,15 @@ def link(
     refuse_existing(folder, force=force)
     processes = Processes.current(cpu=str(device) == "cpu")
     device = device or processes.device
-    scorer = _prepare(checkpoint, data, cell_types, window_bp, max_cells, covariates, seed, device)
+    options = LinkOptions(window_bp, max_cells, tuple(covariates), donor, tuple(genes), region, seed)
+    scorer = prepare(checkpoint, data, cell_types, options, device)
     if processes.size == 1:
         _write(scorer, scorer.types(), folder, formats, force)
         return folder
     with processes.scratch(folder) as parts:
         for name in processes.balance(scorer.cell_num):
-            if len(scorer.members[name]):
-                _save_part(scorer.of_type(name, scorer.members[name]), parts)
+            if scorer.cell_num[name]:
+                _save_part(scorer.of_type(name), parts)
         processes.wait()
         if processes.is_main:
             found = (_load_part(name, n, parts) for name, n in scorer.cell_num.items() if n)
@@ -170,11 +194,13 @@ def link(
 
 
 def _write(
-    scorer: _Scorer, types: Iterable[TypeLinks], folder: Path, formats: Iterable[FormatName], force: bool
+    scorer: LinkScorer, types: Iterable[TypeLinks], folder: Path, formats: Iterable[FormatName], force: bool
 ) -> None:
     with (
         atomic_folder(folder, force=force) as temporary,
-        LinkWriter(temporary, scorer.store.reference, scorer.window_bp, formats, scorer.record) as writer,
+        LinkWriter(
+            temporary, scorer.inputs.store.reference, scorer.window_bp, formats, scorer.record
+        ) as writer,
     ):
         for links in types:
             writer.add(links)
@@ -202,25 +228,56 @@ def _part(name: str, folder: Path) -> Path:
     return folder / f"{safe_name(name, [name])}.safetensors"  # always with its hash: no two are the same
 
 
-def _prepare(
+def prepare(
     checkpoint: Checkpoint | str | Path,
     data: CellStore | str | Path,
     cell_types: pd.Series | str | Path,
-    window_bp: int,
-    max_cells: int | None,
-    covariates: Sequence[str],
-    seed: int,
+    options: LinkOptions,
     device: str | torch.device | None,
-) -> _Scorer:
-    """Check that the parts belong together and choose the cells."""
+) -> LinkScorer:
+    """Check that the parts belong together, choose the cells, and read what scores need (passes one and two)."""
     device = torch.device(device or best_device())
-    for name, value in (("distance", window_bp), ("number of cells", 1 if max_cells is None else max_cells)):
-        if value < 1:
-            raise InputError(f"the {name} is {value}", hint="give a number above 0")
     if isinstance(cell_types, str | Path):
         types, source = read_cell_types(cell_types), str(cell_types)
     else:
         types, source = check_cell_types(cell_types, "cell_types"), "cell_types"
+    checkpoint = _atac2rna(checkpoint)
+    store = data if isinstance(data, CellStore) else CellStore.open(data)
+    store.verify()
+    check_reference(checkpoint.reference, store.reference, "the checkpoint")
+    members = choose_cells(store.barcodes, types, source, options.max_cells, options.seed)
+    model, attending = checkpoint.model, None
+    if isinstance(model, FullTask):
+        model, attending = _closed_form(model, store, members, options.seed)
+    elif options.window_bp > checkpoint.config.model.cis_window:
+        logger.warning(
+            "links beyond the model's own window of %d bp have no attention and no effect",
+            checkpoint.config.model.cis_window,
+        )
+    chosen = chosen_genes(store.reference, options)
+    design = design_of(store, options.covariates)
+    check_design(design, members, options.covariates)
+    inputs = LinkInputs(
+        model=model.to(device),
+        attending=attending,
+        store=store,
+        members=members,
+        pairs=_pairs(model, store, chosen, options),
+        covariates=design,
+        donor=None if options.donor is None else donors_of(store, options.donor),
+        device=device,
+    )
+    record: dict[str, object] = {
+        "checkpoint": checkpoint.folder,
+        "data": store.path,
+        "seed": options.seed,
+        "max_cells": options.max_cells,
+        "options": json.dumps(asdict(options)),
+    }
+    return LinkScorer.measure(inputs, options.window_bp, chosen, record)
+
+
+def _atac2rna(checkpoint: Checkpoint | str | Path) -> Checkpoint:
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint, "atac2rna")
     if checkpoint.direction != "atac2rna":
@@ -228,26 +285,23 @@ def _prepare(
             f"links need an atac2rna model; this one is {checkpoint.direction}",
             hint="train one with cisformer atac2rna_train",
         )
-    store = data if isinstance(data, CellStore) else CellStore.open(data)
-    store.verify()
-    check_reference(checkpoint.reference, store.reference, "the checkpoint")
-    if window_bp > checkpoint.config.model.cis_window and isinstance(checkpoint.model, CisModel):
-        logger.warning(
-            "links beyond the model's own window of %d bp have no attention and no effect",
-            checkpoint.config.model.cis_window,
+    return checkpoint
+
+
+def _pairs(model: CisModel, store: CellStore, chosen: np.ndarray | None, options: LinkOptions) -> Pairs:
+    """Return the pairs of all genes, or of those chosen and some others that help to estimate weights."""
+    layout = model.layout
+    pairs = Pairs.of(store.reference, layout.target_index, layout.input_index, options.window_bp)
+    if chosen is None:
+        return pairs
+    if not chosen[layout.target_index].any():
+        raise InputError(
+            "the model knows none of the genes to link: they were expressed in too few training cells",
+            hint="choose other genes",
         )
-    members = choose_cells(store.barcodes, types, source, max_cells, seed)
-    record: dict[str, object] = {
-        "checkpoint": checkpoint.folder,
-        "data": store.path,
-        "seed": seed,
-        "max_cells": max_cells,
-    }
-    adjust = _covariates(store, covariates)
-    model, attending = checkpoint.model, None
-    if isinstance(model, FullTask):
-        model, attending = _closed_form(model, store, members, seed)
-    return _Scorer(model.to(device), store, members, window_bp, adjust, record, device, attending)
+    wanted = with_background(chosen, layout.target_index, options.seed)[layout.target_index]
+    kept = wanted[pairs.gene]
+    return Pairs(pairs.gene[kept], pairs.ccre[kept], pairs.distance[kept])
 
 
 def _closed_form(
@@ -266,189 +320,143 @@ def _closed_form(
     return model.eval(), FullTask(task.config, layout, task.network).eval()
 
 
-def choose_cells(
-    barcodes: np.ndarray, types: pd.Series, source: str, max_cells: int | None, seed: int
-) -> dict[str, np.ndarray]:
-    """Return the ascending rows of each type's cells, types sorted by name.
+@dataclass(frozen=True)
+class LinkScorer:
+    """What scores of any type take: pairs, two passes' sums, and the evidence that types share.
 
-    Cells and types are joined by barcode. Which cells of a large type are drawn depends on them and `seed`
-    alone, not on the order of `types` or on other types.
+    Attributes
+    ----------
+    inputs, cells, tests
+        What was read, and what the first two passes found.
+    shared, scorer
+        Evidence of all types, and scores of each.
+    window_bp
+        Largest distance between gene body and cCRE in bp.
+    wanted
+        Pairs to report; bool [E].
+    record
+        What to note in every file of how the links were made.
     """
-    row = pd.Index(barcodes).get_indexer(types.index)
-    known = row >= 0
-    if not known.any():
-        raise InputError(
-            f"none of the {len(types)} barcodes in {source} is in the data: "
-            f"{_some(types.index)} against {_some(barcodes)}",
-            hint="give the barcodes as in the data set's barcodes.txt",
-        )
-    once = len(types) > 1 and (types == types.iloc[0]).sum() == 1
-    if not known[0] and once and (known[1:].all() or HEADER.fullmatch(types.iloc[0])):
-        raise InputError(
-            f"line 1 of {source} looks like a header: {types.index[0]!r}, {types.iloc[0]!r}",
-            hint="remove it: the table has no header",
-        )
-    if not known.all():
-        logger.info("%d of %d barcodes in %s are not in this data", (~known).sum(), len(types), source)
-    if (unnamed := len(barcodes) - known.sum()) > 0:
-        logger.info("%d of %d cells have no type in %s and are left out", unnamed, len(barcodes), source)
-    members = {}
-    for name in sorted(types.unique()):
-        rows = np.sort(row[known & (types == name).to_numpy()])
-        if len(rows) == 0:
-            logger.warning("cell type %r has no cells in this data: no links are written for it", name)
-        if max_cells is not None and len(rows) > max_cells:
-            rows = np.sort(np.random.default_rng(seed).choice(rows, max_cells, replace=False))
-        members[name] = rows
-    return members
 
-
-def _some(names: Iterable[str]) -> str:
-    return ", ".join(list(names)[:3])
-
-
-def _covariates(store: CellStore, names: Sequence[str]) -> np.ndarray:
-    """Return columns of `cell_info` as numbers [n_cells, k]; text becomes a column per value but one."""
-    info = store.cell_info
-    columns = [np.zeros((store.n_cells, 0))]
-    for name in names:
-        found = next((c for c in (name, f"{name}_rna", f"{name}_atac") if c in info.columns), None)
-        if found is None:
-            raise InputError(
-                f"there is no column {name!r} in the cell_info.tsv of {store.path}",
-                hint=f"there are: {', '.join(map(str, info.columns)) or 'none'}",
-            )
-        column = info[found]
-        if pd.api.types.is_numeric_dtype(column) and not column.isna().any():
-            columns.append(column.to_numpy(np.float64)[:, None])
-        else:
-            columns.append(pd.get_dummies(column, drop_first=True, dummy_na=True).to_numpy(np.float64))
-    return np.hstack(columns)
-
-
-@dataclass
-class _Scorer:
-    """All that it takes to score links type by type; genes and cCREs are numbered as the model knows them."""
-
-    model: CisModel
-    store: CellStore
-    members: dict[str, np.ndarray]
+    inputs: LinkInputs
+    cells: CellSums
+    tests: PairTests
+    shared: SharedEvidence
+    scorer: TypeScorer
     window_bp: int
-    covariates: np.ndarray
+    wanted: np.ndarray
     record: dict[str, object]
-    device: torch.device
-    attending: FullTask | None = None
 
-    @property
-    def layout(self) -> Layout:
-        return self.model.layout
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.layout.target_index), len(self.layout.input_index)
+    @classmethod
+    def measure(
+        cls, inputs: LinkInputs, window_bp: int, chosen: np.ndarray | None, record: dict[str, object]
+    ) -> LinkScorer:
+        """Make the first two passes over the cells."""
+        cells = read_cells(inputs)
+        tests = read_tests(inputs, cells)
+        shared = share_evidence(inputs, cells, tests)
+        gene = inputs.layout.target_index[inputs.pairs.gene]
+        wanted = np.ones(len(gene), dtype=bool) if chosen is None else chosen[gene]
+        made = {"prior": json.dumps(asdict(shared.prior)), "weights": json.dumps(asdict(shared.weights))}
+        record = record | made | {"less": shared.less}
+        return cls(inputs, cells, tests, shared, TypeScorer(shared, cells, tests), window_bp, wanted, record)
 
     @property
     def cell_num(self) -> dict[str, int]:
-        return {name: len(rows) for name, rows in self.members.items()}
-
-    @cached_property
-    def pairs(self) -> Pairs:
-        layout = self.layout
-        return Pairs.of(self.store.reference, layout.target_index, layout.input_index, self.window_bp)
-
-    def cells(self, rows: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, sp.csr_matrix, sp.csr_matrix]]:
-        """Yield blocks of cells: their rows, known expression and known open cCREs."""
-        for part in row_blocks(rows, size):
-            rna, atac = read_modality(self.store, part, "rna"), read_modality(self.store, part, "atac")
-            yield (
-                part,
-                rna[:, self.layout.target_index],
-                atac[:, self.layout.input_index],
-            )
-
-    @cached_property
-    def used(self) -> np.ndarray:
-        return np.sort(np.concatenate(list(self.members.values())))
-
-    @cached_property
-    def cell_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """States [n, K] and log depths (RNA, ATAC) [n, 2] of the used cells."""
-        states, depths = [], []
-        for part in row_blocks(self.used, BLOCK_CELLS):
-            atac = self.store.atac(part)
-            batch = encode_input(atac, self.layout, None, None).to(self.device)
-            states.append(self.model.cell_states(batch).double().cpu().numpy())
-            counts = [self.store.rna(part).sum(axis=1), atac.sum(axis=1)]
-            depths.append(np.log1p(np.hstack([np.asarray(total).reshape(-1, 1) for total in counts])))
-        return np.concatenate(states), np.concatenate(depths)
-
-    def adjusted(self, rows: np.ndarray, *others: np.ndarray) -> np.ndarray:
-        """Return a basis of depths, covariates and `others` of the cells in `rows`."""
-        place = np.searchsorted(self.used, rows)
-        return orthonormal(self.cell_table[1][place], self.covariates[rows], *others)
-
-    @cached_property
-    def coupling(self) -> np.ndarray:
-        """What expression and accessibility share beyond states, types and depths: z of each pair."""
-        which = np.zeros(len(self.used), dtype=np.int64)
-        for number, rows in enumerate(self.members.values()):
-            which[np.searchsorted(self.used, rows)] = number
-        types = np.eye(len(self.members))[which]
-        test = PartialCorrelation(self.pairs, self.adjusted(self.used, types, self.cell_table[0]), self.shape)
-        total = -(-len(self.used) // BLOCK_CELLS)
-        for _, rna, atac in progress(
-            self.cells(self.used, BLOCK_CELLS), total=total, desc="coupling", unit="blocks"
-        ):
-            test.add(rna, atac)
-        return test.z()
-
-    @cached_property
-    def association(self) -> np.ndarray:
-        """Conditional association over the model's states; see `associate`."""
-        gene, ccre = state_profiles(self.model, float(np.exp(np.median(self.cell_table[1][:, 1]))))
-        return associate(self.pairs, gene, ccre)
+        """Cell type → number of cells."""
+        return {name: len(rows) for name, rows in self.inputs.members.items()}
 
     def types(self) -> Iterator[TypeLinks]:
-        """Yield the links of each type that has cells."""
-        for name, rows in self.members.items():
-            if len(rows):
-                yield self.of_type(name, rows)
+        """Yield the links of each type that has cells; each takes a pass over its cells."""
+        for name in self.cells.types:
+            yield self.of_type(name)
 
-    def of_type(self, name: str, rows: np.ndarray) -> TypeLinks:
-        """Score the links of one type from its cells."""
-        test = PartialCorrelation(self.pairs, self.adjusted(rows), self.shape)
-        attended: AttentionSums | WholeAttentionSums = AttentionSums(self.model, self.pairs)
-        if self.attending is not None:
-            attended = WholeAttentionSums(self.attending.to(self.device), self.pairs)
-        total = -(-len(rows) // BATCH_CELLS)
-        blocks_ = self.cells(rows, BATCH_CELLS)
-        for part, rna, atac in progress(blocks_, total=total, desc=f"links of {name}", unit="batches"):
-            test.add(rna, atac)
-            attended.add(encode_input(self.store.atac(part), self.layout, None, None).to(self.device))
-        gene, ccre = self.pairs.gene, self.pairs.ccre
-        n_open = test.n_open[ccre]
-        kept = (n_open > 0) & (test.n_expressed[gene] > 0)
-        share = activity_contact(self.pairs, test.n_open / len(rows))
-        p_value = np.maximum(test.p_value()[kept], SMALLEST_P)
-        scale = self.model.scale.double().cpu().numpy()[gene]
+    def of_type(self, name: str) -> TypeLinks:
+        """Return the links of one type; a pass over its cells."""
+        number, pairs, layout = self.cells.types.index(name), self.inputs.pairs, self.inputs.layout
+        n_cells, n_open = int(self.cells.n_cells[number]), self.cells.n_open[number][pairs.ccre]
+        kept = self.wanted & (n_open > 0) & (self.cells.n_expressed[number][pairs.gene] > 0)
+        attention, effect = read_attention(self.inputs, name)
+        scale = self.inputs.model.scale.double().cpu().numpy()[pairs.gene]
+        scores = self.scorer.of_type(number)
+        specificity, specificity_se = self.scorer.specificity(scores)
+        p_value = np.maximum(self.tests.p_value[number].astype(np.float64), SMALLEST_P)
         evidence = {
-            "attention": attended.attention / len(rows),
-            "effect": attended.effect * scale / np.maximum(n_open, 1),
-            "association": self.association,
-            "coupling": self.coupling,
-            "activity_contact": share,
+            "score": scores.score,
+            "prior": scores.prior,
+            "association": self.shared.association,
+            "coupling": scores.coupling,
+            "expression": scores.expression,
+            "power": self.shared.power,
+            "specificity": specificity,
+            "specificity_se": specificity_se,
+            "attention": attention / n_cells,
+            "effect": effect * scale / np.maximum(n_open, 1),
+            "activity_contact": activity_contact(pairs, self.cells.n_open[number] / n_cells),
+            "p_value": p_value,
             "n_open": n_open,
         }
-        values = {key: value[kept].astype(np.float32) for key, value in evidence.items()}
-        values["score"] = combine(share[kept], self.association[kept], self.coupling[kept], len(self.used))
-        values["p_value"], values["fdr"] = (
-            x.astype(np.float32) for x in (p_value, false_discovery_rate(p_value))
-        )
+        values = {key: value[kept] for key, value in evidence.items()}
+        values["fdr"] = false_discovery_rate(values["p_value"])
+        values["score_fdr"] = score_fdr(values["score"])
         return TypeLinks(
             cell_type=name,
-            n_cells=len(rows),
-            gene=self.layout.target_index[gene[kept]],
-            ccre=self.layout.input_index[ccre[kept]],
-            distance=self.pairs.distance[kept],
-            evidence=values,
+            n_cells=n_cells,
+            gene=layout.target_index[pairs.gene[kept]],
+            ccre=layout.input_index[pairs.ccre[kept]],
+            distance=pairs.distance[kept],
+            evidence={key: value.astype(np.float32) for key, value in values.items()},
         )
+
+
+def share_evidence(inputs: LinkInputs, cells: CellSums, tests: PairTests) -> SharedEvidence:
+    """Return prior, association and weights of evidence, from all cells."""
+    reference, layout, pairs = inputs.store.reference, inputs.layout, inputs.pairs
+    genes = reference.genes.iloc[layout.target_index].reset_index(drop=True)
+    genes_and_labels = reference.genes.assign(gene_name=reference.gene_labels)
+    ccres = reference.ccres.iloc[layout.input_index].reset_index(drop=True)
+    site, middle = tss(genes), ((ccres["start"] + ccres["end"]) // 2).to_numpy()
+    chrom = genes["chrom"].to_numpy()
+    profiles = state_profiles(inputs.model, float(np.exp(np.median(cells.depths[:, 1]))))
+    shared = SharedEvidence(
+        pairs=pairs,
+        prior=load_prior(),
+        weights=EvidenceWeights(),
+        genes_between=count_between(
+            genes_and_labels, chrom[pairs.gene], middle[pairs.ccre], site[pairs.gene]
+        ),
+        breadth=_breadth(cells)[pairs.gene],
+        is_promoter=_promoters(genes, ccres),
+        association=associate(pairs, *profiles).astype(np.float64),
+        less=0.0,
+        power=pair_power(pairs, cells),
+    )
+    n_cells, n_open = int(cells.n_cells.sum()), cells.n_open.sum(axis=0)
+    level = cells.n_expressed.sum(axis=0) / n_cells
+    partner = exchange_genes(chrom, level, np.random.default_rng(0))
+    exchanged = associate(pairs, profiles[0][partner], profiles[1]).astype(np.float64)
+    prior = shared.prior_log_odds(shared.activity(n_open, n_cells))
+    used = (level[pairs.gene] >= SEEN_GENE) & ((n_open / n_cells)[pairs.ccre] >= SEEN_CCRE)
+    used &= np.abs(pairs.distance) > PROMOTER_BP
+    measured = Evidence(probability(prior), shared.association, exchanged, tests.coupling, shared.power)
+    weights = estimate_weights(measured.rows(used))
+    added = weights.log_odds(shared.association, tests.coupling, shared.power)
+    less = keep_total(prior[used], added[used]) if used.any() else 0.0
+    return replace(shared, weights=weights, less=less)
+
+
+def _breadth(cells: CellSums) -> np.ndarray:
+    """Return the breadth of expression over the types that have enough cells to tell; [G]."""
+    enough = cells.n_cells >= FEWEST_CELLS_OF_BREADTH
+    return expression_breadth(cells.counts[enough] if enough.sum() > 1 else cells.counts)
+
+
+def _promoters(genes: pd.DataFrame, ccres: pd.DataFrame) -> np.ndarray:
+    """Say which cCREs lie within 500 bp of the TSS of a known gene; bool [P]."""
+    site = tss(genes)
+    around = pd.DataFrame(
+        {"chrom": genes["chrom"], "start": np.maximum(site - PROMOTER_BP, 0), "end": site + PROMOTER_BP}
+    )
+    found = np.zeros(len(ccres), dtype=bool)
+    found[overlap_pairs(around[(genes["end"] > 0).to_numpy()], ccres)[1]] = True
+    return found

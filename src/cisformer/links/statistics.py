@@ -1,36 +1,17 @@
-"""The evidence for a link, in numbers: contact, association, coupling, p-values, and how they add up.
-
-A link is a pair of a gene and a cCRE in its window. Its odds are those of a prior times the evidence:
-
-    odds = 4.5 · share · exp(18 · association + 0.6 · coupling)
-
-- *share*: the cCRE's part of all accessibility × contact around the gene, in the cell type (activity by
-  contact, Fulco et al. 2019); 4.5 is the number of links that a gene is expected to have.
-- *association*: does the gene go with the cCRE from cell state to cell state, given the other cCREs near it?
-  From the model's denoised states, not from single cells.
-- *coupling*: do they go together from cell to cell beyond the states? A z-score of all cells; of fewer than 2,000
-  it counts less, as the square root of their number.
-
-The numbers were fitted to simulated cells (seeds 1 to 3) and rounded; the share enters as it is, since
-CRISPRi screens (K562) want it at least so steep. Attention and in-silico effect raised the area under the
-precision-recall curve there by 0.002 at most, and are reported beside the score, not in it.
-"""
+"""Statistics of gene–cCRE pairs: contact, association over cell states, partial correlation over cells, ranks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from scipy import stats
 
 from cisformer.data.reference import Reference
 
 CONTACT_OFFSET_BP, CONTACT_POWER = 5_000, 0.9
-EXPECTED_LINKS, ASSOCIATION_WEIGHT, COUPLING_WEIGHT = 4.5, 18.0, 0.6
-COUPLING_CELLS = 2_000
-SMALLEST_SHARE = 1e-5
-MOST_COUPLING = 6.0
 UNEXPLAINED = 3.0
 """Of a gene's profile over states: what its cCREs leave over what they explain."""
 FEWEST_EXPECTED = 2.0
@@ -141,6 +122,39 @@ def orthonormal(*columns: np.ndarray) -> np.ndarray:
     return left[:, values > 1e-8]
 
 
+class PairProducts:
+    """Products of expression and accessibility in each cell, of pairs that have both.
+
+    Parameters
+    ----------
+    pairs
+        Which gene with which cCRE.
+    n_ccres
+        Number of cCREs at hand.
+    """
+
+    def __init__(self, pairs: Pairs, n_ccres: int) -> None:
+        self._gene = pairs.gene
+        self._by_ccre = np.argsort(pairs.ccre, kind="stable")
+        self._start = np.searchsorted(pairs.ccre[self._by_ccre], np.arange(n_ccres + 1))
+
+    def of(self, rna: sp.csr_matrix, atac: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+        """Return pairs, with repeats, and the expression of the gene in a cell in which the cCRE is open."""
+        parts = [self._part(rna[i : i + 32], atac[i : i + 32]) for i in range(0, rna.shape[0], 32)]
+        if not parts:
+            return np.zeros(0, np.int64), np.zeros(0)
+        return np.concatenate([pair for pair, _ in parts]), np.concatenate([value for _, value in parts])
+
+    def _part(self, rna: sp.csr_matrix, atac: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = self._start[atac.indices], self._start[atac.indices + 1]
+        count = stop - start
+        first = np.cumsum(count) - count
+        pair = self._by_ccre[np.arange(count.sum()) + np.repeat(start - first, count)]
+        cell = np.repeat(np.repeat(np.arange(atac.shape[0]), np.diff(atac.indptr)), count)
+        value = rna.toarray()[cell, self._gene[pair]].astype(np.float64)
+        return pair[value > 0], value[value > 0]
+
+
 class PartialCorrelation:
     """Partial correlation of expression and accessibility over cells, gathered block by block.
 
@@ -165,11 +179,21 @@ class PartialCorrelation:
         self.gene_part = np.zeros((basis.shape[1], n_genes))
         self.ccre_part = np.zeros((basis.shape[1], n_ccres))
         self._seen = 0
-        self._by_ccre = np.argsort(pairs.ccre, kind="stable")
-        self._start = np.searchsorted(pairs.ccre[self._by_ccre], np.arange(n_ccres + 1))
 
-    def add(self, rna: sp.csr_matrix, atac: sp.csr_matrix) -> None:
-        """Add the next cells: log1p-normalised expression [b, G] and open cCREs [b, P]."""
+    def add(
+        self, rna: sp.csr_matrix, atac: sp.csr_matrix, products: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> None:
+        """Add the next cells.
+
+        Parameters
+        ----------
+        rna
+            log1p-normalised expression; [b, G].
+        atac
+            Open cCREs; [b, P].
+        products
+            What `PairProducts.of` says of them, where it is known.
+        """
         basis = self.basis[self._seen : self._seen + rna.shape[0]]
         self._seen += rna.shape[0]
         self.n_open += np.bincount(atac.indices, minlength=len(self.n_open))
@@ -177,18 +201,8 @@ class PartialCorrelation:
         self.squares += np.bincount(rna.indices, rna.data.astype(np.float64) ** 2, len(self.squares))
         self.gene_part += (rna.T @ basis).T
         self.ccre_part += (atac.T @ basis).T
-        for start in range(0, rna.shape[0], 32):
-            self._add_products(rna[start : start + 32], atac[start : start + 32])
-
-    def _add_products(self, rna: sp.csr_matrix, atac: sp.csr_matrix) -> None:
-        """Add expression × accessibility over the edges (cell, open cCRE, gene near it)."""
-        start, stop = self._start[atac.indices], self._start[atac.indices + 1]
-        count = stop - start
-        first = np.cumsum(count) - count
-        pair = self._by_ccre[np.arange(count.sum()) + np.repeat(start - first, count)]
-        cell = np.repeat(np.repeat(np.arange(atac.shape[0]), np.diff(atac.indptr)), count)
-        value = rna.toarray()[cell, self.pairs.gene[pair]]
-        self.product += np.bincount(pair[value > 0], value[value > 0], len(self.product))
+        pair, value = products or PairProducts(self.pairs, len(self.n_open)).of(rna, atac)
+        np.add.at(self.product, pair, value)
 
     @property
     def expected(self) -> np.ndarray:
@@ -214,10 +228,15 @@ class PartialCorrelation:
         r = self.correlation()
         return r * np.sqrt(free / np.maximum(1 - r * r, 1e-12)), free
 
+    @property
+    def tested(self) -> np.ndarray:
+        """Which pairs are frequent enough to test, and leave degrees of freedom; bool [E]."""
+        return (self.expected >= FEWEST_EXPECTED) & (self._seen - self.basis.shape[1] > 1)
+
     def z(self) -> np.ndarray:
         """Return standard normal scores of the statistic; 0 for pairs too rare to test. Float64 [E]."""
         t, free = self.statistic()
-        tested = (self.expected >= FEWEST_EXPECTED) & (free > 0)
+        tested = self.tested
         z = np.zeros(len(t))
         z[tested] = np.sign(t[tested]) * stats.norm.isf(stats.t.sf(np.abs(t[tested]), free))
         return np.clip(z, -37, 37)
@@ -225,7 +244,7 @@ class PartialCorrelation:
     def p_value(self) -> np.ndarray:
         """Return two-sided p-values; NaN for pairs too rare to test. Float64 [E]."""
         t, free = self.statistic()
-        tested = (self.expected >= FEWEST_EXPECTED) & (free > 0)
+        tested = self.tested
         p = np.full(len(t), np.nan)
         p[tested] = 2 * stats.t.sf(np.abs(t[tested]), free)
         return p
@@ -240,30 +259,9 @@ def _left(total: np.ndarray, part: np.ndarray) -> np.ndarray:
 def false_discovery_rate(p_value: np.ndarray) -> np.ndarray:
     """Return Benjamini–Hochberg adjusted p-values, float64 [E]. NaN entries are not counted, and stay NaN."""
     fdr = np.full(len(p_value), np.nan)
-    tested = np.flatnonzero(~np.isnan(p_value))
-    order = tested[np.argsort(p_value[tested], kind="stable")]
-    scaled = p_value[order] * len(order) / np.arange(1, len(order) + 1)
-    fdr[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
+    tested = ~np.isnan(p_value)
+    fdr[tested] = stats.false_discovery_control(p_value[tested])
     return fdr
-
-
-def combine(share: np.ndarray, association: np.ndarray, coupling: np.ndarray, n_cells: int) -> np.ndarray:
-    """Return odds / (1 + odds) of links, see the formula of this module; float32 [E].
-
-    Parameters
-    ----------
-    share, association, coupling
-        Evidence; [E] each.
-    n_cells
-        From how many cells `coupling` is. What a z-score of a link is to be grows with their square root.
-    """
-    coupling_weight = COUPLING_WEIGHT * min(1.0, (n_cells / COUPLING_CELLS) ** 0.5)
-    log_odds = (
-        np.log(EXPECTED_LINKS * (share + SMALLEST_SHARE))
-        + ASSOCIATION_WEIGHT * association
-        + coupling_weight * np.clip(coupling, -MOST_COUPLING, MOST_COUPLING)
-    )
-    return (1 / (1 + np.exp(-log_odds))).astype(np.float32)
 
 
 def two_way_rank(
@@ -291,33 +289,11 @@ def two_way_rank(
     if len(weight) == 0:
         return weight.astype(np.float64)
     rank = _rank_share(weight, cell * n_genes + gene) + _rank_share(weight, cell * n_ccres + ccre)
-    low = np.full(int(cell.max()) + 1, np.inf)
-    high = np.full(len(low), -np.inf)
-    np.minimum.at(low, cell, rank)
-    np.maximum.at(high, cell, rank)
-    width = (high - low)[cell]
-    return np.divide(rank - low[cell], width, out=np.ones_like(rank), where=width > 0)
+    by_cell = pd.Series(rank).groupby(cell)
+    low, high = by_cell.transform("min").to_numpy(), by_cell.transform("max").to_numpy()
+    return np.divide(rank - low, high - low, out=np.ones_like(rank), where=high > low)
 
 
 def _rank_share(value: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """Return rank / number of entries within each segment, in (0, 1]; ties have their mean rank.
-
-    Values are ≥ 0, so that their bits sort as they do: segment and value fit one number, which sorts several times
-    faster than two.
-    """
-    value = np.ascontiguousarray(value, np.float32)
-    order = np.argsort((segment.astype(np.uint64) << np.uint64(32)) | value.view(np.uint32))
-    new_segment = np.diff(segment[order], prepend=-1) != 0
-    new_value = new_segment | (np.diff(value[order], prepend=value[order[0]]) != 0)
-    position, length = _runs(new_segment)
-    tie_position, tie_length = _runs(new_value)
-    share = np.empty(len(value))
-    share[order] = (position - tie_position + (tie_length + 1) / 2) / length
-    return share
-
-
-def _runs(is_first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the place of each entry in its run, and the length of the run; runs begin where `is_first`."""
-    start = np.flatnonzero(is_first)
-    length = np.diff(start, append=len(is_first))
-    return np.arange(len(is_first)) - np.repeat(start, length), np.repeat(length, length)
+    """Return rank / number of entries within each segment, in (0, 1]; ties have their mean rank."""
+    return pd.Series(value).groupby(segment).rank(pct=True).to_numpy()

@@ -1,0 +1,173 @@
+"""The prior of a link: what position, accessibility and breadth of expression say, before gene and cCRE are compared.
+
+Its weights come from real experiments, CRISPRi screens above all, and stand in ``resources/link_prior.json`` with
+the figures of how they did on chromosomes left out (``scripts/fit_link_prior.py`` makes the file). Five features, all
+of which any paired data set has:
+
+- ``log_distance``: log of the distance between TSS and cCRE + 5 kb;
+- ``log_activity``: log(1 + 20 · activity), where activity is accessibility over that of an average promoter;
+- ``log_genes_between``: log(1 + protein-coding TSSs between the two);
+- ``breadth``: how evenly cell types express the gene, as a rank among genes, 0 to 1. Genes that all types express
+  are regulated less from afar.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cisformer.data.genome import tss
+from cisformer.links.statistics import distance_contact
+
+FEATURES = ("log_distance", "log_activity", "log_genes_between", "breadth", "log_competition")
+DISTANCE_OFFSET_BP = 5_000
+ACTIVITY_SCALE = 20.0
+LEAST_COMPETITION = 0.03
+PROMOTER_BP = 500
+UNKNOWN_BREADTH = 0.5
+_NONCODING = (
+    r"^(?:[A-Z]{2}\d{6}|LINC|MIR|RNU|RN7|RNA5|Y_RNA|SNOR|ENSG|Gm\d|.*Rik$)|-AS\d|-DT$|-IT\d|-OT\d|\dP\d*$"
+)
+_STRIDE = 1 << 40  # more than any chromosome is long
+
+
+@dataclass(frozen=True)
+class LinkPrior:
+    """Log odds of a link, linear in `FEATURES`.
+
+    Attributes
+    ----------
+    intercept
+        Log odds where all features are 0.
+    weights
+        One per feature, in the order of `FEATURES`.
+    """
+
+    intercept: float
+    weights: tuple[float, ...]
+
+    def log_odds(self, features: pd.DataFrame) -> np.ndarray:
+        """Return the log odds of pairs with these `FEATURES`; float64 [E]."""
+        return self.intercept + features[list(FEATURES)].to_numpy(np.float64) @ np.array(self.weights)
+
+
+@cache
+def load_prior() -> LinkPrior:
+    """Return the prior that comes with the package."""
+    text = resources.files("cisformer.resources").joinpath("link_prior.json").read_text(encoding="utf-8")
+    table = json.loads(text)
+    return LinkPrior(table["intercept"], tuple(table["weights"][name] for name in FEATURES))
+
+
+def pair_features(
+    distance_bp: np.ndarray,
+    activity: np.ndarray,
+    genes_between: np.ndarray,
+    breadth: np.ndarray,
+    competition: np.ndarray,
+) -> pd.DataFrame:
+    """Return the features of pairs.
+
+    Parameters
+    ----------
+    distance_bp
+        Between TSS and the middle of the cCRE, signed or not; [E].
+    activity
+        Accessibility of the cCRE over that of an average promoter; [E].
+    genes_between
+        Number of protein-coding TSSs between the two; [E].
+    breadth
+        Of the gene's expression, see `expression_breadth`; [E].
+    competition
+        Of all cCREs near the gene, see `gene_competition`; [E].
+    """
+    columns = (
+        np.log(np.abs(distance_bp) + DISTANCE_OFFSET_BP),
+        np.log1p(ACTIVITY_SCALE * activity),
+        np.log1p(genes_between),
+        breadth,
+        np.log(LEAST_COMPETITION + competition),
+    )
+    return pd.DataFrame(dict(zip(FEATURES, columns, strict=True)))
+
+
+def gene_competition(
+    gene: np.ndarray, distance_bp: np.ndarray, activity: np.ndarray, n_genes: int
+) -> np.ndarray:
+    """Return the sum of activity × contact over each gene's pairs; float64 [n_genes].
+
+    Parameters
+    ----------
+    gene, distance_bp, activity
+        Of all pairs around the genes; [E].
+    n_genes
+        More than the largest gene.
+    """
+    return np.bincount(gene, activity * distance_contact(distance_bp), minlength=n_genes)
+
+
+def is_noncoding(names: pd.Series) -> np.ndarray:
+    """Say which gene names look like those of genes that code for no protein; bool [G]."""
+    return names.astype(str).str.contains(_NONCODING, regex=True).to_numpy()
+
+
+def count_between(genes: pd.DataFrame, chrom: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Count the protein-coding TSSs strictly between two positions; int64 [E].
+
+    Parameters
+    ----------
+    genes
+        All genes, with `gene_name`; those without coordinates are not counted.
+    chrom, left, right
+        Of each pair, the chromosome and the two positions in bp, in either order; [E].
+    """
+    counted = genes[(genes["end"].to_numpy() > 0) & ~is_noncoding(genes["gene_name"])]
+    code, names = pd.factorize(counted["chrom"])
+    places = np.sort(code * _STRIDE + tss(counted))
+    start = pd.Index(names).get_indexer(pd.Index(chrom)).astype(np.int64) * _STRIDE
+    low, high = np.minimum(left, right), np.maximum(left, right)
+    between = np.searchsorted(places, start + high) - np.searchsorted(places, start + low, side="right")
+    return np.where(start >= 0, np.maximum(between, 0), 0)
+
+
+def expression_breadth(expression: np.ndarray) -> np.ndarray:
+    """Return how evenly each gene is expressed over cell types, as a rank among expressed genes in (0, 1); [G].
+
+    The mean over types of log2(1 + CPM) over its maximum, ranked. One half where there is one type only, or the
+    gene is not expressed.
+
+    Parameters
+    ----------
+    expression
+        Counts or CPM summed over each type's cells; [types, G].
+    """
+    total = expression.sum(axis=1, keepdims=True)
+    level = np.log2(1 + 1e6 * expression / np.maximum(total, 1e-12))
+    most = level.max(axis=0, initial=0)
+    breadth = np.full(expression.shape[1], UNKNOWN_BREADTH)
+    known = most > 0
+    if len(expression) > 1 and known.any():
+        even = level[:, known].mean(axis=0) / most[known]
+        breadth[known] = (stats.rankdata(even) - 0.5) / known.sum()
+    return breadth
+
+
+def opening_rate(share_open: np.ndarray) -> np.ndarray:
+    """Return the rate at which a cCRE is seen open, −log(1 − share of cells); it does not level off as shares do."""
+    return -np.log1p(-np.minimum(share_open, 0.999))
+
+
+def relative_activity(rate: np.ndarray, is_promoter: np.ndarray) -> np.ndarray:
+    """Return accessibility over its mean at promoters; over the mean of the top tenth where there are none. [P]."""
+    rate = np.asarray(rate, np.float64)
+    chosen = rate[is_promoter & (rate > 0)]
+    if len(chosen) == 0:
+        chosen = rate[rate >= np.quantile(rate, 0.9)] if len(rate) else rate
+    typical = chosen.mean() if len(chosen) else 0.0
+    return rate / typical if typical > 0 else np.zeros_like(rate)
