@@ -16,7 +16,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cisformer.data.features import ENSEMBL, gene_identity, peak_regions, stated_coordinates
+from cisformer.data.features import ENSEMBL, are_tiles, gene_identity, peak_regions, stated_coordinates
 from cisformer.data.genome import overlap_pairs, parse_regions, rename_chroms
 from cisformer.data.reference import BUILT_IN, GENOMES, Reference, built_in_of, coverage, guess_genome
 from cisformer.errors import InputError
@@ -218,6 +218,12 @@ def _same_region(
 def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str) -> None:
     """Raise `InputError` where fewer than half of the features are in the reference, saying what they are."""
     if found.share_found >= MIN_SHARE_FOUND:
+        return
+    if found.features == "peaks" and found.n_found and are_tiles(peak_regions(var)):
+        genome = reference.genome or "the reference's genome"
+        logger.warning(
+            "%s: the features are tiles, which do not tell their genome; taken as %s", label, genome
+        )
         return
     head = f"{label}: only {found.n_found:,} of {found.n_features:,} {found.features}"
     if found.features == "genes":

@@ -111,6 +111,15 @@ def peak_regions(var: pd.DataFrame) -> pd.DataFrame:
         return found
 
 
+def are_tiles(peaks: pd.DataFrame) -> bool:
+    """Tell whether regions tile the genome (SnapATAC2, ArchR): all of one width, starting at its multiples."""
+    width = (peaks["end"] - peaks["start"]).mode()
+    if not len(width) or len(peaks) < 20 or width[0] < 100:
+        return False
+    whole = (peaks["start"] % width[0] == 0) & (peaks["end"] - peaks["start"] <= width[0])
+    return bool(whole.mean() > 0.99)
+
+
 def stated_coordinates(var: pd.DataFrame) -> pd.DataFrame:
     """Read the coordinates that columns of `var` state: ``chrom, start, end, strand`` by any name, or ``interval``.
 

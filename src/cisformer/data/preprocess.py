@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from cisformer.config import Config, Direction, load_config
 from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peaks
+from cisformer.data.features import are_tiles, peak_regions
 from cisformer.data.fragments import FragmentOptions
 from cisformer.data.io import H5adWriter
 from cisformer.data.pairing import pair_barcodes, split_cells
@@ -258,6 +259,12 @@ def _opened(
         fragments = None if fixed is None else FragmentOptions(fixed.ccres, genes.obs.index, least)
         with open_rows(inputs[1], "atac", fragments=fragments) as peaks:
             chosen = fixed or dataset_reference(genes.var, peaks.var, options.gtf, options.genome)
+            if options.genome is None and chosen.genome and are_tiles(peak_regions(peaks.var)):
+                raise InputError(
+                    f"the features of {peaks.label} are tiles, such as {peaks.var.index[0]}, which do not tell "
+                    "their genome",
+                    hint=f"say it with --genome {chosen.genome}, or another of {', '.join(GENOMES)}",
+                )
             if options.genome not in (None, chosen.genome):
                 raise InputError(
                     f"reference {chosen.name!r} is of {chosen.genome or 'an unknown genome'}, the data of "
@@ -315,8 +322,13 @@ def _n_rows(block: sp.csr_matrix) -> int:
 def _join_obs(
     sources: tuple[Source, Source], rows: tuple[NDArray[np.int64], NDArray[np.int64]]
 ) -> pd.DataFrame:
-    """Return the annotation of paired rows side by side, columns suffixed ``_rna`` and ``_atac``."""
+    """Return the annotation of paired rows side by side, columns suffixed ``_rna`` and ``_atac``.
+
+    Cells are named by the barcodes of the RNA; where the ATAC spells them otherwise, ``barcode_atac`` has its own.
+    """
     rna, atac = (source.obs.iloc[row] for source, row in zip(sources, rows, strict=True))
+    if not atac.index.equals(rna.index):
+        atac = atac.assign(barcode=atac.index.astype(str)).set_axis(rna.index)
     return pd.concat([rna.add_suffix("_rna"), atac.add_suffix("_atac")], axis=1)
 
 
