@@ -13,8 +13,8 @@ ORDER = {
     "runtime": ["files", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
-        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "fragments",
-        "containers", "sources", "io", "barcodes", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
+        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "barcodes",
+        "fragments", "containers", "sources", "io", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
         "batches",
     ],
     "model": [

@@ -199,6 +199,8 @@ def _is_region(name: str) -> bool:
 
 def are_genes(var: pd.DataFrame, reference: Reference) -> bool:
     """Tell whether features are genes: not named by regions, and with strands or names that `reference` has."""
+    if isinstance(var.index, pd.RangeIndex):  # regions that fragments were counted on
+        return False
     try:
         parse_regions(var.index[:10])
     except InputError:

@@ -81,11 +81,13 @@ REFUSED = {
 
 
 @contextlib.contextmanager
-def locate(path: str | Path, modality: Modality) -> Iterator[tuple[Path, Container]]:
+def locate(
+    path: str | Path, modality: Modality, *, fragments: bool = False
+) -> Iterator[tuple[Path, Container]]:
     """Yield the file or folder to read of what a user gave, and how it is read.
 
-    A folder of Cell Ranger, STARsolo or GEO stands for the matrix in it; a gzipped h5ad or h5 is unpacked into a
-    temporary file that lasts as long as the context.
+    A folder of Cell Ranger, STARsolo or GEO stands for the matrix in it, or with `fragments` for those. A gzipped
+    h5ad or h5 is unpacked into a temporary file that lasts as long as the context.
 
     Raises
     ------
@@ -98,7 +100,7 @@ def locate(path: str | Path, modality: Modality) -> Iterator[tuple[Path, Contain
     if not path.exists():
         raise InputError(f"{path} does not exist; wanted {WANTED}", hint="check the path")
     if path.is_dir():
-        path = _in_folder(path, modality)
+        path = _in_folder(path, modality, fragments)
     if path.is_dir():
         yield path, "zarr" if _is_zarr(path) else "mtx"
         return
@@ -172,7 +174,7 @@ def _is_fragments(path: Path, start: bytes) -> bool:
     )
 
 
-def _in_folder(folder: Path, modality: Modality) -> Path:
+def _in_folder(folder: Path, modality: Modality, fragments: bool) -> Path:
     """Return what to read of a folder."""
     matrices = _matrices(folder)
     if _is_zarr(folder) or len(matrices) == 1:
@@ -185,9 +187,9 @@ def _in_folder(folder: Path, modality: Modality) -> Path:
     for base in (folder, folder / "outs"):
         for name in ARC_FILES[modality]:
             inside = base / name
-            if inside.exists():
+            if inside.exists() and (fragments or "fragments" not in name):
                 logger.info("%s: reading %s", folder, inside.relative_to(folder))
-                return _in_folder(inside, modality) if inside.is_dir() else inside
+                return _in_folder(inside, modality, fragments) if inside.is_dir() else inside
     if (folder / "Save-ArchR-Project.rds").exists() or (folder / "ArrowFiles").is_dir():
         raise InputError(
             f"{folder} is an ArchR project; wanted {WANTED}",

@@ -101,6 +101,7 @@ def peak_regions(var: pd.DataFrame) -> pd.DataFrame:
         Naming a peak that is no region and has no coordinates, or one that starts below 0.
     """
     try:
+        parse_regions(var.index[:1])  # which tells soon whether names are regions
         return parse_regions(var.index)
     except InputError as error:
         if "starts before" in error.message:

@@ -13,7 +13,7 @@ import logging
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from cisformer.data.barcodes import translate
 from cisformer.data.genome import rename_chroms
 from cisformer.data.hdf5 import damaged
 from cisformer.errors import InputError
@@ -37,6 +38,7 @@ MIN_FRAGMENTS = 1000
 _BLOCK_BYTES = 4 << 20  # of text parsed at once
 _RUN = 1 << 21  # pairs sorted at once
 _MOST_PAIRS = 1 << 22  # pairs of the cells that are read back at once
+_CHECKED = 2_000_000  # insertions that tell whether the genome is the reference's
 _STRIDE = 1 << 40  # as in genome.py: more than any chromosome is long
 _COLUMNS = ("chrom", "start", "end", "barcode", "count", "strand")
 
@@ -185,6 +187,7 @@ class FragmentCells:
             self._known = {str(barcode): number for number, barcode in enumerate(self._wanted)}
         self._counts = np.zeros(len(self._known), np.int64)
         chroms: dict[str, int] = {}
+        n_checked = n_hit = n_moved = 0
         for batch in _batches(path):
             cell = self._cell_codes(batch.column(3), wanted)
             chrom = self._chrom_codes(batch.column(0), chroms)
@@ -199,7 +202,17 @@ class FragmentCells:
                 piece = self.pieces.find(position)
                 hit = piece >= 0
                 self._pairs.add(cell[hit], piece[hit])
+                if n_checked < _CHECKED:
+                    n_checked += len(position)
+                    n_hit += int(hit.sum())
+                    n_moved += int((self.pieces.find(position + 20_000) >= 0).sum())
         self._pairs.flush()
+        if n_checked >= 10_000 and n_hit < 1.25 * n_moved:
+            raise InputError(
+                f"{path}: {n_hit / n_checked:.0%} of its insertions lie in the reference's cCREs, "
+                f"{n_moved / n_checked:.0%} when moved by 20 kb: they are of another genome",
+                hint="take the reference of the fragments' genome; `cisformer build_reference` makes one",
+            )
 
     def _cell_codes(self, barcodes: pa.DictionaryArray, wanted: pa.Array | None) -> NDArray[np.int64]:
         """Return the number of each fragment's cell, -1 where it is not wanted."""
@@ -325,7 +338,7 @@ def count_fragments(path: Path, options: FragmentOptions, files: contextlib.Exit
         fragments.
     """
     require_pyarrow(path)
-    cells = FragmentCells(path, options, files)
+    cells = FragmentCells(path, _spelt_as_in(path, options), files)
     if not len(cells.barcodes):
         if options.barcodes is None:
             raise InputError(
@@ -339,6 +352,16 @@ def count_fragments(path: Path, options: FragmentOptions, files: contextlib.Exit
         )
     logger.info("%s: %d fragments of %d cells counted", path, cells.n_fragments.sum(), len(cells.barcodes))
     return cells
+
+
+def _spelt_as_in(path: Path, options: FragmentOptions) -> FragmentOptions:
+    """Return the options; for all barcodes, where the file spells those wanted in another way."""
+    if options.barcodes is None:
+        return options
+    sample = barcode_sample(path)
+    if options.barcodes.isin(sample).any() or not translate(options.barcodes, sample).how:
+        return options
+    return replace(options, barcodes=None)
 
 
 def example_barcodes(path: Path, n_lines: int = 1000) -> list[str]:

@@ -259,7 +259,12 @@ def _opened(
         fragments = None if fixed is None else FragmentOptions(fixed.ccres, genes.obs.index, least)
         with open_rows(inputs[1], "atac", fragments=fragments) as peaks:
             chosen = fixed or dataset_reference(genes.var, peaks.var, options.gtf, options.genome)
-            if options.genome is None and chosen.genome and are_tiles(peak_regions(peaks.var)):
+            if (
+                options.genome is None
+                and peaks.kind != "fragments"
+                and chosen.genome
+                and are_tiles(peak_regions(peaks.var))
+            ):
                 raise InputError(
                     f"the features of {peaks.label} are tiles, such as {peaks.var.index[0]}, which do not tell "
                     "their genome",

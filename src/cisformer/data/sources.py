@@ -23,7 +23,6 @@ from cisformer.config import Modality
 from cisformer.data.containers import locate, read_mtx
 from cisformer.data.features import are_row_numbers
 from cisformer.data.fragments import FragmentOptions, count_fragments
-from cisformer.data.genome import region_names
 from cisformer.data.hdf5 import check_claims, damaged, kind_of, open_hdf5, open_zarr
 from cisformer.data.matrices import Reader, Transposed, first_bad, row_reader
 from cisformer.data.slots import Slot, choose_slot, slot_names
@@ -209,7 +208,7 @@ def _of_path(
     stack: contextlib.ExitStack,
 ) -> Source:
     label = str(path)
-    place, container = stack.enter_context(locate(path, modality))
+    place, container = stack.enter_context(locate(path, modality, fragments=options is not None))
     if container == "mtx":
         return replace(_of_anndata(read_mtx(place), modality, label, strict), kind="mtx")
     if container == "fragments":
@@ -234,8 +233,7 @@ def _of_fragments(
     pieces = cells.pieces.table()
     obs = pd.DataFrame({"n_fragments": cells.n_fragments}, index=cells.barcodes)
     slot = Slot("fragments", None, "binary")
-    var = pieces.set_axis(pd.Index(region_names(pieces)))
-    return Source(label, "fragments", modality, obs, var, slot.name, "csr", slot.holds, cells.rows, None)
+    return Source(label, "fragments", modality, obs, pieces, slot.name, "csr", slot.holds, cells.rows, None)
 
 
 def _announce(source: Source) -> None:
