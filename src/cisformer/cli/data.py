@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     type=LENIENT_INT,
     default=0,
     show_default=True,
-    help="Random seed of the split and the shuffling.",
+    help="Random seed of the split and of the shuffling.",
 )
 @click.option(
     "--write-h5ad", "--write_h5ad", is_flag=True, help="Write the aligned test cells as h5ad files too."
