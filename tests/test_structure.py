@@ -21,7 +21,7 @@ ORDER = {
         "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cis",
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
     ],
-    "training": ["loss_plot", "split", "closed_form_start", "loop"],
+    "training": ["loss_plot", "split", "reliability", "closed_form_start", "loop"],
     "prediction": ["cells", "compact", "predictor", "predict", "groups", "tracks", "transfer"],
     "links": [
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",

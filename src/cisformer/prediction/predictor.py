@@ -254,6 +254,14 @@ class Predictor:
         seen = np.zeros(len(var), dtype=bool)
         seen[layout.target_index] = True
         var, varm = var.assign(seen_in_training=seen), {}
+        if isinstance(self.model, CisModel):
+            for name, values in (
+                ("validation_r", self.model.validation_r),
+                ("validation_r_error", self.model.validation_error()),
+            ):
+                column = np.full(len(var), np.nan, np.float32)
+                column[seen] = values.cpu().numpy()
+                var = var.assign(**{name: column})
         if self.options.compact:
             assert self.low_rank is not None
             prior, intercept = np.full(len(var), -np.inf, np.float32), np.zeros(len(var), np.float32)
