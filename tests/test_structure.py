@@ -10,7 +10,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "provenance", "installation", "journal", "progress", "device"],
+    "runtime": ["files", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "sources", "io",
@@ -19,6 +19,7 @@ ORDER = {
     "model": [
         "attention", "closed_form", "closed_form_cis", "cis",
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
+        "pack",
     ],
     "training": ["loss_plot", "split", "closed_form_start", "loop"],
     "prediction": ["cells", "compact", "predict", "groups", "tracks"],

@@ -32,6 +32,7 @@ _FUNCTIONS = {
     "load_reference": "data.reference",
     "load_checkpoint": "model.checkpoint",
     "export_checkpoint": "model.checkpoint",
+    "pack_model": "model.pack",
     "default_config": "config",
     "load_config": "config",
 }

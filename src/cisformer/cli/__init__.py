@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": "data",
     "build_reference": "data",
     "export_checkpoint": "model",
+    "pack_model": "model",
     "simulate": "links",
     "run": "run",
     "demo": "model",
