@@ -160,7 +160,8 @@ def told_the_truth(pairs: pd.DataFrame) -> pd.Series:
 
 def reliability(pairs: pd.DataFrame) -> str:
     """Return mean score and share of links of pairs by tenth of their score."""
-    parts = np.array_split(pairs.sort_values("score"), 10)
+    rows = np.array_split(np.argsort(pairs["score"].to_numpy()), 10)
+    parts = [pairs.iloc[part] for part in rows]
     return ", ".join(f"{part['score'].mean():.2f} {part['is_link'].mean():.2f}" for part in parts)
 
 
@@ -247,6 +248,7 @@ def null_calibration(
             order[rows[decile == number]] = rng.permutation(rows[decile == number])
     rna = cells.rna.copy()
     rna.X = cells.rna.X[order]
+    rna.obs["donor6"] = [f"d{number}" for number in rng.integers(0, 6, rna.n_obs)]
     store = preprocess(
         rna,
         cells.atac,
@@ -256,20 +258,10 @@ def null_calibration(
         manually=True,
         force=True,
     )["all"]
-    rows = pd.Series(rng.integers(0, 6, store.n_cells), index=store.barcodes)
     for label, options in (("cells as replicates", {}), ("six donors as replicates", {"donor": "donor6"})):
         print(f"\n{label}")
-        with_donors(store, rows)
         print_null(score_links(checkpoint, store, types.astype(str), **options).table, types, figure)
         figure = None
-
-
-def with_donors(store: CellStore, donors: pd.Series) -> None:
-    """Name a donor of each cell in the store's table."""
-    path = store.path / "cell_info.tsv"
-    table = pd.read_csv(path, sep="\t", index_col=0)
-    table["donor6"] = [f"d{number}" for number in donors.reindex(table.index)]
-    table.to_csv(path, sep="\t")
 
 
 def print_null(table: pd.DataFrame, types: pd.Series, figure: Path | None) -> None:

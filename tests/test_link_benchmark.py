@@ -232,3 +232,69 @@ def test_crispri_benchmark(shared):
     assert result.coverage["links"] == 471
     assert result.auprc("distance") == pytest.approx(0.438, abs=0.005)
     assert result.auprc("activity/distance") > result.auprc("distance")
+
+
+def spelled(table: pd.DataFrame, **changes) -> pd.DataFrame:
+    return table.assign(**{name: table[name].map(change) for name, change in changes.items()})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chrom": lambda c: c.removeprefix("chr")},
+        {"gene": lambda g: g.lower()},
+        {"gene": lambda g: f"{g}|cell type"},
+        {"gene": lambda g: f"ENSG0000000000{ord(g)}.7"},
+        {"gene": lambda g: f"ENSG0000000000{ord(g)}"},
+    ],
+)
+def test_spelling_of_chromosomes_and_genes_does_not_matter(files, tmp_path, change):
+    table, links, truth = files
+    wanted = evaluate_links(links, truth, n_bootstrap=0).auprc("score")
+    ids = table["measuredGeneSymbol"].map(lambda g: f"ENSG0000000000{ord(g)}.12")
+    table.drop(columns="score").assign(measuredGeneEnsemblId=ids).to_csv(truth, sep="\t", index=False)
+    spelled(pd.read_csv(links, sep="\t"), **change).to_csv(tmp_path / "x.tsv", sep="\t", index=False)
+    assert evaluate_links(tmp_path / "x.tsv", truth, n_bootstrap=0).auprc("score") == pytest.approx(wanted)
+
+
+def test_hash_before_the_header_and_names_that_mean_nothing(files, tmp_path):
+    table, links, truth = files
+    wanted = evaluate_links(links, truth, n_bootstrap=0).auprc("score")
+    renamed = pd.read_csv(links, sep="\t").rename(columns={"chrom": "#chr"})
+    spelled(renamed, gene=lambda g: "NA" if g == "A" else g).to_csv(tmp_path / "x.tsv", sep="\t", index=False)
+    other = table.drop(columns="score").rename(columns={"chrom": "#chrom"})
+    spelled(other, measuredGeneSymbol=lambda g: "NA" if g == "A" else g).to_csv(truth, sep="\t", index=False)
+    found = evaluate_links(tmp_path / "x.tsv", truth, n_bootstrap=0)
+    assert found.auprc("score") == pytest.approx(wanted)
+    assert found.coverage["pairs_scored"] == 400
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"gene": lambda g: "X" + g}, "0 genes and 1 chrom"),
+        ({"chrom": lambda c: "chr7"}, "5 genes and 0 chrom"),
+    ],
+)
+def test_nothing_in_common_is_an_error(files, tmp_path, change, wanted):
+    _, links, truth = files
+    spelled(pd.read_csv(links, sep="\t"), **change).to_csv(tmp_path / "x.tsv", sep="\t", index=False)
+    with pytest.raises(InputError, match=wanted) as error:
+        evaluate_links(tmp_path / "x.tsv", truth)
+    assert error.value.hint
+    only = pd.read_csv(truth, sep="\t").query("Regulated").drop(columns="Regulated")
+    only.to_csv(tmp_path / "open.tsv", sep="\t", index=False)
+    with pytest.raises(InputError, match="in common"):
+        evaluate_links(tmp_path / "x.tsv", tmp_path / "open.tsv")
+
+
+def test_written_result_is_json(files, tmp_path):
+    table, links, truth = files
+    table[~((table["distanceToTSS"] > 250_000) & table["Regulated"])].to_csv(truth, sep="\t", index=False)
+    evaluate_links(links, truth, n_bootstrap=5).write(tmp_path / "x.json")
+
+    def refuse(text):
+        raise AssertionError(text)
+
+    read = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert any(score["auprc"] is None for score in read["scores"])

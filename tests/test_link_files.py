@@ -105,3 +105,47 @@ def test_cell_types_are_read_as_text(tmp_path):
     path.write_text("\ufeffAAA-1\t1\nCCC-1\tNA\nAAA-1\t1\n")
     types = read_cell_types(path)
     assert types.to_dict() == {"AAA-1": "1", "CCC-1": "NA"}
+
+
+def test_a_types_file_holds_links_and_names_once(links, tmp_path):
+    """Layers share their places with X; names of cCREs are compressed and can be read in part."""
+    import anndata as ad
+    import h5py
+
+    links.write(tmp_path)
+    path = tmp_path / "a_250kbp_correlation_matrix.h5ad"
+    adata = ad.read_h5ad(path)
+    assert list(adata.var_names) == list(links.reference.ccre_labels)
+    with h5py.File(path) as file:
+        assert file["var/_index"].compression == "gzip"
+        assert file["var/_index"].dtype.kind == "S"
+        for name in COMPONENTS:
+            assert file[f"layers/{name}/indices"] == file["X/indices"]
+            assert file[f"layers/{name}/indptr"] == file["X/indptr"]
+        stored = sum(file[f"layers/{name}/data"].id.get_storage_size() for name in COMPONENTS)
+    assert (
+        path.stat().st_size < stored + 40 * links.reference.n_ccres + 400 * links.reference.n_genes + 100_000
+    )
+    again = tmp_path / "again.h5ad"
+    adata.write_h5ad(again)
+    assert np.array_equal(ad.read_h5ad(again).layers["fdr"].toarray(), adata.layers["fdr"].toarray())
+
+
+def test_reading_one_gene_reads_its_part_of_the_names(links, tmp_path, monkeypatch):
+    import h5py
+
+    links.write(tmp_path)
+    read = []
+    original = h5py.Dataset.__getitem__
+
+    def spy(dataset, key, *more, **options):
+        if dataset.name in ("/X/data", "/var/_index", "/X/indices", "/X/indptr"):
+            read.append((dataset.name, np.size(original(dataset, key))))
+        return original(dataset, key, *more, **options)
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", spy)
+    gene = links.reference.genes["gene_name"][int(links.types[0].gene[0])]
+    found = read_gene_links(tmp_path, gene)
+    most = max(len(table) for table in found.tables.values())
+    assert most > 0
+    assert max(size for name, size in read if name != "/var/_index") <= max(most, 2)

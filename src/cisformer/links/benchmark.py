@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cisformer.data.genome import overlap_pairs, signed_distance
+from cisformer.data.genome import overlap_pairs, rename_chroms, signed_distance
 from cisformer.data.reference import Reference
 from cisformer.errors import InputError
 from cisformer.links.formats import (
+    GENE_ID_NAMES,
     GENE_NAMES,
     first_column,
     is_bedpe,
+    places_of,
     read_any_table,
     read_bedpe,
     read_links,
@@ -136,7 +138,17 @@ class LinkEvaluation:
     def write(self, path: str | Path) -> None:
         """Write the result as JSON."""
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
+            text = json.dumps(_without_nan(asdict(self)), indent=1, default=str, allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nan(value: object) -> object:
+    """Return what JSON can hold: null in place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def evaluate_links(
@@ -189,7 +201,7 @@ def evaluate_links(
     if pairs.is_open:
         if predicted is None:
             raise InputError(f"{pairs.source} holds links only", hint="give a table of scored pairs")
-        table = _universe(table, predicted)
+        table = _universe(table, predicted, pairs.source)
     table = _with_distance(table, reference)
     table = table[~(table["distance"] < min_distance_bp)].reset_index(drop=True)
     methods = _baselines(table)
@@ -197,6 +209,8 @@ def evaluate_links(
     if predicted is not None:
         found = match_scores(table, predicted)
         scored = np.isfinite(found)
+        if not scored.any():
+            raise _nothing_in_common(table, predicted, pairs.source)
         methods = {"score": np.where(scored, found, -np.inf)} | methods
     is_link = table["is_link"].to_numpy(bool)
     if not is_link.any() or is_link.all():
@@ -247,14 +261,14 @@ def read_truth(path: str | Path) -> TruePairs:
     if is_bedpe(path):
         return TruePairs(read_bedpe(path).assign(is_link=True, distance=np.nan), True, str(path))
     table = read_any_table(path)
-    places = {str(name).lower(): str(name) for name in table.columns}
+    places = places_of(table)
     gene = first_column(places, GENE_NAMES)
     if gene is None:
         raise InputError(f"{path} has no column for a gene", hint=f"name it one of: {', '.join(GENE_NAMES)}")
     pairs = _variants(table, places) if "pip" in places else regions_of(table, places, path)
     pairs["gene"] = table[gene].astype(str)
-    if "gene_id" in places:
-        pairs["gene_id"] = table[places["gene_id"]].astype(str)
+    if (name := first_column(places, GENE_ID_NAMES)) is not None:
+        pairs["gene_id"] = table[name].astype(str)
     pairs["distance"] = np.nan
     if (name := first_column(places, DISTANCE_NAMES)) is not None:
         pairs["distance"] = pd.to_numeric(table[name], errors="coerce").abs()
@@ -292,40 +306,92 @@ def _booleans(column: pd.Series, what: str) -> np.ndarray:
     return text.isin(["true", "1", "1.0", "yes"]).to_numpy()
 
 
-def _universe(links: pd.DataFrame, predicted: pd.DataFrame) -> pd.DataFrame:
+def _universe(links: pd.DataFrame, predicted: pd.DataFrame, source: str) -> pd.DataFrame:
     """Return every pair of `predicted` whose gene has a true link, and the links that it lacks."""
-    column = "gene_id" if "gene_id" in links and "gene_id" in predicted else "gene"
-    pairs = predicted[predicted[column].isin(links[column])]
-    pairs = pairs.drop_duplicates(["chrom", "start", "end", column]).reset_index(drop=True)
-    left, right = _same_pairs(pairs, links, column)
+    wanted, own = same_genes(links, predicted)
+    kept = np.isin(own, wanted)
+    if not kept.any():
+        raise _nothing_in_common(links, predicted, source)
+    pairs = predicted[kept].assign(_gene=own[kept]).drop_duplicates(["chrom", "start", "end", "_gene"])
+    pairs = pairs.drop(columns="_gene").reset_index(drop=True)
+    left, right = _same_pairs(pairs, links)
+    if len(left) == 0:
+        raise _nothing_in_common(links, predicted, source)
     missing = np.setdiff1d(np.arange(len(links)), right)
     pairs["is_link"] = np.isin(np.arange(len(pairs)), left)
     if "distance" in pairs:
         pairs["distance"] = pairs["distance"].abs()
-    rest = links.iloc[missing].drop_duplicates(["chrom", "start", "end", column])
+    rest = links.assign(_gene=wanted).iloc[missing].drop_duplicates(["chrom", "start", "end", "_gene"])
     shared = [name for name in pairs.columns if name in rest.columns]
     return pd.concat([pairs, rest[shared]], ignore_index=True)
 
 
 def match_scores(pairs: pd.DataFrame, predicted: pd.DataFrame) -> np.ndarray:
     """Return the highest score of predicted elements that overlap a pair's, for its gene; NaN if none."""
-    column = "gene_id" if "gene_id" in pairs and "gene_id" in predicted else "gene"
-    left, right = _same_pairs(pairs, predicted, column)
+    left, right = _same_pairs(pairs, predicted)
     best = np.full(len(pairs), -np.inf)
     values = predicted["score"].to_numpy(np.float64)[right]
     np.fmax.at(best, left, values)
     return np.where(np.isneginf(best), np.nan, best)
 
 
-def _same_pairs(left: pd.DataFrame, right: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
+def gene_keys(names: pd.Series) -> pd.Series:
+    """Return gene names or ids as they are compared: in one case, what stands before `|`, ids without version.
+
+    Examples
+    --------
+    >>> gene_keys(pd.Series(["Gata1", "ENSG00000102145.15", "TAL1|chr1:47681961"])).tolist()
+    ['gata1', 'ensg00000102145', 'tal1']
+    """
+    plain = names.astype(str).str.strip().str.split("|").str[0].str.casefold()
+    return plain.str.replace(r"^(ens[a-z]*\d+)\.\d+$", r"\1", regex=True)
+
+
+def same_genes(left: pd.DataFrame, right: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return the genes of two tables, spelled alike; by ids or names, whichever more rows have in common."""
+    columns = ("gene_id", "gene")
+    keys = [{name: gene_keys(table[name]) for name in columns if name in table} for table in (left, right)]
+    best = max(
+        ((a, b) for a in keys[0].values() for b in keys[1].values()),
+        key=lambda pair: int(pair[0].isin(pair[1]).sum()),
+    )
+    return best[0].to_numpy(), best[1].to_numpy()
+
+
+def _same_pairs(left: pd.DataFrame, right: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Return rows of `left` and `right` that are the same gene and overlapping elements."""
-    code, _ = pd.factorize(pd.concat([left[column], right[column]]))
+    genes = same_genes(left, right)
+    chroms = (
+        left["chrom"].astype(str),
+        rename_chroms(right["chrom"].astype(str), left["chrom"].astype(str).unique()),
+    )
+    code, _ = pd.factorize(np.concatenate(genes))
 
-    def keyed(table: pd.DataFrame, codes: np.ndarray) -> pd.DataFrame:
-        chrom = [f"{chrom}\t{gene}" for chrom, gene in zip(table["chrom"], codes, strict=True)]
-        return pd.DataFrame({"chrom": chrom, "start": table["start"], "end": table["end"]})
+    def keyed(table: pd.DataFrame, chrom: pd.Series, codes: np.ndarray) -> pd.DataFrame:
+        both = [f"{chrom}\t{gene}" for chrom, gene in zip(chrom, codes, strict=True)]
+        return pd.DataFrame(
+            {"chrom": both, "start": table["start"].to_numpy(), "end": table["end"].to_numpy()}
+        )
 
-    return overlap_pairs(keyed(left, code[: len(left)]), keyed(right, code[len(left) :]))
+    return overlap_pairs(
+        keyed(left, chroms[0], code[: len(left)]), keyed(right, chroms[1], code[len(left) :])
+    )
+
+
+def _nothing_in_common(pairs: pd.DataFrame, predicted: pd.DataFrame, source: str) -> InputError:
+    """Return the error that says whether genes or elements have nothing in common."""
+    left, right = same_genes(pairs, predicted)
+    n_genes = len(set(left) & set(right))
+    n_chroms = len(set(rename_chroms(predicted["chrom"], pairs["chrom"].unique())) & set(pairs["chrom"]))
+    shown = [
+        f"{t['chrom'].iloc[0]}:{t['start'].iloc[0]}-{t['end'].iloc[0]} {t['gene'].iloc[0]}"
+        for t in (predicted, pairs)
+    ]
+    return InputError(
+        f"no pair of {source} is among the {len(predicted)} links: {n_genes} genes and {n_chroms} chromosomes in "
+        f"common; the links are such as {shown[0]}, the pairs such as {shown[1]}",
+        hint="give links and pairs of one genome assembly, with the same kind of gene names",
+    )
 
 
 def _with_distance(table: pd.DataFrame, reference: Reference | None) -> pd.DataFrame:
@@ -333,18 +399,18 @@ def _with_distance(table: pd.DataFrame, reference: Reference | None) -> pd.DataF
     distance = table.get("distance", pd.Series(np.nan, index=table.index)).to_numpy(np.float64).copy()
     missing = np.flatnonzero(np.isnan(distance))
     if reference is not None and len(missing):
-        genes = reference.genes
-        column = "gene_id" if "gene_id" in table else "gene"
-        names = genes["gene_id"] if column == "gene_id" else genes["gene_name"]
-        first = pd.Series(np.arange(len(genes)), index=names.to_numpy())
+        genes = reference.genes.rename(columns={"gene_name": "gene"})
+        wanted, known_genes = same_genes(table, genes)
+        first = pd.Series(np.arange(len(genes)), index=known_genes)
         first = first[~first.index.duplicated()]
-        row = first.reindex(table[column].to_numpy()[missing]).to_numpy(np.float64)
+        row = first.reindex(wanted[missing]).to_numpy(np.float64)
         known = ~np.isnan(row)
         where, gene = missing[known], row[known].astype(np.int64)
-        same = genes["chrom"].to_numpy()[gene] == table["chrom"].to_numpy()[where]
+        chrom = rename_chroms(table["chrom"].astype(str), genes["chrom"].unique()).to_numpy()
+        same = genes["chrom"].to_numpy()[gene] == chrom[where]
         where, gene = where[same], gene[same]
         regions = table[["chrom", "start", "end"]].reset_index(drop=True)
-        distance[where] = np.abs(signed_distance(genes, regions, gene, where))
+        distance[where] = np.abs(signed_distance(reference.genes, regions, gene, where))
     return table.assign(distance=distance)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -35,9 +35,12 @@ from cisformer.links.formats import FORMATS, TABLE, FormatName, strongest, text_
 from cisformer.runtime.files import atomic_path
 from cisformer.runtime.provenance import provenance
 
+if TYPE_CHECKING:
+    import h5py
+
 FOLDER = "cisformer_link"
 CELL_NUM, CELL_NUM_PICKLE = "cell_num.json", "cell_num.pkl"
-FORMAT, FORMAT_VERSION = "cisformer-links", 1
+FORMAT, FORMAT_VERSION = "cisformer-links", 2
 COMPONENTS = (
     "score_fdr",
     "prior",
@@ -57,6 +60,8 @@ COMPONENTS = (
 """Layers of a matrix and columns of the table, beside `score` and `distance`."""
 BROWSER_LINKS_PER_GENE = 5
 COMPRESSION = {"compression": "gzip", "compression_opts": 1}
+CHUNK_ROWS = 16_384
+"""Names of cCREs that are compressed together."""
 _ROWS = 50_000
 
 
@@ -234,33 +239,53 @@ class LinkWriter:
 
 
 def write_matrix(path: Path, links: TypeLinks, reference: Reference, record: dict[str, Any]) -> None:
-    """Write genes × cCREs as h5ad: `X` is the score, layers are the components and the distance."""
+    """Write genes × cCREs as h5ad: `X` is the score, layers are the components and the distance.
+
+    Layers share the places of their entries with `X`, and names of cCREs have a fixed length, so that they are
+    compressed and some of them can be read alone.
+    """
     import h5py
     from anndata.io import write_elem
 
     shape = (reference.n_genes, reference.n_ccres)
     indptr = np.searchsorted(links.gene, np.arange(shape[0] + 1))
-    indices = links.ccre.astype(np.int32)
-
-    def matrix(values: np.ndarray) -> sp.csr_matrix:
-        return sp.csr_matrix((values.astype(np.float32), indices, indptr), shape=shape)
-
+    score = sp.csr_matrix((links.evidence["score"], links.ccre.astype(np.int32), indptr), shape=shape)
     obs = reference.genes.set_index(pd.Index(reference.gene_labels, name=None))
-    var = reference.ccres.set_index(pd.Index(reference.ccre_labels, name=None))
-    layers = {name: matrix(links.evidence[name]) for name in COMPONENTS}
-    layers["distance"] = matrix(links.distance)
     elements = {
-        "X": matrix(links.evidence["score"]),
+        "X": score,
         "obs": storable_frame(obs),
-        "var": storable_frame(var),
         "uns": storable({"cisformer": record}),
-        "layers": layers,
-        **{name: {} for name in ("obsm", "varm", "obsp", "varp")},
+        **{name: {} for name in ("layers", "obsm", "varm", "obsp", "varp")},
     }
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         for name, value in elements.items():
             write_elem(file, name, value, dataset_kwargs=COMPRESSION)
+        for name in COMPONENTS:
+            _write_layer(file, name, links.evidence[name])
+        _write_layer(file, "distance", links.distance)
+        _write_ccres(file.create_group("var"), reference)
+
+
+def _write_layer(file: h5py.File, name: str, values: np.ndarray) -> None:
+    """Write a layer whose entries stand where those of `X` do."""
+    layer = file["layers"].create_group(name)
+    layer.attrs.update(file["X"].attrs)
+    layer["indices"], layer["indptr"] = file["X/indices"], file["X/indptr"]
+    layer.create_dataset("data", data=values.astype(np.float32), shuffle=True, **COMPRESSION)
+
+
+def _write_ccres(group: h5py.Group, reference: Reference) -> None:
+    """Write the table of cCREs: their names, which say all there is."""
+    names = [label.encode("utf-8", "surrogatepass") for label in reference.ccre_labels]
+    length = max(map(len, names), default=1)
+    chunks = (min(CHUNK_ROWS, max(len(names), 1)),)
+    index = group.create_dataset(
+        "_index", data=np.array(names, f"S{length}"), shuffle=True, chunks=chunks, **COMPRESSION
+    )
+    index.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+    group.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"})
+    group.attrs["column-order"] = np.array([], "S1")
 
 
 def write_table(table: pd.DataFrame, handle: IO[str], *, header: bool) -> None:

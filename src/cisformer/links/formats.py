@@ -263,9 +263,13 @@ def text_writer(path: str | Path) -> Iterator[IO[str]]:
 
 
 ELEMENT_NAMES = ("ccre", "peak", "region", "element", "enhancer", "name")
+GENE_ID_NAMES = ("gene_id", "geneid", "ensembl_id", "targetgeneensemblid", "measuredgeneensemblid")
 GENE_NAMES = ("gene_name", "gene", "genesymbol", "measuredgenesymbol", "targetgene", "symbol", "gene_id")
 SCORE_NAMES = ("score", "weight", "value", "correlation", "abc.score", "importance", "coef", "zscore")
 CELL_TYPE_NAMES = ("cell_type", "celltype", "cell type")
+CHROM_NAMES = ("chrom", "chr", "seqnames", "chromosome")
+MISSING = ("", "NA", "N/A", "nan", "NaN", "null", "None", ".")
+"""What stands for a missing number; names are read as they are."""
 
 
 def read_links(links: str | Path | pd.DataFrame, *, score: str | None = None) -> pd.DataFrame:
@@ -296,7 +300,7 @@ def read_links(links: str | Path | pd.DataFrame, *, score: str | None = None) ->
 
 
 def _tidy(table: pd.DataFrame, path: Path, score: str | None) -> pd.DataFrame:
-    places = {str(name).lower(): name for name in table.columns}
+    places = places_of(table)
     found = regions_of(table, places, path)
     gene = first_column(places, GENE_NAMES)
     if gene is None:
@@ -306,7 +310,7 @@ def _tidy(table: pd.DataFrame, path: Path, score: str | None) -> pd.DataFrame:
         raise _no_column(path, "a score" if score is None else f"a column {score!r}", SCORE_NAMES, table)
     found["gene"] = table[gene].astype(str)
     found["score"] = pd.to_numeric(table[column], errors="coerce")
-    for name, known in (("gene_id", ("gene_id",)), ("cell_type", CELL_TYPE_NAMES)):
+    for name, known in (("gene_id", GENE_ID_NAMES), ("cell_type", CELL_TYPE_NAMES)):
         if (source := first_column(places, known)) is not None:
             found[name] = table[source].astype(str)
     for name in ("distance", "activity_contact"):
@@ -325,7 +329,18 @@ def read_any_table(path: Path) -> pd.DataFrame:
     try:
         sample = pd.read_csv(path, sep="\t", nrows=2, comment=None)
         separator = "\t" if sample.shape[1] > 1 else ","
-        return pd.read_csv(path, sep=separator, low_memory=False)
+        columns = pd.read_csv(path, sep=separator, nrows=0).columns
+        texts = {*GENE_NAMES, *GENE_ID_NAMES, *CELL_TYPE_NAMES, *ELEMENT_NAMES, *CHROM_NAMES}
+        named = [name for name in columns if _plain(name) in texts]
+        numbers = {name: list(MISSING) for name in columns if name not in named}
+        return pd.read_csv(
+            path,
+            sep=separator,
+            low_memory=False,
+            dtype=dict.fromkeys(named, str),
+            keep_default_na=False,
+            na_values=numbers,
+        )
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(
             f"cannot read a table from {path}: {str(error).strip()}",
@@ -333,11 +348,23 @@ def read_any_table(path: Path) -> pd.DataFrame:
         ) from None
 
 
+def places_of(table: pd.DataFrame) -> dict[str, str]:
+    """Return plain column name → column: lower case, without a leading `#`."""
+    return {_plain(name): name for name in table.columns}
+
+
+def _plain(name: object) -> str:
+    return str(name).lower().lstrip("#").strip()
+
+
 def read_bedpe(path: Path) -> pd.DataFrame:
     """Read BEDPE links: element, gene (the name before `|`), score (1 where there is none)."""
     names = ["chrom", "start", "end", "chrom2", "start2", "end2", "name", "score"]
     try:
-        table = pd.read_csv(path, sep="\t", comment="#", header=None, usecols=range(8), names=names)
+        table = pd.read_csv(
+            path, sep="\t", comment="#", header=None, usecols=range(8), names=names,
+            dtype={"chrom": str, "chrom2": str, "name": str}, keep_default_na=False, na_values={"score": list(MISSING)},
+        )  # fmt: skip
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(
             f"{path} is not BEDPE: {str(error).strip()}",
@@ -350,15 +377,12 @@ def read_bedpe(path: Path) -> pd.DataFrame:
 
 def regions_of(table: pd.DataFrame, places: Mapping[str, str], path: Path) -> pd.DataFrame:
     """Return the elements of a table as chrom, start, end; `places`: lower-case column name → column."""
-    for chrom, start, end in (
-        ("chrom", "start", "end"),
-        ("chrom", "chromstart", "chromend"),
-        ("chr", "start", "end"),
-    ):
-        if {chrom, start, end} <= set(places):
-            regions = table[[places[chrom], places[start], places[end]]].copy()
+    chrom = first_column(places, CHROM_NAMES)
+    for start, end in (("start", "end"), ("chromstart", "chromend")):
+        if chrom is not None and {start, end} <= set(places):
+            regions = table[[chrom, places[start], places[end]]].copy()
             regions.columns = pd.Index(["chrom", "start", "end"])
-            return regions
+            return regions.astype({"chrom": str})
     column = first_column(places, ELEMENT_NAMES)
     if column is None:
         raise _no_column(path, "a cCRE", ("chrom, start, end", *ELEMENT_NAMES), table)

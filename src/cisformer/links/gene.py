@@ -110,13 +110,22 @@ def _read_elem(group: h5py.Group) -> Any:
 
 
 def _read_row(file: h5py.File, row: int) -> pd.DataFrame:
-    """Return one gene's links from an open matrix file."""
+    """Return one gene's links from an open matrix file; of each array, its entries alone are read."""
     start, stop = file["X/indptr"][row : row + 2]
     ccre = file["X/indices"][start:stop]
     columns: dict[str, np.ndarray] = {"score": file["X/data"][start:stop]}
-    columns |= {name: file[f"layers/{name}/data"][start:stop] for name in COMPONENTS}
-    regions = parse_regions(_read_elem(file["var"]).index[ccre])
-    return regions.assign(**columns)
+    columns |= {
+        name: file[f"layers/{name}/data"][start:stop] for name in COMPONENTS if name in file["layers"]
+    }
+    return _regions(file["var"], ccre).assign(**columns)
+
+
+def _regions(var: h5py.Group, ccre: np.ndarray) -> pd.DataFrame:
+    """Return the regions of some cCREs, in ascending order of rows."""
+    if len(ccre) == 0:
+        return parse_regions([])
+    first, last = int(ccre.min()), int(ccre.max()) + 1
+    return parse_regions(var[var.attrs["_index"]].asstr()[first:last][ccre - first])
 
 
 def find_gene(genes: pd.DataFrame, gene: str) -> int:

@@ -35,6 +35,7 @@ from cisformer.prediction.compact import (
     COMPACT_VERSION,
     INTERCEPT,
     LOADINGS,
+    PRIOR,
     STATES,
     LowRank,
 )
@@ -391,11 +392,12 @@ class Predictor:
         var, varm = var.assign(seen_in_training=seen), {}
         if self.options.compact:
             assert self.low_rank is not None
-            intercept = np.full(len(var), -np.inf, np.float32)
+            prior, intercept = np.full(len(var), -np.inf, np.float32), np.zeros(len(var), np.float32)
+            prior[seen] = self.low_rank.prior.cpu().numpy()
             intercept[seen] = self.low_rank.intercept.cpu().numpy()
             loadings = np.zeros((len(var), self.low_rank.loadings.shape[1]), np.float32)
             loadings[seen] = self.low_rank.loadings.cpu().numpy()
-            var, varm = var.assign(**{INTERCEPT: intercept}), {LOADINGS: loadings}
+            var, varm = var.assign(**{PRIOR: prior, INTERCEPT: intercept}), {LOADINGS: loadings}
         return var, varm, {"cisformer": self._record()}
 
     def _record(self) -> dict[str, Any]:
