@@ -22,7 +22,9 @@ ORDER = {
         "pack",
     ],
     "training": ["loss_plot", "split", "closed_form_start", "loop"],
-    "prediction": ["cells", "compact", "predict", "groups", "tracks", "transfer", "mosaic", "complete"],
+    "prediction": [
+        "cells", "compact", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
+    ],
     "links": [
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
         "benchmark", "plot",
