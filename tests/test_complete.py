@@ -1,6 +1,8 @@
 """A mosaic is completed in one command; what was measured and what was predicted cannot be taken for each other."""
 
+import re
 import shutil
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -239,3 +241,17 @@ def test_other_modalities_stay(truth, cells, tmp_path):
     mosaic = read_mosaic(write(tmp_path / "x.h5mu", rna, atac, prot=protein))
     sides = {name: complete_side(mosaic, name, None, None) for name in ("rna", "atac")}
     assert join_sides(mosaic, sides, {})["prot"].shape == (5, 2)
+
+
+@pytest.mark.filterwarnings("ignore:Some cells have zero counts")  # those that were predicted
+def test_the_page_makes_one_matrix_of_both(done, monkeypatch):
+    """Its code runs as it stands, and fills every row once."""
+    pytest.importorskip("scanpy")
+    page = (Path(__file__).resolve().parents[1] / "docs" / "sharing.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    monkeypatch.chdir(done.parent)
+    (done.parent / "completed").symlink_to(done)
+    names: dict = {}
+    with mudata.set_options(pull_on_update=False):
+        exec(compile(code, "sharing.md", "exec"), names)
+    assert (np.diff(names["rna"].X.indptr) > 0).all()

@@ -22,9 +22,15 @@ from cisformer.config import Config, Direction, Modality, Preset, default_config
 from cisformer.data.preprocess import preprocess
 from cisformer.errors import InputError
 from cisformer.model.checkpoint import load_checkpoint
-from cisformer.prediction.mosaic import MODALITIES, Mosaic, complete_side, join_sides, read_mosaic
+from cisformer.prediction.mosaic import (
+    MODALITIES,
+    Mosaic,
+    complete_side,
+    join_sides,
+    read_mosaic,
+    write_mosaic,
+)
 from cisformer.prediction.predict import predict
-from cisformer.runtime.files import atomic_path
 from cisformer.runtime.journal import Facts, Journal, Step, do_steps, fingerprint
 from cisformer.training.loop import train
 
@@ -192,8 +198,7 @@ class _Completion:
         """Write the completed file."""
         sides = {modality: self._completed(modality) for modality in MODALITIES}
         whole = join_sides(self.mosaic, sides, self.groups)
-        with atomic_path(self.folder / COMPLETED) as temporary:
-            whole.write(temporary)
+        write_mosaic(whole, self.folder / COMPLETED)
         return {"files": [COMPLETED]}
 
     def _completed(self, modality: Modality) -> AnnData:

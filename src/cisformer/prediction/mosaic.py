@@ -31,6 +31,7 @@ from cisformer.data.reference import Reference
 from cisformer.data.sources import FEATURE_TYPES, open_rows
 from cisformer.errors import InputError
 from cisformer.prediction.compact import LOADINGS, STATES
+from cisformer.runtime.files import atomic_path
 from cisformer.runtime.provenance import provenance
 
 if TYPE_CHECKING:
@@ -300,3 +301,11 @@ def join_sides(mosaic: Mosaic, sides: dict[Modality, AnnData], groups: dict[str,
     record = {"format": FORMAT, "format_version": FORMAT_VERSION, "n_paired": len(mosaic.paired)}
     whole.uns = dict(mosaic.whole.uns) | {"cisformer": record | provenance()}
     return whole
+
+
+def write_mosaic(whole: MuData, path: Path) -> None:
+    """Write a MuData, atomically; without copies of the modalities' columns in the common tables."""
+    import mudata
+
+    with atomic_path(path) as temporary, mudata.set_options(pull_on_update=False):
+        whole.write(temporary)
