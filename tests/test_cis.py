@@ -1,5 +1,7 @@
 """The default model: what it starts from, its ragged cis attention, and what must not change its output."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -237,8 +239,11 @@ def test_pairs_computed_ahead_are_forgotten_with_the_weights_they_came_of(tiny_d
     torch.testing.assert_close(other.predict(batch), before)
     other.load_state_dict(weights)
     torch.testing.assert_close(other.predict(batch), expected)
-    assert other.cis._all_pairs is not None
-    assert other.to("meta").cis._all_pairs is None
+    with torch.no_grad():  # in place, and still in eval mode
+        other.cis.gene.weight.mul_(-1)
+    fresh = copy.deepcopy(other).train().eval()
+    torch.testing.assert_close(other.predict(batch), fresh.predict(batch))
+    assert (other.predict(batch) - expected).abs().max() > 0.001
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's compiler, by itself

@@ -200,7 +200,7 @@ class CisPath(nn.Module):
         for name in ("indptr", "gene", "ccre", "distance_bin"):
             array = torch.from_numpy(getattr(windows, name))
             self.register_buffer(f"window_{name.removeprefix('distance_')}", array, persistent=False)
-        self._all_pairs: Tensor | None = None
+        self._all_pairs: tuple[tuple[Any, ...], Tensor] | None = None
         nn.init.zeros_(self.distance_bias.weight)
         nn.init.zeros_(self.pair_value.weight)
 
@@ -208,14 +208,6 @@ class CisPath(nn.Module):
         """Switch between training and eval mode; forgets what was computed for all pairs."""
         self._all_pairs = None
         return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CisPath:
-        self._all_pairs = None  # of the device that it was on
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self._all_pairs = None  # of the weights that were
-        super()._load_from_state_dict(*args, **options)
 
     def forward(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> Tensor:
         """Return cis, float [B, S]; `column` [F] gives the place of each target among the drawn ones, or −1."""
@@ -293,14 +285,22 @@ class CisPath(nn.Module):
             pair_W, place = distinct(pair_E, len(self.pair_weight))
             slot_W = rows_of(tokens.place, rows_of(self.window_ccre, pair_W))
             return self._score_pairs(pair_W, rows_of(tokens.embedding, slot_W)), rows_of(place, pair_E)
-        if self._all_pairs is None:
-            everything = torch.arange(len(self.pair_weight), device=pair_E.device)
-            parts = [
-                self._score_pairs(part, rows_of(tokens.table, rows_of(self.window_ccre, part)))
-                for part in everything.split(PAIRS_AT_ONCE)
-            ]
-            self._all_pairs = torch.cat([tokens.table.new_zeros(0, 2 * self.heads), *parts])
-        return self._all_pairs, pair_E
+        weights = (
+            tokens.table,
+            *(m.weight for m in (self.gene, self.pair_score, self.pair_value, self.distance_bias)),
+        )
+        state = tuple((w.data_ptr(), w._version, w.device) for w in weights)
+        if self._all_pairs is None or self._all_pairs[0] != state:
+            self._all_pairs = state, self._all_pair_terms(tokens.table)
+        return self._all_pairs[1], pair_E
+
+    def _all_pair_terms(self, table: Tensor) -> Tensor:
+        everything = torch.arange(len(self.pair_weight), device=table.device)
+        parts = [
+            self._score_pairs(part, rows_of(table, rows_of(self.window_ccre, part)))
+            for part in everything.split(PAIRS_AT_ONCE)
+        ]
+        return torch.cat([table.new_zeros(0, 2 * self.heads), *parts])
 
     def _score_pairs(self, pair_W: Tensor, ccre_WR: Tensor) -> Tensor:
         product_WR = rows_of(self.gene.weight, rows_of(self.window_gene, pair_W)) * ccre_WR

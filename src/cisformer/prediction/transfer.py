@@ -71,7 +71,7 @@ def transfer_labels(
     min_confidence
         Below this share of the votes a cell is called "unknown".
     seed
-        Of the principal components.
+        Random seed of the principal components.
 
     Returns
     -------
