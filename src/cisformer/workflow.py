@@ -150,8 +150,9 @@ def run(
     """
     options = RunOptions(groupby, celltype_info, reference, gtf, preset, epochs, seed)
     workflow = _Workflow(Path(rna), Path(atac), Path(output_dir), options)
+    steps = list(workflow.steps())  # which looks at the files, before anything is written
     workflow.journal = Journal.open(workflow.folder, force=force)
-    do_steps(list(workflow.steps()), workflow.journal, force=force)
+    do_steps(steps, workflow.journal, force=force)
     summary = summarise(workflow.journal, str(rna), workflow.types_told)
     summary.write()
     return summary
