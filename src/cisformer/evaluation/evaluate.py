@@ -68,7 +68,8 @@ class EvaluationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in types that JSON has; what is not defined is None."""
-        return _plain({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+        plain: dict[str, Any] = _plain({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+        return plain
 
     def write_json(self, path: str | Path) -> Path:
         """Write `to_dict` as JSON, atomically."""

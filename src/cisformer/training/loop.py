@@ -158,7 +158,8 @@ def _precision_of(run: Path) -> str | None:
     """Return the precision of an interrupted run, if it has come to an epoch."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return json.loads(lines[-1]).get("precision")
+        precision: str | None = json.loads(lines[-1]).get("precision")
+        return precision
     except (OSError, ValueError, IndexError):
         return None  # nothing was done yet; a damaged state is told where it is read
 
@@ -222,7 +223,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums of its archives
             if (part := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {part} differs")
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         if int(state["epoch"]) < 0 or not {"optimizer", "scheduler", "history"} <= state.keys():
             raise ValueError("it lacks a part")
         return state | {"history": json.loads(state["history"])}
