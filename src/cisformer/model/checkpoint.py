@@ -340,6 +340,9 @@ def _load_model(
         raise CheckpointError(
             f"{folder / WEIGHTS} cannot be read: {error}", hint="copy the checkpoint again"
         ) from None
+    tensors = {  # `pack_model` may have stored matrices as float16
+        name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()
+    }
     layout = _layout(manifest["direction"], reference, tensors, folder / WEIGHTS)
     windows = None
     if config.model.architecture == "cis" and layout.direction == "atac2rna":

@@ -53,6 +53,8 @@ def write_archive(folder: Path, path: str | Path, *, force: bool = False) -> Pat
 def unpacked(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder with the files of a packed model, each compared with its checksum.
 
+    The folder goes afterwards; where a system keeps files that are still mapped into memory, so does it.
+
     Raises
     ------
     CheckpointError
