@@ -87,7 +87,8 @@ def test_half_stores_matrices_in_half_the_bytes_and_loads_them_as_float32(tiny_c
         checkpoint.model.state_dict().items(), again.model.state_dict().values(), strict=True
     ):
         assert mine.dtype == other.dtype
-        assert torch.equal(mine if mine.dim() < 2 else mine.half().float(), other), name
+        wanted = mine if mine.dim() < 2 else mine.half().float()
+        assert torch.equal(wanted.nan_to_num(), other.nan_to_num()), name
     assert any(not torch.equal(a, b) for a, b in zip(
         checkpoint.model.parameters(), again.model.parameters(), strict=True))  # fmt: skip
 

@@ -23,14 +23,12 @@ from numpy.typing import NDArray
 
 from cisformer.config import Modality
 from cisformer.data.alignment import map_genes, map_peaks
-from cisformer.data.genome import CCRE_COLUMNS
 from cisformer.data.hdf5 import damaged
 from cisformer.data.io import storable, storable_frame
-from cisformer.data.pairing import pair_barcodes
 from cisformer.data.reference import Reference
 from cisformer.data.sources import FEATURE_TYPES, open_rows
 from cisformer.errors import InputError
-from cisformer.prediction.compact import LOADINGS, STATES
+from cisformer.prediction.compact import INTERCEPT, LOADINGS, PRIOR, STATES
 from cisformer.runtime.files import atomic_path
 from cisformer.runtime.provenance import provenance
 
@@ -167,7 +165,11 @@ def _check(mosaic: Mosaic) -> None:
         )
     n_paired = len(mosaic.paired)
     if not n_paired:
-        pair_barcodes(has_rna.index[has_rna], has_atac.index[has_atac])  # says what is wrong
+        raise InputError(
+            f"no cell in {mosaic.path} has both RNA and ATAC: RNA has {', '.join(has_rna.index[has_rna][:3])}, …; "
+            f"ATAC has {', '.join(has_atac.index[has_atac][:3])}, …",
+            hint=f"{LEAST_PAIRED} such cells are wanted; where barcodes are spelt in two ways, rename obs_names in one",
+        )
     if n_paired == len(has_rna):
         raise InputError(
             f"all {n_paired:,} cells in {mosaic.path} have both RNA and ATAC: nothing is to be completed",
@@ -246,12 +248,13 @@ def _add_prediction(
     whole.var["seen_in_training"] = known & predicted.var["seen_in_training"].to_numpy()[column]
     if STATES in predicted.obsm:
         whole.obsm[STATES] = _spread_dense(np.asarray(predicted.obsm[STATES]), row)
+    for name in predicted.var.select_dtypes(
+        "floating"
+    ):  # how well it is predicted, and factors of a compact one
+        whole.var[name] = np.where(known, predicted.var[name].to_numpy()[column], np.nan)
     if predicted.X is None:
-        factors = [name for name in predicted.var if name not in (*CCRE_COLUMNS, "seen_in_training")]
-        for name in factors:
-            whole.var[name] = np.where(known, predicted.var[name].to_numpy()[column], np.nan)
         whole.varm[LOADINGS] = np.asarray(predicted.varm[LOADINGS])[column]
-        where = f"compact form: obsm['{STATES}'], varm['{LOADINGS}'], var {', '.join(factors)}"
+        where = f"compact form: obsm['{STATES}'], varm['{LOADINGS}'], var['{INTERCEPT}'] and var['{PRIOR}']"
     else:
         values = sp.csr_matrix(predicted.X)[:, column] @ sp.diags_array(known.astype(np.float32))
         whole.layers[PREDICTED] = _spread(values, row)
