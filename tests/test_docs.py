@@ -129,8 +129,10 @@ def test_command_lines_are_ones_that_the_commands_take(page):
 
 @every_page
 def test_options_named_in_passing_exist(page):
-    known = {opt for _, parameter in options() for opt in parameter.opts} | FOREIGN_OPTIONS
-    known |= {opt for parameter in group.params for opt in parameter.opts}
+    known = {
+        opt for _, parameter in options() for opt in (*parameter.opts, *parameter.secondary_opts)
+    } | FOREIGN_OPTIONS
+    known |= {opt for parameter in group.params for opt in (*parameter.opts, *parameter.secondary_opts)}
     spans = [span for span in SPAN.findall(prose(page)) if not span.startswith("python ")]
     named = {option for span in spans for option in re.findall(r"(?<!\S)--[\w-]+", span)}
     assert named - known == set()

@@ -21,7 +21,7 @@ ORDER = {
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
     ],
     "training": ["loss_plot", "split", "closed_form_start", "loop"],
-    "prediction": ["cells", "compact", "predict", "groups", "tracks"],
+    "prediction": ["cells", "compact", "predict", "groups", "tracks", "transfer"],
     "links": [
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
         "benchmark", "plot",

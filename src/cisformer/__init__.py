@@ -17,6 +17,7 @@ _FUNCTIONS = {
     "predict": "prediction.predict",
     "open_prediction": "prediction.compact",
     "write_tracks": "prediction.tracks",
+    "transfer_labels": "prediction.transfer",
     "link": "links.score",
     "score_links": "links.score",
     "evaluate": "evaluation.evaluate",

@@ -20,6 +20,7 @@ COMMANDS = {
     "rna2atac_predict": "prediction",
     "expand": "prediction",
     "tracks": "prediction",
+    "transfer_labels": "prediction",
     "evaluate": "evaluation",
     "evaluate_links": "links",
     "export_links": "links",

@@ -147,3 +147,29 @@ def tracks(data: str, output_dir: str, **options: Any) -> None:
     from cisformer.prediction.tracks import write_tracks
 
     click.echo(f"wrote {write_tracks(data, output_dir, **options)}")
+
+
+@click.command("transfer_labels", context_settings=CONTEXT)
+@click.option("-i", "--input", "predicted", required=True, help="Predicted cells (.h5ad).")
+@click.option("-r", "--reference", required=True,
+              help="Labelled cells (.h5ad): expression, or predictions of the same model.")  # fmt: skip
+@click.option("--key", required=True, help="Column of the reference's obs with the labels.")
+@click.option(
+    "-o", "--output", required=True, help="Table to write (.tsv): barcode, label, best label, confidence."
+)
+@click.option("--n_neighbors", default=30, show_default=True, help="Number of labelled neighbours that vote.")
+@click.option("--min_confidence", default=0.5, show_default=True,
+              help="Share of the votes below which a cell is called unknown.")  # fmt: skip
+@_FORCE
+def transfer_labels(
+    predicted: str, reference: str, key: str, output: str, force: bool, **options: Any
+) -> None:
+    """Label predicted cells like their nearest labelled neighbours."""
+    from cisformer.prediction.transfer import transfer_labels as transfer
+    from cisformer.prediction.transfer import write_labels
+
+    labels = transfer(predicted, reference, key, **options)
+    path = write_labels(labels, output, force=force)
+    unknown = int((labels[key] == "unknown").sum())
+    click.echo(f"{len(labels) - unknown} of {len(labels)} cells labelled, {unknown} unknown")
+    click.echo(f"wrote {path}")

@@ -60,7 +60,7 @@ class LatentPool(nn.Module):
 
     def __init__(self, width: int, dim: int, n_latents: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.query_LHR = nn.Parameter(torch.randn(n_latents, heads, width) * width**-0.25)
+        self.query_LHR = nn.Parameter(torch.empty(n_latents, heads, width).normal_(std=width**-0.25))
         self.out = nn.Linear(heads * width, dim)
         self.dropout = dropout
 

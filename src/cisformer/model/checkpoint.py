@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from torch.overrides import TorchFunctionMode
 
 from cisformer.config import Config, Direction, dump_config, load_config
 from cisformer.data.batches import Layout
@@ -313,18 +314,32 @@ def _load_model(
     if config.model.architecture == "cis" and layout.direction == "atac2rna":
         windows = Windows.of(reference, layout, config.model.cis_window)
     try:
-        with torch.device("meta"):  # shapes first: a configuration may ask for any amount of memory
-            wanted = _new_model(config, layout, manifest["linear_rank"], windows).state_dict()
+        with (
+            torch.device("meta"),
+            _NoDraws(),
+        ):  # shapes first: a configuration may ask for any amount of memory
+            model = _new_model(config, layout, manifest["linear_rank"], windows)
+        wanted = model.state_dict()
         _check_names(folder, tensors, wanted)
         _check_shapes(tensors, wanted)
-        model = _new_model(config, layout, manifest["linear_rank"], windows)
-        model.load_state_dict(tensors)
+        if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in wanted):
+            model = _new_model(config, layout, manifest["linear_rank"], windows)
+        model.load_state_dict(tensors, assign=True)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"{folder} does not fit its own config: {reason}", hint="copy it again"
         ) from None
     return model.eval()
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leave out random starting values: drawing millions takes seconds, and the file holds what counts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.normal_, torch.nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _check_names(folder: Path, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

@@ -108,7 +108,7 @@ class CellEncoder(nn.Module):
         self.token_norm = nn.LayerNorm(width)
         self.token_dropout = Dropout(model.dec_emb_dropout)
         self.pool = LatentPool(width, dim, model.num_latents, model.dec_heads, model.dec_attn_dropout)
-        self.latent = nn.Parameter(torch.randn(model.num_latents, dim) * dim**-0.5)
+        self.latent = nn.Parameter(torch.empty(model.num_latents, dim).normal_(std=dim**-0.5))
         self.sum = nn.Linear(width, dim)
         self.state = nn.Linear(rank, dim)
         self.blocks = nn.ModuleList(
@@ -341,7 +341,7 @@ class CisModel(nn.Module):
         self.register_buffer("scale", torch.ones(n_target))
         self.register_buffer("pace", torch.ones(n_target))
         self.bias = nn.Parameter(torch.zeros(n_target))
-        self.loadings = nn.Parameter(torch.randn(n_target, model.emb_rank) * LOADING_STD)
+        self.loadings = nn.Parameter(torch.empty(n_target, model.emb_rank).normal_(std=LOADING_STD))
         self.encoder = CellEncoder(n_input, rank, layout.input_modality == "rna", model)
         self.cis = None if windows is None else CisPath(n_target, windows, model)
 
