@@ -261,7 +261,7 @@ def test_score_is_that_of_its_columns(links, checkpoint, store, types):
         np.log(prior / (1 - prior))
         + by_association * table["association"]
         + 2 * weights.coupling_gain * table["power"] * table["coupling"].clip(-6, 6)
-        + table["expression"]
+        + np.log((1 + np.exp(-1.7)) / (1 + np.exp(-1.7 - 1.5 * table["expression"])))
         - scorer.shared.less
     )
     np.testing.assert_allclose(table["score"], 1 / (1 + np.exp(-log_odds)), rtol=1e-3, atol=1e-5)
@@ -447,8 +447,8 @@ def test_attention_is_the_mean_rank_over_the_types_cells(links, checkpoint, stor
 def test_specificity_compares_with_the_mean_of_other_types(scorer):
     scores = [scorer.scorer.of_type(number) for number in range(len(scorer.cells.types))]
     specificity, error = scorer.scorer.specificity(scores[0])
-    others = np.mean([score.log_odds for score in scores[1:]], axis=0)
-    np.testing.assert_allclose(specificity, scores[0].log_odds - others, atol=1e-8)
+    others = np.mean([score.own for score in scores[1:]], axis=0)
+    np.testing.assert_allclose(specificity, scores[0].own - others, atol=1e-8)
     spread = sum(score.variance for score in scores[1:]) / (len(scores) - 1) ** 2
     np.testing.assert_allclose(error, np.sqrt(scores[0].variance + spread))
 
