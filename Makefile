@@ -6,7 +6,7 @@ JOBS ?= 2
 # One thread per test process: the tests' matrices are tiny, and thread pools only get in each other's way.
 THREADS = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
-.PHONY: demo demo-quick test lint docs tutorials wheel clean
+.PHONY: demo demo-quick test coverage lint docs tutorials wheel clean
 
 $(VENV)/run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ demo-quick: $(VENV)/run
 
 test: $(VENV)/dev ## all tests
 	$(THREADS) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+coverage: $(VENV)/dev ## all tests, and which lines they leave out
+	$(THREADS) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --cov --cov-report=term
 
 lint: $(VENV)/dev ## style and types
 	$(BIN)/ruff check .

@@ -1,13 +1,13 @@
-"""Compare cisformer with its linear start, the baselines and other tools: every set, one run, one table.
+"""Compare cisformer with its closed form, the baselines and other tools: every set, one run, one table.
 
-    python benchmarks/compare.py WORK --data ../shared/data [--sets sim_2000 bmmc_starter_A …]
+    python benchmarks/compare.py [WORK] --data ../shared/data [--sets sim_2000 bmmc_starter_A …]
         [--multivi ENV/bin/python] [--scbutterfly ENV/bin/python] [--minutes 15] [--seed 0]
 
 Each set goes through the commands that a user would type (`data_preprocess --reference dataset`, `*_train` with
-the small preset, and again with `epoch: 0` for the linear start); the test cells are scored by the package's own
+the small preset, and again with `epoch: 0` for the closed form); the test cells are scored by the package's own
 `evaluate_case`, all methods in one bootstrap. Results are kept in WORK/results.json, so that a second run adds
-what is missing; the tables go to WORK/results.md. Times are wall-clock and CPU seconds of the whole process,
-memory its largest resident set.
+what is missing; the tables go to WORK/results.md, the first of them whole in the README. Times are wall-clock and
+CPU seconds of the whole process, memory its largest resident set.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import scipy.sparse as sp
 
 from cisformer.config import DIRECTIONS, Direction, default_config, dump_config
 from cisformer.data.store import CellStore, find_split
+from cisformer.evaluation.baselines import ORACLE
 from cisformer.evaluation.case import Case, case_of_store
 from cisformer.evaluation.evaluate import EvaluationReport, evaluate_case
 from cisformer.evaluation.metrics import PROBABILITY_FLOOR
@@ -39,7 +40,14 @@ from cisformer.simulation import simulate
 
 HERE = Path(__file__).parent
 SIMULATED = {"sim_2000": (2000, 5000, 40_000), "sim_500": (500, 1000, 6000)}
-SETS = [*SIMULATED, "scicar_a549_2641", "bmmc_starter_A", "bmmc_starter_B", "scpoem_S1_300"]
+SETS = [
+    "snareseq_mop_10309",
+    "scicar_a549_2641",
+    "bmmc_starter_A",
+    "bmmc_starter_B",
+    "scpoem_S1_300",
+    *SIMULATED,
+]
 SHOWN = {
     "rna2atac": ("log_loss", "ccre_auroc", "ccre_auprc", "cell_auroc", "cell_auprc", "ece", "pseudobulk"),
     "atac2rna": (
@@ -51,7 +59,9 @@ SHOWN = {
         "pseudobulk",
     ),
 }
-OURS, LINEAR = "cisformer", "linear start"
+OURS, LINEAR = "cisformer", "closed form"
+ARROWS = {"rna2atac": "RNA→ATAC", "atac2rna": "ATAC→RNA"}
+IN_OVERVIEW = ("log_loss", "ccre_auroc", "cell_auprc", "r2", "gene_pearson", "cell_pearson_residual")
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("work", type=Path)
+    parser.add_argument("work", type=Path, nargs="?", default=Path("compare"))
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
@@ -291,13 +301,11 @@ def cell(report: dict[str, Any], metric: Any, method: str) -> str:
     score = report["scores"][method].get(metric.key)
     if score is None or score["value"] is None:
         return "–"
-    values = [
-        s[metric.key]["value"] for m, s in report["scores"].items() if m != "mask oracle" and metric.key in s
-    ]
+    values = [s[metric.key]["value"] for m, s in report["scores"].items() if m != ORACLE and metric.key in s]
     known = [value for value in values if value is not None]
     best = (max if metric.better == "higher" else min)(known)
     text = score_text(score["value"])
-    text = f"**{text}**" if text == score_text(best) and method != "mask oracle" else text
+    text = f"**{text}**" if text == score_text(best) and method != ORACLE else text
     if method == MODEL and score["high"] is not None:
         return f"{text} ±{score_text(score['high'] - score['value'], score['value'])}"
     marks = {"better": "+", "tie": "=", "worse": "−"}
@@ -316,18 +324,24 @@ def winner(report: dict[str, Any], metric: Any) -> str:
 
 
 def overview(results: dict[str, Any]) -> str:
-    """Return one line per set and direction: who wins on the headline scores."""
-    lines = ["| set | direction | score | ours | best other | who wins |", "|---|---|---|---|---|---|"]
+    """Return the one table: every set, direction, score and method; bold is the best value."""
+    methods: list[str] = []
+    for result in results.values():
+        methods += [m for m in result["report"]["scores"] if m not in (*methods, ORACLE)]
+    titles = [OURS if method == MODEL else method for method in methods]
+    lines = [
+        f"| set | direction | score | {' | '.join(titles)} | who wins |",
+        "|" + "---|" * (len(titles) + 4),
+    ]
     for key, result in results.items():
         name, direction = key.split()
         report = result["report"]
-        for metric in (m for m in METRICS[direction] if m.headline and m.key in report["scores"][MODEL]):
-            against = [c for c in report["comparisons"] if c["metric"] == metric.key]
-            if against:
-                hardest = min(against, key=lambda c: c["gain"])["baseline"]
-                ours, theirs = (report["scores"][m][metric.key]["value"] for m in (MODEL, hardest))
-                cells = [name, direction, metric.name, score_text(ours), f"{score_text(theirs)} {hardest}"]
-                lines.append(f"| {' | '.join(cells)} | {winner(report, metric)} |")
+        for metric in METRICS[direction]:
+            if metric.key in IN_OVERVIEW and metric.key in report["scores"][MODEL]:
+                cells = [cell(report, metric, m) if m in report["scores"] else "–" for m in methods]
+                arrow = "↑" if metric.better == "higher" else "↓"
+                row = [name, ARROWS[direction], f"{metric.name} {arrow}", *cells, winner(report, metric)]
+                lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 

@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from sklearn.kernel_ridge import KernelRidge as ExactKernelRidge
 from sklearn.linear_model import Ridge
+from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.neighbors import KNeighborsRegressor
+from sklearn.preprocessing import KernelCenterer
 
 from cisformer.evaluation.baselines import (
     GRIDS,
     CellTypeMean,
     InputSpace,
+    KernelRidge,
     MeanProfile,
     NearestNeighbours,
     PcaRidge,
@@ -127,6 +131,21 @@ def test_ridge_equals_scikit_learn(task):
     np.testing.assert_allclose(ridge.predict(cells).toarray(), np.maximum(expected, 0), rtol=1e-3, atol=1e-4)
 
 
+def test_kernel_ridge_equals_scikit_learn(task):
+    """With every training cell a landmark, Nyström features are the kernel itself."""
+    train, cells, target, direction = task
+    ridge = KernelRidge(train, {"gamma": 0.5, "penalty": 0.01})
+    points, others = ridge._points(train.cells), ridge._points(cells)
+    width = {"gamma": 0.5 / (2 * points.var(axis=0).sum())}
+    centre = KernelCenterer().fit(rbf_kernel(points, **width))
+    exact = ExactKernelRidge(alpha=0.01 * 90, kernel="precomputed")
+    exact.fit(centre.transform(rbf_kernel(points, **width)), target[:90] - target[:90].mean(axis=0))
+    expected = exact.predict(centre.transform(rbf_kernel(others, points, **width))) + train.mean
+    if direction == "rna2atac":
+        expected = np.clip(expected, np.maximum(1e-4, train.mean / 10), 1 - 1e-4)
+    np.testing.assert_allclose(ridge.predict(cells).toarray(), np.maximum(expected, 0), rtol=2e-3, atol=5e-4)
+
+
 def test_settings_are_those_of_the_lowest_loss_on_held_out_training_cells(paired):
     rna, atac, types = paired
     fitted = fit_baselines(rna[:90], atac[:90], direction="rna2atac", labels=types[:90], seed=3).fitted
@@ -150,6 +169,7 @@ def test_baselines_beat_the_mean_where_there_is_something_to_learn(task):
         "cell-type mean": {"shrink": 5},
         "kNN": {"k": 30, "shrink": 5, "metric": "cosine", "white": False},
         "PCA-ridge": {"n_components": 10, "penalty": 0.1},
+        "kernel ridge": {"gamma": 0.3, "penalty": 0.03},
     }.items():
         test = TrainingCells(direction, cells, sp.csr_matrix(target[90:]))
         losses[name] = test.loss(GRIDS[name][0](train, settings).predict(cells))

@@ -167,27 +167,3 @@ def test_a_store_gives_the_cells_that_it_holds(direction, tiny, tiny_data, tiny_
     columns = names.get_indexer(case.features)
     np.testing.assert_allclose(case.truth.toarray(), target[rows][:, columns].toarray(), rtol=1e-6)
     assert list(case.labels) == list(tiny.rna.obs["cell_type"].iloc[rows].astype(str))
-
-
-def test_a_sample_of_a_store_is_predicted_as_in_the_whole(tiny_data, tiny_checkpoints):
-    model = tiny_checkpoints["rna2atac"]
-    whole = case_of_store(tiny_data["rna2atac"], model, num_workers=0)
-    part = case_of_store(tiny_data["rna2atac"], model, most_cells=7, num_workers=0)
-    rows = [list(whole.barcodes).index(barcode) for barcode in part.barcodes]
-    assert len(rows) == 7
-    np.testing.assert_allclose(
-        part.predicted.toarray(), whole.predicted[rows].toarray(), rtol=1e-4, atol=1e-6
-    )
-    np.testing.assert_array_equal(part.truth.toarray(), whole.truth[rows].toarray())
-
-
-def test_sampling_keeps_cells_and_features_together(cells):
-    rna, atac, predicted = cells
-    case = case_of_files(
-        predicted, atac, train_input=rna[:120].copy(), train_target=atac[:120].copy(), test_input=rna
-    )
-    part = case.sample(10, 50, seed=0)
-    assert part.truth.shape == part.predicted.shape == (10, 50)
-    whole = _entries(case)
-    assert all(whole.get(key, value) == value for key, value in _entries(part).items())
-    assert part.train_target.shape == (120, 50)

@@ -1,5 +1,6 @@
 """Checkpoints: reloaded bit by bit, refused in one line where they do not fit."""
 
+import dataclasses
 import json
 import shutil
 
@@ -128,3 +129,18 @@ def test_damaged_weights_are_to_be_copied_again(copy):
     with pytest.raises(CheckpointError, match="cannot be read") as caught:
         load_checkpoint(copy)
     assert caught.value.hint == "copy the checkpoint again"
+
+
+def test_a_checkpoint_prints_as_one_line(tiny_checkpoints):
+    text = repr(tiny_checkpoints["rna2atac"])
+    assert "\n" not in text
+    assert len(text) < 300
+    assert "rna2atac" in text
+
+
+def test_a_reference_of_ones_own_may_be_called_human(tiny_checkpoints, tmp_path):
+    """What decides is whether it is the built-in one, not what it is called."""
+    given = tiny_checkpoints["rna2atac"]
+    own = dataclasses.replace(given, reference=dataclasses.replace(given.reference, name="human"))
+    loaded = load_checkpoint(save_checkpoint(own, tmp_path / "own"))
+    assert loaded.reference.fingerprint == given.reference.fingerprint

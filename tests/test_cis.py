@@ -1,5 +1,7 @@
 """The default model: what it starts from, its ragged cis attention, and what must not change its output."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,19 @@ import torch
 from cisformer.data.batches import add_targets, encode_input, read_modality
 from cisformer.data.store import CellStore, find_split
 from cisformer.model.cis import CisModel
-from cisformer.model.closed_form import count_features, fit_linear, pace_of, states
+from cisformer.model.closed_form import (
+    CellRows,
+    Hat,
+    Penalty,
+    StartOptions,
+    Sums,
+    change_of_log_odds,
+    count_features,
+    fit_linear,
+    pace_of,
+)
 from cisformer.model.closed_form_cis import Windows, fit_local
+from cisformer.model.projection import states
 from cisformer.training.closed_form_start import make_layout
 
 
@@ -18,11 +31,11 @@ def started(direction, tiny_data, config):
     rows = np.arange(store.n_cells)
     counts = count_features(store, rows, direction)
     layout = make_layout(counts, direction, store)
-    start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=5, ridge=7.0, seed=0)
+    start = fit_linear(CellRows.of(store, rows), CellRows(()), layout, counts, StartOptions(5, 1.0, 0))
     windows = local = None
     if direction == "atac2rna":
         windows = Windows.of(store.reference, layout, 250_000)
-        local = fit_local(store, rows, store, rows[:30], layout, start, windows, 0)
+        local = fit_local(CellRows.of(store, rows), CellRows.of(store, rows[:30]), layout, start, windows, 0)
     torch.manual_seed(0)
     return store, layout, start, local, CisModel.from_start(config, layout, start, windows, local).eval()
 
@@ -39,7 +52,10 @@ def test_the_untrained_model_is_the_closed_form(direction, tiny_data, tiny_confi
     store, layout, start, local, model = started(direction, tiny_data, tiny_config(direction))
     rows = np.arange(25)
     z = states(start.projection, store, rows, layout)
-    expected = start.prior / start.scale + z @ start.loadings.T
+    expected = z @ start.loadings.T
+    if local is None:
+        expected = change_of_log_odds(torch.from_numpy(expected)).numpy()
+    expected += start.prior / start.scale
     if local is not None:
         x = read_modality(store, rows, "atac").toarray()[:, layout.input_index]
         spread = np.zeros((len(layout.target_index), x.shape[1]), np.float32)
@@ -223,8 +239,11 @@ def test_pairs_computed_ahead_are_forgotten_with_the_weights_they_came_of(tiny_d
     torch.testing.assert_close(other.predict(batch), before)
     other.load_state_dict(weights)
     torch.testing.assert_close(other.predict(batch), expected)
-    assert other.cis._all_pairs is not None
-    assert other.to("meta").cis._all_pairs is None
+    with torch.no_grad():  # in place, and still in eval mode
+        other.cis.gene.weight.mul_(-1)
+    fresh = copy.deepcopy(other).train().eval()
+    torch.testing.assert_close(other.predict(batch), fresh.predict(batch))
+    assert (other.predict(batch) - expected).abs().max() > 0.001
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's compiler, by itself
@@ -234,3 +253,28 @@ def test_every_attention_block_is_compiled_where_asked(direction, tiny_data, tin
     assert [block._compiled_call_impl for block in model.encoder.blocks] == [None]
     model.compile_blocks()
     assert all(block._compiled_call_impl is not None for block in model.encoder.blocks)
+
+
+def test_training_sees_accessibility_as_of_cells_that_were_not_fitted_to(tiny_data, tiny_config):
+    """The closed form refitted without a cell predicts of it what the model says of it in training mode."""
+    store, layout, start, _, model = started("rna2atac", tiny_data, tiny_config("rna2atac"))
+    rows = np.arange(store.n_cells)
+    sd = start.projection.sd.double().numpy()
+    penalty = Penalty(start.rank, start.ridge, start.unevenness)
+    whole = Sums.over(CellRows.of(store, rows), start.projection, layout)
+    y = read_modality(store, rows, "atac").toarray()[:, layout.target_index]
+    p = 1 / (1 + np.exp(-start.prior.astype(np.float64)))
+    z = states(start.projection, store, rows, layout).astype(np.float64)
+    batch = batch_of(store, layout, rows[:6], targets=True)
+    change = model.held_out_change(batch, torch.from_numpy(z[:6].astype(np.float32))).numpy()
+    inverse = Hat.of(whole, sd, penalty)
+    for f in (3, 17, 40):
+        for cell in range(6):
+            others = np.delete(rows, cell)
+            system = (
+                z[others].T @ z[others] + np.linalg.pinv(inverse.basis @ inverse.basis.T) * inverse.ridge[f]
+            )
+            wanted = z[cell] @ np.linalg.solve(
+                system, z[others].T @ ((y[others, f] - p[f]) / (p[f] * (1 - p[f])))
+            )
+            assert change[cell, f] + z[cell] @ start.loadings[f] == pytest.approx(wanted, rel=1e-3, abs=1e-4)

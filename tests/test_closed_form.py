@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 
 from cisformer.data.batches import encode_input, read_modality
@@ -11,27 +12,54 @@ from cisformer.data.store import CellStore, find_split
 from cisformer.model import closed_form
 from cisformer.model.closed_form import (
     LEAST_PACE,
+    CellRows,
+    Penalty,
+    StartOptions,
+    Sums,
+    change_of_log_odds,
     count_features,
     fit_linear,
-    fit_projection,
     link_loss,
     pace_of,
     solve,
-    states,
+)
+from cisformer.model.projection import fit_projection, states
+from cisformer.model.target_states import (
+    CellRidge,
+    axis_scores,
+    conjugate_gradients,
+    held_out_states,
+    target_axes,
 )
 from cisformer.training.closed_form_start import make_layout
+
+NONE = CellRows(())
+
+
+def fit(store, rows, val=NONE, *, direction, ridge=1.0, rank=5):
+    """Fit to cells of a store; return its layout and the closed form."""
+    counts = count_features(store, rows, direction)
+    layout = make_layout(counts, direction, store)
+    return layout, fit_linear(CellRows.of(store, rows), val, layout, counts, StartOptions(rank, ridge, 0))
 
 
 @pytest.fixture(scope="module", params=["atac2rna", "rna2atac"])
 def fitted(request, tiny_data):
-    """A store, its layout, and its closed-form fit with penalty 7 and rank 5."""
-    direction = request.param
-    store = CellStore.open(find_split(tiny_data[direction], "train"))
-    rows = np.arange(store.n_cells)
-    counts = count_features(store, rows, direction)
-    layout = make_layout(counts, direction, store)
-    start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=5, ridge=7.0, seed=0)
-    return store, layout, start
+    """A store, its layout, and its closed-form fit with penalty 1 and rank 5."""
+    store = CellStore.open(find_split(tiny_data[request.param], "train"))
+    return store, *fit(store, np.arange(store.n_cells), direction=request.param)
+
+
+@pytest.fixture(scope="module")
+def expression(tiny_data):
+    store = CellStore.open(find_split(tiny_data["atac2rna"], "train"))
+    return store, *fit(store, np.arange(store.n_cells), direction="atac2rna")
+
+
+@pytest.fixture(scope="module")
+def accessibility(tiny_data):
+    store = CellStore.open(find_split(tiny_data["rna2atac"], "train"))
+    return store, *fit(store, np.arange(store.n_cells), direction="rna2atac")
 
 
 def dense(store, layout, side):
@@ -41,56 +69,121 @@ def dense(store, layout, side):
     return read_modality(store, rows, modality).toarray()[:, index]
 
 
-def test_states_are_white_on_the_training_cells(fitted):
+def test_principal_states_are_white_on_the_training_cells(fitted):
     store, layout, start = fitted
     z = states(start.projection, store, np.arange(store.n_cells), layout)
-    np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-4)
-    np.testing.assert_allclose(z.T @ z / len(z), np.eye(5), atol=1e-3)
-    sd = start.projection.sd.numpy()
-    assert (np.diff(sd) <= 0).all()
+    own = start.projection.principal.numpy()
+    assert own.sum() == 5
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(z.T @ z[:, own] / len(z), np.eye(z.shape[1])[:, own], atol=2e-3)
+    np.testing.assert_allclose(np.square(z).mean(axis=0), 1, atol=1e-2)
+    assert (np.diff(start.projection.sd.numpy()[own]) <= 0).all()
 
 
 def test_states_span_the_principal_components(fitted):
-    """The subspace of scikit-learn's exact, centred SVD of the same matrix, for the components that stand out."""
+    """The subspace of scikit-learn's exact, centred SVD of the same matrix, for the component that stands out."""
     store, layout, start = fitted
     x = dense(store, layout, "input").astype(np.float64)
     if layout.input_modality == "atac":
-        idf = np.log1p(len(x) / np.maximum(x.sum(axis=0), 1))
-        x = np.log1p(1e4 * x * idf / x.sum(axis=1, keepdims=True))
+        x = x * np.log1p(len(x) / np.maximum(x.sum(axis=0), 1))
+        x = x / np.linalg.norm(x, axis=1, keepdims=True)
     else:
         depth = np.log1p((x > 0).sum(axis=1))
+        x = x / np.sqrt(x.var(axis=0) + np.median(x.var(axis=0)))
         spread = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)[0] / np.sqrt(len(x))
         x = np.column_stack([x, (depth - depth.mean()) / depth.std() * spread])
-    u = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)[0][:, :2]
+    u = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)[0][:, :1]
     z = states(start.projection, store, np.arange(store.n_cells), layout)
-    q = np.linalg.qr(z)[0]
+    q = np.linalg.qr(z[:, start.projection.principal.numpy()])[0]
     assert np.linalg.svd(q.T @ u)[1].min() > 0.9
 
 
-def test_atac2rna_loadings_are_those_of_ridge_regression(tiny_data):
-    store = CellStore.open(find_split(tiny_data["atac2rna"], "train"))
+def test_expression_is_ridge_regression_of_its_leading_components(expression):
+    """scikit-learn's ridge on all cCREs and its exact PCA of expression give the same prediction."""
+    store, layout, start = expression
     rows = np.arange(store.n_cells)
-    counts = count_features(store, rows, "atac2rna")
-    layout = make_layout(counts, "atac2rna", store)
-    start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=5, ridge=7.0, seed=0)
-    z, y = states(start.projection, store, rows, layout), dense(store, layout, "target")
-    sd = start.projection.sd.numpy()
-    shrink = np.sqrt(sd / sd[0])
-    ridge = Ridge(alpha=7.0).fit(z.astype(np.float64) * shrink, y)
-    np.testing.assert_allclose(start.loadings * start.scale[:, None], ridge.coef_ * shrink, atol=2e-3)
-    np.testing.assert_allclose(start.prior, y.mean(axis=0), atol=1e-5)
+    x = start.projection.features(CellRows.of(store, rows).read(layout).x).toarray().astype(np.float64)
+    y = (dense(store, layout, "target") - start.prior) / start.scale
+    axes = PCA(start.rank, svd_solver="full").fit(y).components_
+    ridge = Ridge(alpha=np.square(x - x.mean(axis=0)).sum() / len(x)).fit(x, y @ axes.T)
+    predicted = states(start.projection, store, rows, layout) @ start.loadings.T
+    np.testing.assert_allclose(predicted, ridge.predict(x) @ axes, atol=5e-3)
+    np.testing.assert_allclose(start.prior, dense(store, layout, "target").mean(axis=0), atol=1e-5)
 
 
-def test_rna2atac_loadings_are_one_newton_step_from_the_prior(tiny_data):
+def test_held_out_states_predict_as_if_the_cell_had_not_been_fitted_to(expression):
+    """Close to what refitting without each cell gives, and far from what the fit says of its own cells."""
+    store, layout, start = expression
+    rows = np.arange(store.n_cells)
+    matrix = CellRows.of(store, rows).read(layout)
+    axes = start.target_states.axes.astype(np.float64)
+    u = axis_scores(matrix.y, start.prior, start.scale, axes)
+    x = start.projection.features(matrix.x).toarray().astype(np.float64)
+    alpha = np.square(x - x.mean(axis=0)).sum() / len(x)
+    left_out = np.stack([
+        Ridge(alpha=alpha).fit(np.delete(x, i, 0), np.delete(u, i, 0)).predict(x[[i]])[0] for i in range(25)
+    ])  # fmt: skip
+    z = states(start.projection, store, rows, layout)
+    readout = start.target_states.readout
+    found = (held_out_states(z, u, start.target_states) @ readout)[:25]
+    own = (z @ readout)[:25]
+    assert np.square(found - left_out).mean() < 0.1 * np.square(own - left_out).mean()
+
+
+def test_conjugate_gradients_solve_all_columns():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(30, 30))
+    a = a @ a.T + 5 * np.eye(30)
+    wanted = rng.normal(size=(30, 4))
+    found = conjugate_gradients(lambda v: a @ v, wanted, np.zeros((30, 4)))
+    np.testing.assert_allclose(found, np.linalg.solve(a, wanted), atol=1e-3)
+
+
+def test_leverage_is_the_mean_share_of_a_cells_own_target():
+    rng = np.random.default_rng(0)
+    x = sp.csr_matrix(rng.random((200, 50)) * (rng.random((200, 50)) < 0.3), dtype=np.float32)
+    _, leverage = CellRidge(x, rng.normal(size=(200, 2)), rng).fit(1.0)
+    centred = x.toarray() - x.mean(axis=0)
+    kernel = np.asarray(centred @ centred.T)
+    exact = np.trace(kernel @ np.linalg.inv(kernel + np.trace(kernel) / 200 * np.eye(200))) / 200
+    assert leverage == pytest.approx(exact, abs=0.02)
+
+
+def test_axes_of_too_few_cells():
+    assert target_axes(sp.csr_matrix(np.eye(1, 7)), np.ones(7), 0).shape == (7, 0)
+    assert target_axes(sp.csr_matrix(np.eye(3, 7)), np.ones(7), 0).shape == (7, 2)
+
+
+def test_accessibility_without_unevenness_is_ridge_regression(accessibility):
+    """Given a penalty, a is the middle one; with a = 0 the loadings are those of scikit-learn's ridge."""
+    store, layout, start = accessibility
+    rows = np.arange(store.n_cells)
+    z, y = states(start.projection, store, rows, layout).astype(np.float64), dense(store, layout, "target")
+    sums, sd = (
+        Sums.over(CellRows.of(store, rows), start.projection, layout),
+        start.projection.sd.double().numpy(),
+    )
+    loadings = solve(sums, sd, Penalty(5, 0.7, 0.0))
+    p = 1 / (1 + np.exp(-start.prior.astype(np.float64)))
+    shrink = sd / sd[0]
+    ridge = Ridge(alpha=0.7 * len(z), fit_intercept=False).fit(z * shrink, y - p)
+    np.testing.assert_allclose(loadings * (p * (1 - p))[:, None], ridge.coef_ * shrink, atol=1e-5)
+    np.testing.assert_array_equal(start.loadings, solve(sums, sd, Penalty(5, 1.0, 0.5)))
+
+
+def test_full_unevenness_is_one_newton_step_from_the_prior(accessibility):
     """Gradient and Hessian of the ridge-penalised log-likelihood by automatic differentiation."""
-    store = CellStore.open(find_split(tiny_data["rna2atac"], "train"))
+    store, layout, start = accessibility
     rows = np.arange(store.n_cells)
-    counts = count_features(store, rows, "rna2atac")
-    layout = make_layout(counts, "rna2atac", store)
-    start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=5, ridge=7.0, seed=0)
+    sums, sd = (
+        Sums.over(CellRows.of(store, rows), start.projection, layout),
+        start.projection.sd.double().numpy(),
+    )
+    loadings = solve(sums, sd, Penalty(5, 0.7, 1.0))
     z = torch.from_numpy(states(start.projection, store, rows, layout)).double()
     target = torch.from_numpy(dense(store, layout, "target")).double()
-    penalty = 7.0 * (start.projection.sd[0] / start.projection.sd).double()
+    p = 1 / (1 + np.exp(-start.prior.astype(np.float64)))
+    penalty = torch.from_numpy(0.7 * len(z) * (p * (1 - p)).mean() * (sd[0] / sd) ** 2)
     for f in (0, 11, 40):
 
         def negative_log_likelihood(b, f=f):
@@ -101,8 +194,41 @@ def test_rna2atac_loadings_are_one_newton_step_from_the_prior(tiny_data):
         zero = torch.zeros(5, dtype=torch.float64)
         gradient = torch.autograd.functional.jacobian(negative_log_likelihood, zero)
         hessian = torch.autograd.functional.hessian(negative_log_likelihood, zero)
-        newton = -torch.linalg.solve(hessian, gradient)
-        np.testing.assert_allclose(start.loadings[f], newton.numpy(), rtol=0.02, atol=2e-3)
+        np.testing.assert_allclose(loadings[f], -torch.linalg.solve(hessian, gradient), rtol=0.02, atol=2e-3)
+
+
+def test_states_need_not_be_white(accessibility):
+    """Cells that the projection was not fitted to: the normal equations are solved with their own ZᵀZ."""
+    store, layout, start = accessibility
+    rows = np.arange(store.n_cells)
+    z = states(start.projection, store, rows, layout).astype(np.float64)
+    chosen = rows[z[:, 0] > 0]
+    z, sd = z[chosen], start.projection.sd.double().numpy()
+    assert np.abs(z.T @ z / len(z) - np.eye(5)).max() > 0.2
+    sums = Sums.over(CellRows.of(store, chosen), start.projection, layout)
+    p = 1 / (1 + np.exp(-sums.prior().astype(np.float64)))
+    y = dense(store, layout, "target")[chosen]
+    system = z.T @ z + len(z) * 0.5 * np.diag((sd[0] / sd) ** 2)
+    wanted = np.linalg.solve(system, z.T @ (y - p)) / (p * (1 - p))
+    np.testing.assert_allclose(solve(sums, sd, Penalty(5, 0.5, 0.0)), wanted.T, rtol=1e-3, atol=1e-4)
+
+
+def test_sums_of_parts_are_sums_of_all(accessibility):
+    store, layout, start = accessibility
+    rows = np.arange(store.n_cells)
+    whole = Sums.over(CellRows.of(store, rows), start.projection, layout)
+    parts = [Sums.over(CellRows.of(store, part), start.projection, layout) for part in (rows[:50], rows[50:])]
+    np.testing.assert_allclose((parts[0] + parts[1]).cross, whole.cross, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose((parts[0] + parts[1]).prior(), start.prior, atol=1e-6)
+
+
+def test_the_link_is_log_odds_below_and_a_share_of_the_odds_above():
+    x = torch.tensor([-2.0, -0.1, 0.0, 0.1, 2.0], requires_grad=True)
+    np.testing.assert_allclose(
+        change_of_log_odds(x).detach(), [-2, -0.1, 0, np.log(1.1), np.log(3)], rtol=1e-6
+    )
+    change_of_log_odds(x).sum().backward()
+    np.testing.assert_allclose(x.grad[[0, 1, 3, 4]], [1, 1, 1 / 1.1, 1 / 3], rtol=1e-6)
 
 
 def test_features_are_counted(fitted):
@@ -114,44 +240,59 @@ def test_features_are_counted(fitted):
     assert counts.n_seen.sum() == (y > 0).sum()
 
 
-def test_validation_chooses_no_rank_where_inputs_say_nothing(tiny_data):
-    """Targets of other cells: the mean profile is best, and `auto` finds that."""
-    store = CellStore.open(find_split(tiny_data["atac2rna"], "train"))
+class Shuffled:
+    """A store whose expression is that of other cells."""
 
-    class Shuffled:
-        path, reference, n_cells = store.path, store.reference, store.n_cells
-        atac = staticmethod(store.atac)
-        order = np.random.default_rng(1).permutation(store.n_cells)
+    def __init__(self, store):
+        self.path, self.reference, self.n_cells, self.atac = (
+            store.path,
+            store.reference,
+            store.n_cells,
+            store.atac,
+        )
+        self._store, self._order = store, np.random.default_rng(1).permutation(store.n_cells)
 
-        def rna(self, rows):
-            return store.rna(self.order[rows])
-
-    rows = np.random.default_rng(0).permutation(store.n_cells)
-    train, val = rows[30:], rows[:30]
-    counts = count_features(Shuffled(), train, "atac2rna")
-    layout = make_layout(counts, "atac2rna", Shuffled())
-    start = fit_linear(Shuffled(), train, Shuffled(), val, layout, counts, rank=5, ridge="auto", seed=0)
-    signal = fit_linear(store, train, store, val, layout, counts, rank=5, ridge="auto", seed=0)
-    assert signal.rank > 0
-    assert np.abs(start.loadings).mean() < 0.5 * np.abs(signal.loadings).mean()
+    def rna(self, rows):
+        return self._store.rna(self._order[rows])
 
 
 @pytest.mark.parametrize("direction", ["atac2rna", "rna2atac"])
-def test_some_targets_choose_for_all(direction, tiny_data, monkeypatch):
-    """Rank and penalty are those that the drawn targets would choose alone; loadings are of every target."""
+def test_validation_chooses_little_where_inputs_say_nothing(direction, tiny_data):
+    """Targets of other cells: nearly the mean profile is best, and `auto` finds that."""
     store = CellStore.open(find_split(tiny_data[direction], "train"))
+    rows = np.random.default_rng(0).permutation(store.n_cells)
+    moved = []
+    for cells in (store, Shuffled(store)):
+        layout, start = fit(
+            cells, rows[30:], CellRows.of(cells, rows[:30]), direction=direction, ridge="auto"
+        )  # fmt: skip
+        moved.append(np.square(states(start.projection, store, rows, layout) @ start.loadings.T).mean())
+    assert moved[1] < 0.6 * moved[0]
+
+
+def test_some_targets_choose_for_all(tiny_data, monkeypatch):
+    """Rank and penalty are those that the drawn targets would choose alone; loadings are of every target."""
+    store = CellStore.open(find_split(tiny_data["rna2atac"], "train"))
     rows = np.arange(store.n_cells)
-    counts = count_features(store, rows, direction)
-    layout = make_layout(counts, direction, store)
-    data = store, rows[:120], store, rows[120:], layout, counts
-    monkeypatch.setattr(closed_form, "SELECTION_TARGETS", 40)
-    start = fit_linear(*data, rank=5, ridge="auto", seed=0)
-    given = fit_linear(*data, rank=5, ridge=start.ridge, seed=0)
+    monkeypatch.setattr(closed_form, "SELECTION_VALUES", 40 * (len(rows) - 120))
+    layout, start = fit(
+        store, rows[:120], CellRows.of(store, rows[120:]), direction="rna2atac", ridge="auto"
+    )  # fmt: skip
+    sums = Sums.over(CellRows.of(store, rows[:120]), start.projection, layout)
+    penalty = Penalty(start.rank, start.ridge, start.unevenness)
+    np.testing.assert_array_equal(start.loadings, solve(sums, start.projection.sd.double().numpy(), penalty))
     assert start.loadings.shape == (len(layout.target_index), 5)
-    np.testing.assert_array_equal(start.loadings[:, : start.rank], given.loadings[:, : start.rank])
     assert not start.loadings[:, start.rank :].any()
-    monkeypatch.setattr(closed_form, "SELECTION_TARGETS", len(layout.target_index) - 1)
-    assert abs(np.log(fit_linear(*data, rank=5, ridge="auto", seed=0).ridge / start.ridge)) < np.log(50)
+
+
+def test_a_sample_keeps_stores_apart(tiny_data):
+    store = CellStore.open(find_split(tiny_data["rna2atac"], "train"))
+    both = CellRows.of(store, np.arange(50)) + CellRows.of(store, np.arange(60, 90))
+    some = both.sample(40, np.random.default_rng(0))
+    assert len(some) == 40
+    assert set(some.parts[0][1]) <= set(range(50))
+    assert set(some.parts[1][1]) <= set(range(60, 90))
+    assert len(both.sample(1000, np.random.default_rng(0))) == 80
 
 
 def test_projection_does_not_depend_on_the_batch(fitted):
@@ -181,13 +322,13 @@ def test_a_projection_of_fewer_cells_than_components_is_cut():
     assert fit_projection(cells, "atac", 32, 0).components.shape == (9, 4)
 
 
-def test_the_penalty_shrinks():
-    product, prior, scale = np.ones((3, 4)), np.full(4, -2.0), np.ones(4)
-    for direction in ("atac2rna", "rna2atac"):
-        loose, tight = (
-            np.abs(solve(product, prior, scale, 100, np.full(3, r), direction)) for r in (1, 1000)
-        )
-        assert (tight < loose).all()
+def test_the_penalty_shrinks(accessibility):
+    store, layout, start = accessibility
+    sums = Sums.over(CellRows.of(store, np.arange(store.n_cells)), start.projection, layout)
+    sd = start.projection.sd.double().numpy()
+    loose, tight = (np.square(solve(sums, sd, Penalty(5, r, 0.5))).sum(axis=1) for r in (0.1, 10))
+    assert (tight < loose).all()
+    assert not solve(sums, sd, Penalty(0, 1.0, 0.0)).any()
 
 
 def test_pace_is_the_share_of_explained_variance():

@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from sklearn.linear_model import Ridge
 
 from cisformer.data.batches import read_modality
 from cisformer.data.store import CellStore, find_split
 from cisformer.model import closed_form_cis
-from cisformer.model.closed_form import count_features, fit_linear, states
+from cisformer.model.closed_form import CellRows, StartOptions, count_features, fit_linear
 from cisformer.model.closed_form_cis import Windows, fit_local, weight_variance
+from cisformer.model.projection import states
+from cisformer.model.target_states import axis_scores, held_out_states
 from cisformer.training.closed_form_start import make_layout
 
 
@@ -18,7 +21,7 @@ def parts(tiny_data):
     rows = np.arange(store.n_cells)
     counts = count_features(store, rows, "atac2rna")
     layout = make_layout(counts, "atac2rna", store)
-    start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=5, ridge=7.0, seed=0)
+    start = fit_linear(CellRows.of(store, rows), CellRows(()), layout, counts, StartOptions(5, 1.0, 0))
     return store, layout, start, Windows.of(store.reference, layout, 250_000)
 
 
@@ -40,16 +43,18 @@ def test_weights_equal_dense_ridge_on_what_the_components_leave(parts, monkeypat
     store, layout, start, windows = parts
     monkeypatch.setattr(closed_form_cis, "PENALTIES", (20.0,))
     rows = np.arange(store.n_cells)
-    fit = fit_local(store, rows, store, rows, layout, start, windows, 0)
+    fit = fit_local(CellRows.of(store, rows), CellRows.of(store, rows), layout, start, windows, 0)
     z = states(start.projection, store, rows, layout).astype(np.float64)
     x = read_modality(store, rows, "atac").toarray()[:, layout.input_index].astype(np.float64)
     y = read_modality(store, rows, "rna").toarray()[:, layout.target_index].astype(np.float64)
     x = x - x.mean(axis=0)
-    x = x - z @ (z.T @ x) / len(z)
+    x = x - z @ np.linalg.lstsq(z, x, rcond=None)[0]
+    u = axis_scores(sp.csr_matrix(y), start.prior, start.scale, start.target_states.axes)
+    known = held_out_states(z, u, start.target_states)
     for gene in np.unique(windows.gene)[:5]:
         pairs = np.flatnonzero(windows.gene == gene)
         root = np.sqrt(weight_variance(windows.distance[pairs]))
-        residual = (y[:, gene] - start.prior[gene]) / start.scale[gene] - z @ start.loadings[gene]
+        residual = (y[:, gene] - start.prior[gene]) / start.scale[gene] - known @ start.loadings[gene]
         ridge = Ridge(alpha=20.0, fit_intercept=False).fit(x[:, windows.ccre[pairs]] * root, residual)
         np.testing.assert_allclose(fit.weight[pairs], ridge.coef_ * root, atol=1e-3)
 
@@ -59,13 +64,13 @@ def test_bias_and_loadings_keep_mean_and_linear_path(parts, monkeypatch):
     store, layout, start, windows = parts
     monkeypatch.setattr(closed_form_cis, "PENALTIES", (20.0,))
     rows = np.arange(store.n_cells)
-    fit = fit_local(store, rows, store, rows, layout, start, windows, 0)
+    fit = fit_local(CellRows.of(store, rows), CellRows.of(store, rows), layout, start, windows, 0)
     z = states(start.projection, store, rows, layout).astype(np.float64)
     x = read_modality(store, rows, "atac").toarray()[:, layout.input_index].astype(np.float64)
     spread = np.zeros((len(layout.target_index), x.shape[1]))
     spread[windows.gene, windows.ccre] = fit.weight
     free = x - x.mean(axis=0)
-    free = free - z @ (z.T @ x) / len(z)
+    free = free - z @ np.linalg.lstsq(z, free, rcond=None)[0]
     np.testing.assert_allclose(x @ spread.T + fit.bias + z @ fit.loadings.T, free @ spread.T, atol=1e-3)
 
 
@@ -82,5 +87,7 @@ def test_cells_that_say_nothing_get_a_strong_penalty(parts):
             return store.rna(self.order[rows])
 
     rows = rng.permutation(store.n_cells)
-    fit = fit_local(Shuffled(), rows[40:], Shuffled(), rows[:40], layout, start, windows, 0)
+    fit = fit_local(
+        CellRows.of(Shuffled(), rows[40:]), CellRows.of(Shuffled(), rows[:40]), layout, start, windows, 0
+    )
     assert fit.penalty >= 300

@@ -34,7 +34,7 @@ def test_the_file_is_a_valid_anndata_without_x(path, rna, tiny_checkpoints):
     assert is_compact(adata)
     assert adata.obs_names.tolist() == rna.obs_names.tolist()
     unseen = ~adata.var["seen_in_training"].to_numpy(bool)
-    assert np.isneginf(adata.var["intercept"].to_numpy()[unseen]).all()
+    assert np.isneginf(adata.var["prior"].to_numpy()[unseen]).all()
 
 
 def test_probabilities_are_exact(path, full):
@@ -44,10 +44,12 @@ def test_probabilities_are_exact(path, full):
     np.testing.assert_allclose(prediction[5:9, 100:300], full[5:9, 100:300], atol=1e-6)
 
 
-def test_distances_between_states_are_distances_between_logits(path, full, tiny_checkpoints):
+def test_distances_between_states_are_those_inside_the_link(path, full, tiny_checkpoints):
     adata = ad.read_h5ad(path)
     seen = adata.var["seen_in_training"].to_numpy(bool)
     logits = np.log(full[:, seen].astype(np.float64) / (1 - full[:, seen]))
+    logits -= adata.var["prior"].to_numpy(np.float64)[seen]
+    logits = np.where(logits > 0, np.expm1(logits), logits)
     difference = adata.obsm[STATES][:1] - adata.obsm[STATES][1:]
     wanted = np.linalg.norm(logits[:1] - logits[1:], axis=1)
     np.testing.assert_allclose(np.linalg.norm(difference, axis=1), wanted, rtol=1e-3)

@@ -199,6 +199,8 @@ def test_the_commands_of_the_readme_run(tiny_files, tiny_config, tmp_path):
         ["bash", "-euo", "pipefail", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "index.html").is_file()
+    assert (tmp_path / "out" / "cisformer_link" / "links.tsv.gz").is_file()
     made = {path.name for path in (tmp_path / "output" / "cisformer_link").iterdir()}
     assert "links.tsv.gz" in made
     assert any(name.endswith(".interact") for name in made)

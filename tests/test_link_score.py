@@ -117,13 +117,13 @@ def test_ccre_profiles_are_slopes_on_the_states(tiny_checkpoints, store):
     model = tiny_checkpoints["atac2rna"].model
     batch = encode_input(read_modality(store, np.arange(store.n_cells), "atac"), model.layout, None, None)
     with torch.no_grad():
-        z = model.cell_states(batch).double().numpy()
+        z = model.cell_states(batch)[:, model.projection.principal].double().numpy()
         x = np.zeros((store.n_cells, len(model.layout.input_index)))
         cell = np.repeat(np.arange(batch.n_cells), np.diff(batch.indptr.numpy()))
         n_open = np.diff(batch.indptr.numpy())
-        x[cell, batch.index.numpy()] = np.log1p(
-            1e4 * model.projection.idf.numpy()[batch.index] / n_open[cell]
-        )
+        x[cell, batch.index.numpy()] = 1.0
+        x *= model.projection.weight.numpy()
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
     _, ccre = state_profiles(model, float(np.median(n_open)))
     slope = (x - x.mean(0)).T @ (z - z.mean(0)) / len(z)
     length = np.linalg.norm(slope, axis=1) * np.linalg.norm(ccre, axis=1)

@@ -17,11 +17,11 @@ ORDER = {
         "pairing", "shards", "manifest", "store", "preprocess", "inspect", "batches",
     ],
     "model": [
-        "attention", "closed_form", "closed_form_cis", "cis",
+        "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cis",
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
     ],
     "training": ["loss_plot", "split", "closed_form_start", "loop"],
-    "prediction": ["cells", "compact", "predict", "groups", "tracks", "transfer"],
+    "prediction": ["cells", "compact", "predictor", "predict", "groups", "tracks", "transfer"],
     "links": [
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
         "benchmark", "plot",

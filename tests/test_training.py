@@ -9,15 +9,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 from cisformer.config import dump_config
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
 from cisformer.model.checkpoint import load_checkpoint
-from cisformer.model.closed_form import count_features, fit_linear, learn_from
+from cisformer.model.closed_form import Penalty, Sums, solve
+from cisformer.model.projection import states
 from cisformer.runtime import device
 from cisformer.training import loop
-from cisformer.training.closed_form_start import make_layout
+from cisformer.training.closed_form_start import both_sides
 from cisformer.training.loop import mixed_precision, train
 from cisformer.training.split import CellSplit, validation_batches
 
@@ -61,39 +63,44 @@ def test_best_is_its_epoch_with_the_closed_form_of_all_cells(direction, tiny_che
     epoch = load_checkpoint(best.folder.parent / f"epoch{best.metrics['epoch']}")
     cells = CellSplit.open(tiny_data[direction], None, direction, 0)
     assert best.metrics["n_validation_cells_folded_in"] == cells.val.n_cells
-    rank, ridge = best.metrics["linear_rank"], best.metrics["linear_ridge"]
-    pairs = [(cells.train, cells.train_rows), (cells.val, cells.val_rows)]
-    closed = [
-        learn_from(
-            parts, epoch.model.projection, epoch.layout, epoch.model.scale.numpy(), rank=rank, ridge=ridge
+    train, val = both_sides(cells)
+    if direction == "rna2atac":
+        sd = epoch.model.projection.sd.double().numpy()
+        penalty = Penalty(*(best.metrics[f"linear_{key}"] for key in ("rank", "ridge", "unevenness")))
+        before, after = (
+            Sums.over(part, epoch.model.projection, epoch.layout) for part in (train, train + val)
+        )  # fmt: skip
+        np.testing.assert_allclose(best.model.prior, after.prior(), atol=1e-6)
+        np.testing.assert_allclose(
+            best.model.state_loadings() - epoch.model.state_loadings(),
+            solve(after, sd, penalty) - solve(before, sd, penalty),
+            atol=1e-5,
         )
-        for parts in (pairs[:1], pairs)
-    ]
-    np.testing.assert_allclose(best.model.prior, closed[1][0], atol=1e-6)
-    np.testing.assert_allclose(
-        (best.model.state_loadings() - epoch.model.state_loadings())[:, :rank],
-        closed[1][1] - closed[0][1],
-        atol=1e-5,
-    )
     untouched = [n for n, p in epoch.model.named_parameters() if n != "loadings"]
     assert all(torch.equal(dict(best.model.named_parameters())[n], dict(epoch.model.named_parameters())[n])
                for n in untouched)  # fmt: skip
 
 
-def test_learning_from_two_stores_is_learning_from_their_cells_together(tiny_data):
-    store = CellStore.open(find_split(tiny_data["atac2rna"], "train"))
-    rows = np.arange(store.n_cells)
-    counts = count_features(store, rows, "atac2rna")
-    layout = make_layout(counts, "atac2rna", store)
-    start = fit_linear(store, rows, store, rows[:0], layout, counts, rank=4, ridge=5.0, seed=0)
-    options = {"rank": 4, "ridge": 5.0}
-    together = learn_from([(store, rows)], start.projection, layout, start.scale, **options)
-    apart = learn_from(
-        [(store, rows[:50]), (store, rows[50:])], start.projection, layout, start.scale, **options
-    )
-    np.testing.assert_allclose(together[0], apart[0], atol=1e-5)
-    np.testing.assert_allclose(together[1], apart[1], atol=1e-5)
-    np.testing.assert_allclose(together[1], start.loadings, atol=1e-5)
+def test_folding_in_gives_the_regression_of_all_cells(tiny_checkpoints, tiny_data):
+    """Scores of the same components of expression, by scikit-learn's ridge on training and validation cells."""
+    best = tiny_checkpoints["atac2rna"]
+    epoch = load_checkpoint(best.folder.parent / f"epoch{best.metrics['epoch']}")
+    model, layout = best.model, best.layout
+    train, val = both_sides(CellSplit.open(tiny_data["atac2rna"], None, "atac2rna", 0))
+    matrix = (train + val).read(layout)
+    y = matrix.y.toarray().astype(np.float64)
+    np.testing.assert_allclose(model.prior, y.mean(axis=0), atol=1e-5)
+    own = ~model.projection.principal.numpy()
+    axes = model.target_axes.numpy()[:, own].astype(np.float64)
+    x = model.projection.features(matrix.x).toarray().astype(np.float64)
+    alpha = best.metrics["linear_ridge"] * np.square(x - x.mean(axis=0)).sum() / len(x)
+    ridge = Ridge(alpha=alpha).fit(x, ((y - model.prior.numpy()) / model.scale.numpy()) @ axes)
+    z = np.concatenate([states(model.projection, store, rows, layout) for store, rows in (train + val).parts])
+    np.testing.assert_allclose(z @ model.readout.numpy()[:, own], ridge.predict(x), atol=2e-2)
+    change = (model.readout - epoch.model.readout).numpy()[:, own]
+    found = model.state_loadings() - epoch.model.state_loadings()
+    np.testing.assert_allclose(found, axes @ change.T, atol=1e-5)
+    assert np.abs(change).max() > 0
 
 
 def test_training_lowers_the_training_loss(tiny_data, tiny_config, tmp_path):

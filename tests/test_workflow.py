@@ -20,7 +20,7 @@ from cisformer.errors import CisformerError, InputError, OutputExistsError, Stor
 from cisformer.runtime.journal import FILE, Journal
 from cisformer.workflow import ALL_CELLS, RunOptions
 
-N_STEPS = 8
+N_STEPS = 9
 HEADINGS = ("What was found", "How good the models are", "Links", "Files", "Next")
 
 
@@ -46,7 +46,7 @@ def again(whole, tmp_path):
 
 def steps(done):
     """Title → whether it was done already, as the log says."""
-    found = re.findall(r"^step \d of 8, ([^:\n]+)(: done already)?$", done.stderr, re.M)
+    found = re.findall(r"^step \d of 9, ([^:\n]+)(: done already)?$", done.stderr, re.M)
     return {title: bool(already) for title, already in found}
 
 
@@ -85,7 +85,10 @@ def test_the_counts_of_links_are_those_of_the_table(whole):
     table = pd.read_csv(folder / "cisformer_link" / "links.tsv.gz", sep="\t")
     assert f"{len(table):,} pairs" in done.stdout
     assert f"{(table.fdr <= 0.05).sum():,} of them" in done.stdout
+    assert f"{(table.score >= 0.5).sum():,} have a score" in done.stdout
     assert f"-g {table.gene_name[table.score.idxmax()]} " in done.stdout
+    assert "cells of all splits" in " ".join(steps(done))
+    assert sum(json.loads((folder / "cisformer_link" / "cell_num.json").read_text()).values()) == 160
     assert set(table.cell_type) == set(json.loads((folder / "cisformer_link" / "cell_num.json").read_text()))
 
 
@@ -127,7 +130,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_as_one_that_was_not_killed(
     done = command(*arguments, "--groupby", "cell_type", "-o", folder)
     assert done.returncode == 0, done.stderr
     assert redone(done)[0] == "train ATAC→RNA"
-    assert len(redone(done)) == 5
+    assert len(redone(done)) == 6
     assert "resuming" in done.stderr
     assert len(list(folder.glob("models/*_atac2rna"))) == 1
     same = [(where / "cisformer_link" / "links.tsv.gz").read_bytes() for where in (folder, whole[0])]

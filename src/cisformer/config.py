@@ -79,10 +79,13 @@ class Model(Section):
     )
     num_latents: Positive = Field(16, description="cis: latent tokens that summarise a cell.")
     emb_rank: Positive = Field(64, description="cis: width of gene and cCRE embeddings.")
-    linear_rank: Positive = Field(32, description="cis: most principal components in the linear path.")
+    linear_rank: Positive = Field(
+        32, description="cis: most principal components of the input in the linear path."
+    )
     linear_ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="cis: penalty of the closed-form start; 'auto' takes the best on validation cells.",
+        description="cis: penalty of the closed-form start, over the variance of the input; 'auto' takes the best "
+        "on validation cells.",
     )
     cis_window: Annotated[WholeNumber, Field(le=10_000_000)] = Field(
         250_000, description="cis: a gene attends to open cCREs within this many bp of its body."

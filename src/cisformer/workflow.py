@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 ALL_CELLS = "all cells"
 """The one cell type of cells without types."""
 DATA, MODELS, EVALUATION, INSPECTED = "data", "models", "evaluation", "inspect.json"
-SIGNIFICANT = 0.05
-"""Largest false discovery rate of the links that the summary counts."""
+SIGNIFICANT, LIKELY = 0.05, 0.5
+"""Largest false discovery rate, and smallest score, of the links that the summary counts."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class RunOptions:
     preset
         Size of the models.
     epochs
-        Most epochs of training; as the preset says where it is `None`.
+        Maximum number of epochs; `None` takes the preset's.
     seed
         Random seed of the split, of training, evaluation and links.
     """
@@ -130,7 +130,7 @@ def run(
         Size of the models: ``"small"`` trains in minutes on a laptop, and has predicted no worse than ``"default"``
         on sets of up to 10,000 cells.
     epochs
-        Most epochs of training; as the preset says by default.
+        Maximum number of epochs; by default the preset's.
     seed
         Random seed of the split, of training, evaluation and links.
     force
@@ -239,6 +239,7 @@ class _Workflow:
             yield _step("train", direction, model, self.train)
         for direction in DIRECTIONS:
             yield _step("evaluate", direction, model | labels, self.evaluate)
+        yield Step("gather", "gather the cells of all splits", cells, self.gather)
         yield Step("link", "link cCREs to genes", model | types, self.link)
 
     def _preprocessing(self) -> dict[str, str]:
@@ -263,15 +264,15 @@ class _Workflow:
         told = ("modality", "n_cells", "n_features", "values")
         return {"files": [INSPECTED], "found": [{key: file[key] for key in told} for file in report["files"]]}
 
-    def preprocess(self, direction: Direction) -> Facts:
-        """Align and split the cells."""
+    def preprocess(self, direction: Direction, *, manually: bool = False) -> Facts:
+        """Align and split the cells; `manually` leaves them together."""
         from cisformer.data.preprocess import preprocess
 
         stores = preprocess(
             self.rna, self.atac, self.folder / DATA, direction=direction, reference=self.options.reference,
-            config=self.preset[direction], seed=self.options.seed, gtf=self.options.gtf, force=True,
+            config=self.preset[direction], seed=self.options.seed, gtf=self.options.gtf, manually=manually, force=True,
         )  # fmt: skip
-        reference = stores["train"].reference
+        reference = next(iter(stores.values())).reference
         return {
             "files": [f"{DATA}/{store.path.name}" for store in stores.values()],
             "n_cells": {split: store.n_cells for split, store in stores.items()},
@@ -311,27 +312,35 @@ class _Workflow:
         files = [str(path.relative_to(self.folder).as_posix()) for path in (page, numbers)]
         return {"files": files, "verdict": report.verdict, "standing": report.standing}
 
+    def gather(self) -> Facts:
+        """Write the cells of all splits together: rare types need every cell, and no link is judged on test cells."""
+        return self.preprocess("atac2rna", manually=True) if self._can_link else {"files": []}
+
     def link(self) -> Facts:
         """Link cCREs to genes, or say why that cannot be."""
-        if self.journal.facts("preprocess_atac2rna")["n_genes_placed"] == 0:
+        if not self._can_link:
             return {"files": [], "skipped": "no gene has coordinates, so no cCRE is near any"}
         from cisformer.links.score import link
 
-        cells = self.folder / DATA / "atac2rna_train"
+        cells = self.folder / self.journal.facts("gather")["files"][0]
         folder = link(
             self._model("atac2rna"), cells, self.types, self.folder, seed=self.options.seed, force=True
         )
         return {"files": [folder.name]} | _count_links(folder / "links.tsv.gz")
+
+    @property
+    def _can_link(self) -> bool:
+        return bool(self.journal.facts("preprocess_atac2rna")["n_genes_placed"])
 
     def _model(self, direction: Direction) -> Path:
         return self.folder / str(self.journal.facts(f"train_{direction}")["model"])
 
 
 def _count_links(path: Path) -> Facts:
-    """Count scored pairs and significant ones, and name the gene of the highest score."""
+    """Count scored pairs, significant and likely ones, and name the gene of the highest score."""
     import pandas as pd
 
-    n_pairs, n_significant, best_score, best_gene = 0, 0, float("-inf"), ""
+    n_pairs, n_significant, n_likely, best_score, best_gene = 0, 0, 0, float("-inf"), ""
     missing = {"score": [""], "fdr": [""]}  # a gene may be called NA
     tables = pd.read_csv(
         path, sep="\t", usecols=["gene_name", *missing], keep_default_na=False, na_values=missing,
@@ -340,10 +349,12 @@ def _count_links(path: Path) -> Facts:
     for table in tables:
         n_pairs += len(table)
         n_significant += int((table["fdr"] <= SIGNIFICANT).sum())
+        n_likely += int((table["score"] >= LIKELY).sum())
         if table["score"].max() > best_score:
             top = table.loc[table["score"].idxmax()]
             best_score, best_gene = float(top["score"]), str(top["gene_name"])
-    return {"n_pairs": n_pairs, "n_significant": n_significant, "best_gene": best_gene}
+    counts = {"n_pairs": n_pairs, "n_significant": n_significant, "n_likely": n_likely}
+    return counts | {"best_gene": best_gene}
 
 
 # ---------------------------------------------------------------------------------------------- cell types

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.command("data_preprocess", context_settings=CONTEXT)
 @click.option("-r", "--rna", required=True, help="RNA counts: .h5ad, .h5mu, or a 10x .h5 file.")
-@click.option("-a", "--atac", required=True, help="ATAC peaks, likewise; may be the same file.")
+@click.option("-a", "--atac", required=True, help="ATAC peaks: the same kinds of file; may be the same file.")
 @click.option("-c", "--config", help="Config file. [default: cisformer_config/<direction>_config.yaml]")
 @click.option("-s", "--save_dir", default=".", show_default=True, help="Save directory.")
 @click.option("--cnt", type=LENIENT_INT, default=10_000, show_default=True,
@@ -38,7 +38,11 @@ if TYPE_CHECKING:
     help="Keep groups of this obs column together.",
 )
 @click.option(
-    "--seed", type=LENIENT_INT, default=0, show_default=True, help="Of the split and the shuffling."
+    "--seed",
+    type=LENIENT_INT,
+    default=0,
+    show_default=True,
+    help="Random seed of the split and of the shuffling.",
 )
 @click.option(
     "--write-h5ad", "--write_h5ad", is_flag=True, help="Write the aligned test cells as h5ad files too."

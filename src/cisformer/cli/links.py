@@ -101,7 +101,9 @@ def atac2rna_link(
               help="Format.  [default: by the name of the output]")  # fmt: skip
 @click.option("--fdr", type=float, help="Largest false discovery rate.")
 @click.option("--min_score", type=float, help="Smallest score.")
-@click.option("--top_per_gene", type=LENIENT_INT, help="Only so many best links of a gene in a cell type.")
+@click.option(
+    "--top_per_gene", type=LENIENT_INT, help="Maximum number of links per gene and cell type: the strongest."
+)
 @click.option("--cell_type", "cell_types", multiple=True, help="Only this cell type; may be repeated.")
 @_FORCE
 def export_links(output: str, force: bool, **options: Any) -> None:
@@ -123,7 +125,7 @@ def export_links(output: str, force: bool, **options: Any) -> None:
 @click.option("--reference", help="human, mouse or a folder: where genes are, if the truth has no distance.")
 @click.option("--min_distance", type=LENIENT_INT, default=0, show_default=True,
               help="Leave out pairs nearer than this, such as promoters.")  # fmt: skip
-@click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Random seed of the bootstrap.")
 @_FORCE
 def evaluate_links(
     output: str | None, reference: str | None, min_distance: int, force: bool, **options: Any
@@ -149,7 +151,9 @@ def evaluate_links(
 @click.option("-o", "--output", help="Figure to write: .png, .svg or .pdf.  [default: <gene>_links.png]")
 @click.option("--cell_type", "cell_types", multiple=True, help="Only this cell type; may be repeated.")
 @click.option("--min_score", default=0.05, show_default=True, help="Smallest score to draw.")
-@click.option("--top", type=LENIENT_INT, default=10, show_default=True, help="Most links per cell type.")
+@click.option(
+    "--top", type=LENIENT_INT, default=10, show_default=True, help="Maximum number of links per cell type."
+)
 @click.option("--region", help="What to show: chrom:start-end.  [default: as far as links reach]")
 @_FORCE
 def plot_links(gene: str, output: str | None, force: bool, **options: Any) -> None:
@@ -166,14 +170,20 @@ def plot_links(gene: str, output: str | None, force: bool, **options: Any) -> No
 
 @click.command("simulate", context_settings=CONTEXT)
 @click.option("-o", "--output_dir", required=True, help="Output directory.")
-@click.option("--n_cells", type=LENIENT_INT, default=2000, show_default=True, help="Cells.")
-@click.option("--n_genes", type=LENIENT_INT, default=5000, show_default=True, help="Genes.")
+@click.option("--n_cells", type=LENIENT_INT, default=2000, show_default=True, help="Number of cells.")
+@click.option("--n_genes", type=LENIENT_INT, default=5000, show_default=True, help="Number of genes.")
 @click.option("--n_ccres", type=LENIENT_INT, default=40_000, show_default=True, help="cCREs.")
-@click.option("--n_types", type=LENIENT_INT, default=8, show_default=True, help="Cell types.")
+@click.option("--n_types", type=LENIENT_INT, default=8, show_default=True, help="Number of cell types.")
 @click.option("--mode", type=click.Choice(MODES), default="contact", show_default=True,
               help="How links are drawn; see the page on links.")  # fmt: skip
 @click.option("--reference", default="human", show_default=True, help="Where genes and cCREs are drawn from.")
-@click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Same seed, same cells.")
+@click.option(
+    "--seed",
+    type=LENIENT_INT,
+    default=0,
+    show_default=True,
+    help="Random seed: the same seed gives the same cells.",
+)
 @_FORCE
 def simulate(output_dir: str, force: bool, **options: Any) -> None:
     """Simulate paired cells with planted cCRE-gene links."""

@@ -61,7 +61,7 @@ def _training_options(command: Any) -> Any:
         click.option("-n", "--name", required=True, help="Project name."),
         click.option("-s", "--save", default="./save", show_default=True, help="Save directory."),
         click.option("-c", "--config_file", help="Config file.  [default: cisformer_config/<direction>_config.yaml]"),
-        click.option("-m", "--model_parameters", help="Load previous model: a checkpoint to go on from."),
+        click.option("-m", "--model_parameters", help="Load previous model: a checkpoint to continue from."),
         click.option("--resume", help="Finish an interrupted run: its folder under the save directory."),
         shared_options,
     )):  # fmt: skip

@@ -141,7 +141,7 @@ def encode_input(
     Parameters
     ----------
     max_len
-        Most tokens a cell shows to attention; `None` for all.
+        Maximum number of tokens per cell that attention sees; `None` for all.
     rng
         Draws the tokens of longer cells. Without it the choice is fixed and depends on the cell alone: the highest
         expressed genes, or evenly spaced open cCREs.

@@ -86,7 +86,7 @@ def split_cells(n_cells: int, seed: int, groups: NDArray[np.object_] | None = No
     n_cells
         Number of cells.
     seed
-        Of the draw.
+        Random seed of the draw.
     groups
         The group (donor, batch) of each cell; groups are kept whole, as near to the shares as they allow.
         Where only one is left to train on, validation cells are drawn from within it.

@@ -81,7 +81,7 @@ def preprocess(
         The task configuration; how cells are to be sampled is noted in the manifest, with ``multiple = 1``
         for validation and test.
     cnt
-        Most training cells in a shard.
+        Maximum number of training cells per shard.
     batch_size, num_workers
         Blocks of `batch_size` x `num_workers` cells are read and aligned at once, by `num_workers` threads
         (at most one per processor).
@@ -92,7 +92,7 @@ def preprocess(
     split_by
         Column of `obs` (donor, batch) whose groups are kept together by the split.
     seed
-        Of the split and the shuffling.
+        Random seed of the split and of the shuffling.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
     force

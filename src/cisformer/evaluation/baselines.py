@@ -1,4 +1,5 @@
-"""What a model has to beat: mean profile, cell-type mean, nearest neighbours, PCA-ridge, and a mask oracle.
+"""What a model has to beat: mean profile, cell-type mean, nearest neighbours, PCA-ridge, kernel ridge, and a mask
+oracle.
 
 They are meant to be strong. Each sees what the model sees, the input modality of the training cells and of
 the cell to predict, and chooses its settings (number of neighbours, metric, penalty, number of components,
@@ -13,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +27,8 @@ N_COMPONENTS = 50
 TUNING_SHARE = 0.1
 MOST_TUNING_CELLS = 500
 MOST_TUNING_FEATURES = 4000
+MOST_LANDMARKS, MOST_COEFFICIENTS = 600, 40_000_000
+"""Of kernel ridge: cells that the others are compared with, and coefficients of all features."""
 
 
 # ---------------------------------------------------------------------------------------------- normalisation
@@ -286,7 +290,43 @@ class PcaRidge:
         return self.training.product(left, right, self.training.mean)
 
 
-Kind = type[MeanProfile] | type[CellTypeMean] | type[NearestNeighbours] | type[PcaRidge]
+@dataclass(frozen=True)
+class KernelRidge:
+    """Ridge regression on a Gaussian kernel of the principal components, by Nyström features.
+
+    Components keep their variance, and depth has the variance of the first, as in `PcaRidge`; the width of the kernel
+    is in units of the mean squared distance of two cells. Source: Williams and Seeger (2001).
+    """
+
+    training: TrainingCells
+    settings: dict[str, Any]
+
+    @cached_property
+    def _map(self) -> Any:
+        from sklearn.kernel_approximation import Nystroem
+
+        points = self._points(self.training.cells)
+        n_targets = self.training.target.shape[1]
+        size = min(MOST_LANDMARKS, max(50, MOST_COEFFICIENTS // n_targets), len(points))
+        gamma = self.settings["gamma"] / (2 * points.var(axis=0).sum())
+        return Nystroem(gamma=gamma, n_components=size, random_state=0).fit(points)
+
+    def _points(self, cells: CellsToPredict) -> np.ndarray:
+        depth = (cells.depth - self.training.cells.depth.mean()) / max(self.training.cells.depth.std(), 1e-9)
+        return np.column_stack([cells.components, depth * self.training.cells.components.std(axis=0).max()])
+
+    def predict(self, cells: CellsToPredict) -> Product:
+        """Return mean + features @ coefficients, which minimise squared error / n + penalty × their squares."""
+        design = self._map.transform(self._points(self.training.cells))
+        centre = design.mean(axis=0)
+        design = design - centre
+        gram = design.T @ design + self.settings["penalty"] * len(design) * np.eye(design.shape[1])
+        coefficients = np.linalg.solve(gram, (self.training.target.T @ design).T)
+        left = (self._map.transform(self._points(cells)) - centre).astype(np.float32)
+        return self.training.product(left, coefficients.astype(np.float32), self.training.mean)
+
+
+Kind = type[MeanProfile] | type[CellTypeMean] | type[NearestNeighbours] | type[PcaRidge] | type[KernelRidge]
 
 GRIDS: dict[str, tuple[Kind, dict[str, Iterable[Any]]]] = {
     "mean profile": (MeanProfile, {}),
@@ -304,6 +344,7 @@ GRIDS: dict[str, tuple[Kind, dict[str, Iterable[Any]]]] = {
         PcaRidge,
         {"n_components": (10, 20, 50), "penalty": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)},
     ),
+    "kernel ridge": (KernelRidge, {"gamma": (0.1, 0.3, 1.0), "penalty": (0.001, 0.003, 0.01, 0.03, 0.1)}),
 }
 """Each baseline by its name, with the settings it chooses from."""
 
@@ -369,7 +410,7 @@ def fit_baselines(
     labels
         Cell type of each cell; without at least two there is no cell-type mean.
     seed
-        Of the choice of tuning cells.
+        Random seed of the choice of tuning cells.
     names
         Which baselines.
     """

@@ -95,17 +95,6 @@ class Case:
             test_input=None if self.test_input is None else self.test_input[kept],
         )
 
-    def sample(self, most_cells: int, most_features: int, seed: int) -> Case:
-        """Return the case with a random part of its cells and features, where it has more."""
-        rng = np.random.default_rng([seed, 2])
-        n_cells, n_features = self.truth.shape
-        case = self
-        if n_features > most_features:
-            case = case.with_features(np.sort(rng.choice(n_features, most_features, replace=False)))
-        if n_cells > most_cells:
-            case = case.with_cells(np.sort(rng.choice(n_cells, most_cells, replace=False)))
-        return case
-
 
 # ---------------------------------------------------------------------------------------------- from files
 
@@ -211,7 +200,6 @@ def case_of_store(
     *,
     split: str = "test",
     cell_type: str | None = None,
-    most_cells: int | None = None,
     **options: Any,
 ) -> Case:
     """Predict a split of a preprocessed data set and match it.
@@ -226,8 +214,6 @@ def case_of_store(
         "test", or "val".
     cell_type
         Column of the cells' annotation.
-    most_cells
-        Predict a random sample where there are more cells.
     options
         For `cisformer.predict`.
     """
@@ -239,11 +225,10 @@ def case_of_store(
     if store is None:
         raise StoreError(f"{data} holds no {split} cells", hint="run data_preprocess without --manually")
     check_reference(store.reference, checkpoint.reference, f"data {store.path}")
-    test = Rows.of(store, most_cells)
+    test = Rows.of(store)
     n_values = len(test.rows) * len(checkpoint.layout.target_index)
     floor = PROBABILITY_FLOOR if n_values <= MANY_VALUES else 10 * PROBABILITY_FLOOR
-    source = store.path if len(test.rows) == store.n_cells else test.input_cells(direction)
-    result = predict(checkpoint, source, min_prob=floor, **options)
+    result = predict(checkpoint, store.path, min_prob=floor, **options)
     # Baselines get the validation cells as well: they too choose their settings.
     others = (
         _open_split(data, name, direction) for name in (("train",) if split == "val" else ("train", "val"))
@@ -263,12 +248,9 @@ class Rows:
     rows: np.ndarray
 
     @classmethod
-    def of(cls, store: CellStore, most: int | None = None) -> Rows:
-        """Return all cells of a store, or a random sample of `most`, the same each time."""
-        rows = np.arange(store.n_cells)
-        if most is not None and most < len(rows):
-            rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
-        return cls(store, rows)
+    def of(cls, store: CellStore) -> Rows:
+        """Return all cells of a store."""
+        return cls(store, np.arange(store.n_cells))
 
     def read(self, direction: Direction) -> tuple[sp.csr_matrix, sp.csr_matrix]:
         """Return (raw input, target in the units of the task)."""
@@ -279,14 +261,6 @@ class Rows:
     def info(self) -> pd.DataFrame:
         """Annotation of the cells."""
         return self.store.cell_info.iloc[self.rows]
-
-    def input_cells(self, direction: Direction) -> AnnData:
-        """Return the input modality alone."""
-        from anndata import AnnData
-
-        reference = self.store.reference
-        names = reference.gene_labels if direction == "rna2atac" else reference.ccre_labels
-        return AnnData(self.read(direction)[0], obs=self.info, var=pd.DataFrame(index=names.astype(str)))
 
 
 def _open_split(data: str | Path, split: Any, direction: Direction) -> CellStore | None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cisformer.config import Direction
-from cisformer.data.store import find_split
 from cisformer.evaluation.baselines import ORACLE, Baselines, fit_baselines, mask_oracle
 from cisformer.evaluation.case import Case, case_of_files, case_of_store
 from cisformer.evaluation.figures import figure_data
@@ -34,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "cisformer-evaluation"
 FORMAT_VERSION = 1
-QUICK_CELLS, QUICK_FEATURES = 500, 5_000
 PACKAGES = ("numpy", "scipy", "scikit-learn", "anndata", "torch")
 
 
@@ -70,7 +68,8 @@ class EvaluationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in types that JSON has; what is not defined is None."""
-        return _plain({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+        plain: dict[str, Any] = _plain({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)})
+        return plain
 
     def write_json(self, path: str | Path) -> Path:
         """Write `to_dict` as JSON, atomically."""
@@ -128,7 +127,7 @@ def evaluate(
     training_log
         A training run's `metrics.jsonl`, for its curves.
     seed
-        Of the bootstrap and of the baselines' choices.
+        Random seed of the bootstrap and of the baselines' choices.
 
     Returns
     -------
@@ -177,14 +176,14 @@ def evaluate_model(
     training_log
         `metrics.jsonl` of the training run; looked for beside the checkpoint unless given.
     seed
-        Of the bootstrap and of the baselines' choices.
+        Random seed of the bootstrap and of the baselines' choices.
     **options
         For `predict`, such as `device`.
 
     Returns
     -------
     EvaluationReport
-        As of `evaluate`.
+        See `evaluate`.
 
     Raises
     ------
@@ -213,7 +212,6 @@ def evaluate_case(
     facts: Mapping[str, Any] | None = None,
     training_log: str | Path | None = None,
     seed: int = 0,
-    quick: bool = False,
     started: float | None = None,
 ) -> EvaluationReport:
     """Score a matched prediction and baselines; the core of `evaluate` and `evaluate_model`.
@@ -229,15 +227,11 @@ def evaluate_case(
     training_log
         A training run's `metrics.jsonl`.
     seed
-        Of the bootstrap and of the baselines' choices.
-    quick
-        On at most 500 cells and 5,000 features, without figures.
+        Random seed of the bootstrap and of the baselines' choices.
     started
         `time.perf_counter()` when work began.
     """
     started = time.perf_counter() if started is None else started
-    if quick:
-        case = case.sample(QUICK_CELLS, QUICK_FEATURES, seed)
     baselines = _baselines(case, seed)
     predictions: dict[str, Matrix] = {MODEL: case.predicted, **(others or {})}
     if baselines is not None:
@@ -245,7 +239,7 @@ def evaluate_case(
         predictions |= baselines.predict(case.test_input, case.labels)
     if case.direction == "atac2rna":
         predictions[ORACLE] = mask_oracle(case.truth)
-    truth = _truth(case, baselines, seed, quick)
+    truth = _truth(case, baselines, seed)
     measured = {}
     for name, predicted in predictions.items():
         logger.info("scoring %s", name)
@@ -258,7 +252,7 @@ def evaluate_case(
         standing,
         {name: {key: asdict(m.interval(key)) for key in m.value} for name, m in measured.items()},
         [{**asdict(c), "outcome": c.outcome} for c in comparisons],
-        {} if quick else figure_data(measured, truth, training_log, seed),
+        figure_data(measured, truth, training_log, seed),
         _facts(case, baselines, facts, seed, started),
     )
 
@@ -272,9 +266,9 @@ def _baselines(case: Case, seed: int) -> Baselines | None:
     )
 
 
-def _truth(case: Case, baselines: Baselines | None, seed: int, quick: bool) -> Truth:
+def _truth(case: Case, baselines: Baselines | None, seed: int) -> Truth:
     mean = None if baselines is None else baselines.mean
-    return Truth(case.direction, case.truth, mean, case.labels, seed, n_recomputed=20 if quick else 50)
+    return Truth(case.direction, case.truth, mean, case.labels, seed)
 
 
 def _comparisons(measured: Mapping[str, Measured], direction: Direction) -> list[Comparison]:
@@ -288,28 +282,6 @@ def _comparisons(measured: Mapping[str, Measured], direction: Direction) -> list
 
 
 # ---------------------------------------------------------------------------------------------- text
-
-
-def short_summary(checkpoint: Checkpoint, data: str | Path, **options: Any) -> str:
-    """Return the short form, for use after training: headline scores beside baselines, and the verdict.
-
-    On at most 500 test cells and 5,000 features. Validation cells would flatter the model: it was chosen on
-    them, and its linear part is refitted with them.
-
-    Parameters
-    ----------
-    checkpoint
-        What training gave.
-    data
-        What training was given: a folder of `data_preprocess`, or a split in it.
-    options
-        For `cisformer.predict`, such as `device`.
-    """
-    if find_split(data, "test", checkpoint.direction) is None:
-        return f"no test cells beside {data}: not compared with baselines"
-    case = case_of_store(data, checkpoint, most_cells=QUICK_CELLS, **options)
-    report = evaluate_case(case, seed=checkpoint.config.training.SEED, quick=True)
-    return f"{report.facts['test_cells']:,} test cells, {report.facts['features']:,} features:\n{report.summary()}"
 
 
 MARKS = {"better": "+", "tie": "=", "worse": "-", "": " "}

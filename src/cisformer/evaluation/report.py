@@ -152,7 +152,7 @@ def _figures(plain: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _figure(
     key: str, title: str, about: str, svgs: list[str], legend: list[dict[str, str]], **more: Any
-) -> dict:
+) -> dict[str, Any]:
     return {"key": key, "title": title, "about": about, "svgs": svgs, "legend": legend, "wide": False, **more}
 
 

@@ -120,7 +120,7 @@ class Truth:
     labels
         Cell type of each cell, or None.
     seed
-        Of the bootstrap.
+        Random seed of the bootstrap.
     n_draws, n_recomputed
         Bootstrap draws of means over cells, and of scores that have to be computed anew.
     """

@@ -303,7 +303,8 @@ def _booleans(column: pd.Series, what: str) -> np.ndarray:
     known = text.isin(["true", "1", "1.0", "yes", "false", "0", "0.0", "no"])
     if not known.all():
         raise InputError(f"{what} holds {column[~known].iloc[0]!r}", hint="wanted: TRUE or FALSE, 1 or 0")
-    return text.isin(["true", "1", "1.0", "yes"]).to_numpy()
+    truth: np.ndarray = text.isin(["true", "1", "1.0", "yes"]).to_numpy()
+    return truth
 
 
 def _universe(links: pd.DataFrame, predicted: pd.DataFrame, source: str) -> pd.DataFrame:

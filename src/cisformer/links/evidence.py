@@ -9,7 +9,6 @@ import torch
 from cisformer.data.batches import Batch
 from cisformer.links.statistics import Pairs, two_way_rank
 from cisformer.model.cis import CisModel
-from cisformer.model.closed_form import TFIDF_SCALE
 from cisformer.model.documented_task import FullTask
 
 FAINT_STATE = 1e-3
@@ -17,7 +16,7 @@ FAINT_STATE = 1e-3
 
 
 def state_profiles(model: CisModel, n_open: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return how genes [G, K] and cCREs [P, K] change with the model's white cell states.
+    """Return how genes [G, K] and cCREs [P, K] change with the model's principal cell states.
 
     cCREs: with z = x V / s for normalised accessibility x, principal axes V and their standard deviations
     s, the regression of x on z is V s; the projection holds V / s, of which the length of each column is 1
@@ -31,14 +30,16 @@ def state_profiles(model: CisModel, n_open: float) -> tuple[np.ndarray, np.ndarr
     n_open
         Open cCREs of a typical cell, which says what x of an open cCRE is.
     """
-    components = model.projection.components.double().cpu().numpy()
+    principal = model.projection.principal.cpu().numpy()
+    components = model.projection.components.double().cpu().numpy()[:, principal]
     ccre = components / np.maximum(np.square(components).sum(axis=0), 1e-30)
-    gene = model.state_loadings().double().cpu().numpy()
+    gene = model.state_loadings().double().cpu().numpy()[:, principal]
     assert model.cis is not None
-    unit = np.log1p(TFIDF_SCALE * model.projection.idf.double().cpu().numpy() / n_open)
+    unit = model.projection.open_value(n_open)
     weight = model.pair_weights().double().cpu().numpy()
     where = (model.cis.window_gene.cpu().numpy(), model.cis.window_ccre.cpu().numpy())
-    gene = gene + sp.csr_matrix((weight, where), shape=(len(gene), len(ccre))) @ (ccre / unit[:, None])
+    per_open = ccre / np.maximum(unit, 1e-9)[:, None]
+    gene = gene + sp.csr_matrix((weight, where), shape=(len(gene), len(ccre))) @ per_open
     strength = np.square(gene).sum(axis=0)
     in_use = strength > FAINT_STATE * strength.max(initial=0)
     return gene[:, in_use], ccre[:, in_use]
@@ -69,7 +70,7 @@ class AttentionSums:
         kept = place >= 0
         weight = edges.weight.mean(dim=1).cpu().numpy()
         rank = two_way_rank(
-            weight, cell, gene, ccre, *map(len, (self.model.prior, self.model.projection.idf))
+            weight, cell, gene, ccre, *map(len, (self.model.prior, self.model.projection.weight))
         )
         np.add.at(self.attention, place[kept], rank[kept])
         np.add.at(self.effect, place[kept], edges.effect.double().cpu().numpy()[kept])

@@ -180,7 +180,7 @@ class LinkWriter:
     folder
         An existing or new folder; files in it of the same names are replaced.
     reference, window_bp
-        As of `Links`.
+        See `Links`.
     formats
         Genome browser files to write beside, of the strongest links of each gene.
     record

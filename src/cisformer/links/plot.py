@@ -190,7 +190,8 @@ def _open_share(found: GeneLinks, name: str, locus: Locus) -> np.ndarray:
     """Return the share of a type's cells in which each cCRE in view is open."""
     table = found.tables[name]
     seen = (table["end"] > locus.start) & (table["start"] < locus.end)
-    return (table["n_open"][seen] / max(found.n_cells[name], 1)).to_numpy(np.float64)
+    share: np.ndarray = (table["n_open"][seen] / max(found.n_cells[name], 1)).to_numpy(np.float64)
+    return share
 
 
 def _draw_type(

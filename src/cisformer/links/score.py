@@ -151,15 +151,15 @@ def link(
     Parameters
     ----------
     checkpoint, data, cell_types
-        As of `score_links`.
+        See `score_links`.
     output_dir
         Where the folder goes. Under `accelerate launch`, processes share the cell types.
     window_bp, max_cells, covariates, donor, genes, region, seed
-        As of `score_links`.
+        See `score_links`.
     formats
         Genome browser files to write as well, of each gene's strongest links: "bedpe", "interact", "longrange".
     device
-        As of `score_links`.
+        See `score_links`.
     force
         Replace an existing folder.
 

@@ -57,6 +57,16 @@ class Checkpoint:
     metrics: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
+    def __repr__(self) -> str:
+        """One line: what it predicts, of how many features, and where it is."""
+        kind = self.config.model.architecture
+        epoch = self.metrics.get("epoch")
+        return (
+            f"Checkpoint({self.direction}, {kind}, {len(self.layout.input_index):,} → "
+            f"{len(self.layout.target_index):,} features, reference {self.reference.name!r}, epoch {epoch}, "
+            f"folder {str(self.folder)!r})"
+        )
+
     @property
     def layout(self) -> Layout:
         """The features that the model knows."""
@@ -81,7 +91,7 @@ def save_checkpoint(checkpoint: Checkpoint, folder: str | Path, *, force: bool =
     with atomic_folder(folder, force=force) as temporary:
         save_file(tensors, temporary / WEIGHTS)
         (temporary / CONFIG).write_text(dump_config(checkpoint.config), encoding="utf-8")
-        if checkpoint.reference.name not in BUILT_IN:
+        if not checkpoint.reference.is_built_in:
             save_reference(checkpoint.reference, temporary / REFERENCE)
         manifest = _manifest(checkpoint, *(sha256_file(temporary / name) for name in (WEIGHTS, CONFIG)))
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -288,7 +298,8 @@ def _check_config(saved: Config, wanted: Config, folder: Path) -> None:
 
 def _load_reference(manifest: dict[str, Any], folder: Path) -> Reference:
     name = manifest["reference"]["name"]
-    reference = load_reference(name if name in BUILT_IN else folder / REFERENCE)
+    own = folder / REFERENCE  # a user may call a reference human
+    reference = load_reference(own if own.is_dir() or name not in BUILT_IN else name)
     if reference.fingerprint != manifest["reference"]["fingerprint"]:
         raise ReferenceMismatchError(
             f"checkpoint {folder} was made with another version of reference '{name}'",

@@ -1,12 +1,12 @@
 """The default architecture: a linear model, a latent transformer and cis attention, added on the link scale.
 
-    eta[i, f] = prior[f] / scale[f] + pace[f] (bias[f] + <z[i] + h[i], B[f]> + cis[i, f])
+    eta[i, f] = prior[f] / scale[f] + link(pace[f] (bias[f] + <z[i] + h[i], B[f]> + cis[i, f]))
 
-z are white principal components of the cell's input (fixed, followed by zeros up to the embedding's width), B starts
-in closed form in their columns, h comes from latents that attend to the cell's tokens and moves the cell in the same
-space, and cis (ATAC→RNA only) comes from the open cCREs near each gene: a weight per pair, started in closed form,
-and attention. h and the attention start at exactly zero: the untrained model *is* the linear one. The pace, fixed,
-is how far training may move a target: `linear.pace_of`.
+The link is the identity for ATAC→RNA, `closed_form.change_of_log_odds` for RNA→ATAC. z are fixed states of the cell
+(`projection`), B starts in closed form in their columns, h comes from latents that attend to the cell's tokens and
+moves the cell in the same space, and cis (ATAC→RNA only) comes from the open cCREs near each gene: a weight per pair,
+started in closed form, and attention. h and the attention start at exactly zero: the untrained model *is* the closed
+form. The pace, fixed, is how far training may move a target: `closed_form.pace_of`.
 
 Shapes: B cells, N tokens, P distinct tokens, L latents, R embedding width, K components, F targets, E edges, H heads,
 D head width.
@@ -25,11 +25,15 @@ from torch.nn import functional as F
 from cisformer.config import Config, Model
 from cisformer.data.batches import Batch, Layout, dense_targets, places, ragged_rows, rows_of
 from cisformer.model.attention import Block, Dropout, LatentPool, segment_softmax
-from cisformer.model.closed_form import LinearStart, Projection, link_loss, pace_of
+from cisformer.model.closed_form import LinearStart, change_of_log_odds, link_loss, pace_of
 from cisformer.model.closed_form_cis import DISTANCE_EDGES_BP, LocalStart, Windows
+from cisformer.model.projection import Projection
+from cisformer.model.target_states import TargetStates
 
 LOADING_STD = 0.05
 """Of loadings beyond the linear start, where only h reaches them."""
+MOST_LEVERAGE = 0.5
+"""Of a training cell in the closed form of a cCRE."""
 CELL_KEY_DIM = 16
 """Width in which a cell's state meets the cCREs; narrow, since every open cCRE of a batch carries it."""
 PAIRS_AT_ONCE = 200_000
@@ -196,7 +200,7 @@ class CisPath(nn.Module):
         for name in ("indptr", "gene", "ccre", "distance_bin"):
             array = torch.from_numpy(getattr(windows, name))
             self.register_buffer(f"window_{name.removeprefix('distance_')}", array, persistent=False)
-        self._all_pairs: Tensor | None = None
+        self._all_pairs: tuple[tuple[Any, ...], Tensor] | None = None
         nn.init.zeros_(self.distance_bias.weight)
         nn.init.zeros_(self.pair_value.weight)
 
@@ -204,14 +208,6 @@ class CisPath(nn.Module):
         """Switch between training and eval mode; forgets what was computed for all pairs."""
         self._all_pairs = None
         return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CisPath:
-        self._all_pairs = None  # of the device that it was on
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self._all_pairs = None  # of the weights that were
-        super()._load_from_state_dict(*args, **options)
 
     def forward(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> Tensor:
         """Return cis, float [B, S]; `column` [F] gives the place of each target among the drawn ones, or −1."""
@@ -289,14 +285,22 @@ class CisPath(nn.Module):
             pair_W, place = distinct(pair_E, len(self.pair_weight))
             slot_W = rows_of(tokens.place, rows_of(self.window_ccre, pair_W))
             return self._score_pairs(pair_W, rows_of(tokens.embedding, slot_W)), rows_of(place, pair_E)
-        if self._all_pairs is None:
-            everything = torch.arange(len(self.pair_weight), device=pair_E.device)
-            parts = [
-                self._score_pairs(part, rows_of(tokens.table, rows_of(self.window_ccre, part)))
-                for part in everything.split(PAIRS_AT_ONCE)
-            ]
-            self._all_pairs = torch.cat([tokens.table.new_zeros(0, 2 * self.heads), *parts])
-        return self._all_pairs, pair_E
+        weights = (
+            tokens.table,
+            *(m.weight for m in (self.gene, self.pair_score, self.pair_value, self.distance_bias)),
+        )
+        state = tuple((w.data_ptr(), w._version, w.device) for w in weights)
+        if self._all_pairs is None or self._all_pairs[0] != state:
+            self._all_pairs = state, self._all_pair_terms(tokens.table)
+        return self._all_pairs[1], pair_E
+
+    def _all_pair_terms(self, table: Tensor) -> Tensor:
+        everything = torch.arange(len(self.pair_weight), device=table.device)
+        parts = [
+            self._score_pairs(part, rows_of(table, rows_of(self.window_ccre, part)))
+            for part in everything.split(PAIRS_AT_ONCE)
+        ]
+        return torch.cat([table.new_zeros(0, 2 * self.heads), *parts])
 
     def _score_pairs(self, pair_W: Tensor, ccre_WR: Tensor) -> Tensor:
         product_WR = rows_of(self.gene.weight, rows_of(self.window_gene, pair_W)) * ccre_WR
@@ -318,8 +322,9 @@ def distinct(number: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def _place(z_BK: Tensor, h_BR: Tensor) -> Tensor:
-    """Return z + h, z filled with zeros up to the width of h; float [B, R]."""
-    return h_BR + F.pad(z_BK, (0, h_BR.shape[1] - z_BK.shape[1]))
+    """Return z + h, the narrower one filled with zeros; float [B, max(K, R)]."""
+    more = z_BK.shape[1] - h_BR.shape[1]
+    return F.pad(h_BR, (0, max(more, 0))) + F.pad(z_BK, (0, max(-more, 0)))
 
 
 class CisModel(nn.Module):
@@ -340,8 +345,23 @@ class CisModel(nn.Module):
         self.register_buffer("prior", torch.zeros(n_target))
         self.register_buffer("scale", torch.ones(n_target))
         self.register_buffer("pace", torch.ones(n_target))
+        self.hat_basis: Tensor
+        self.hat_values: Tensor
+        self.hat_ridge: Tensor
+        if windows is None:
+            self.register_buffer("hat_basis", torch.zeros(rank, rank))
+            self.register_buffer("hat_values", torch.ones(rank))
+            self.register_buffer("hat_ridge", torch.ones(n_target))
+        self.target_axes: Tensor
+        self.readout: Tensor
+        self.leverage: Tensor
+        if windows is not None:
+            self.register_buffer("target_axes", torch.zeros(n_target, rank))
+            self.register_buffer("readout", torch.zeros(rank, rank))
+            self.register_buffer("leverage", torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(n_target))
-        self.loadings = nn.Parameter(torch.empty(n_target, model.emb_rank).normal_(std=LOADING_STD))
+        width = max(model.emb_rank, rank)
+        self.loadings = nn.Parameter(torch.empty(n_target, width).normal_(std=LOADING_STD))
         self.encoder = CellEncoder(n_input, rank, layout.input_modality == "rna", model)
         self.cis = None if windows is None else CisPath(n_target, windows, model)
 
@@ -363,6 +383,11 @@ class CisModel(nn.Module):
             model.scale.copy_(torch.from_numpy(start.scale))
             model.pace.copy_(torch.from_numpy(pace_of(start.loadings)))
             model.loadings[:, :rank] = torch.from_numpy(start.loadings) / model.pace[:, None]
+            if start.hat is not None:
+                for name in ("basis", "values", "ridge"):
+                    getattr(model, f"hat_{name}").copy_(torch.from_numpy(getattr(start.hat, name)))
+            if start.target_states is not None:
+                model.set_target_states(start.target_states)
             if model.cis is not None and local is not None:
                 model.add_to_loadings(local.loadings)
                 model.bias.copy_(torch.from_numpy(local.bias) / model.pace)
@@ -372,12 +397,54 @@ class CisModel(nn.Module):
 
     @property
     def rank(self) -> int:
-        """Components of the linear path."""
-        return self.projection.components.shape[1]
+        """States of the linear path, K."""
+        return self.projection.rank
+
+    @torch.no_grad()
+    def set_target_states(self, found: TargetStates) -> None:
+        """Keep what `held_out_states` and folding in need; zero columns for principal components."""
+        own = self.rank - found.axes.shape[1]
+        self.target_axes[:, own:] = torch.from_numpy(found.axes)
+        self.readout[:, own:] = torch.from_numpy(found.readout)
+        self.leverage.fill_(found.leverage)
+
+    @torch.no_grad()
+    def held_out_states(self, batch: Batch, z_BK: Tensor) -> Tensor:
+        """Return what the states of training cells would be, had the closed form not been fitted to them.
+
+        See `cisformer.model.target_states`; float [B, K].
+        """
+        assert batch.target_index is not None
+        assert batch.target_indptr is not None
+        u_BK = F.embedding_bag(
+            batch.target_index, self.target_axes / self.scale[:, None], batch.target_indptr[:-1], mode="sum",
+            per_sample_weights=batch.target_value,
+        ) - (self.prior / self.scale) @ self.target_axes  # fmt: skip
+        unit = self.readout.diagonal()
+        change = (z_BK @ self.readout - u_BK) * self.leverage / (1 - self.leverage)
+        return z_BK + torch.where(unit > 0, change / unit.clamp(min=1e-12), 0.0)
+
+    @torch.no_grad()
+    def held_out_change(self, batch: Batch, z_BK: Tensor) -> Tensor:
+        """Return what the linear path would say of training cells had it not been fitted to them, less what it says.
+
+        RNA→ATAC; exact for ridge regression: (x − h t) / (1 − h) − x, with t the cell's own target and h its leverage
+        (Allen 1974); float [B, S].
+        """
+        ridge, prior, pace, loadings = (
+            drawn(x, batch) for x in (self.hat_ridge, self.prior, self.pace, self.loadings[:, : self.rank])
+        )
+        p = prior.sigmoid()
+        own_BS = (dense_targets(batch, len(self.prior)) - p) / (p * (1 - p))
+        share_BK = (z_BK @ self.hat_basis).square()
+        leverage_BS = share_BK @ (1 / (self.hat_values[:, None] + ridge))
+        leverage_BS = leverage_BS.clamp(max=MOST_LEVERAGE)
+        linear_BS = (z_BK @ loadings.T) * pace
+        return (linear_BS - own_BS) * leverage_BS / (1 - leverage_BS)
 
     @torch.no_grad()
     def state_loadings(self) -> Tensor:
-        """Return what eta changes by with each of the white cell states; float [F, K]."""
+        """Return what eta changes by with each of the cell's states; float [F, K]."""
         return self.loadings[:, : self.rank] * self.pace[:, None]
 
     @torch.no_grad()
@@ -393,7 +460,7 @@ class CisModel(nn.Module):
         return self.cis.pair_weight * self.pace[self.cis.window_gene]
 
     def cell_states(self, batch: Batch) -> Tensor:
-        """Return z, white principal components of the input; float [B, K]."""
+        """Return z, the states of the cells; float [B, K]."""
         return self.projection(batch)
 
     def compile_blocks(self) -> None:
@@ -404,6 +471,8 @@ class CisModel(nn.Module):
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tokens]:
         """Return z [B, K], h [B, R] and the batch's distinct inputs."""
         z_BK, tokens = self.projection(batch), self.encoder.tokens(batch)
+        if self.training and self.cis is not None and batch.target_index is not None:
+            z_BK = self.held_out_states(batch, z_BK)
         return z_BK, self.encoder(batch, z_BK, tokens), tokens
 
     def eta(self, batch: Batch) -> Tensor:
@@ -422,10 +491,13 @@ class CisModel(nn.Module):
         if self.cis is not None:
             column = None if batch.columns is None else places(batch.columns, len(self.prior))
             moved_BS += self.cis(batch, h_BR, tokens, column)
-        return moved_BS.mul_(pace).add_(prior)  # in place: with all cCREs of a batch, memory is what costs
+        moved_BS = moved_BS.mul_(pace)  # in place: with all cCREs of a batch, memory is what costs
+        if self.training and self.cis is None and batch.target_index is not None:
+            moved_BS = moved_BS + self.held_out_change(batch, z_BK)
+        return (change_of_log_odds(moved_BS) if self.cis is None else moved_BS).add_(prior)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the loss of each cell, float [B]; see `linear.link_loss`."""
+        """Return the loss of each cell, float [B]; see `closed_form.link_loss`."""
         target_BS = dense_targets(batch, len(self.prior))
         return link_loss(self.eta(batch), target_BS, drawn(self.scale, batch), self.layout.direction)
 
@@ -457,8 +529,11 @@ class CisModel(nn.Module):
 
     @torch.no_grad()
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """Return intercept [F] and loadings [F, R]: eta is intercept + place @ loadingsᵀ, without the cis path."""
-        return self.prior / self.scale + self.pace * self.bias, self.loadings * self.pace[:, None]
+        """Return intercept [F] and loadings [F, R]: eta is prior + link(intercept + place @ loadingsᵀ).
+
+        Without the cis path; the link of RNA→ATAC is `change_of_log_odds`.
+        """
+        return self.pace * self.bias, self.loadings * self.pace[:, None]
 
     @torch.no_grad()
     def cis_attention(self, batch: Batch) -> CisAttention:

@@ -1,76 +1,51 @@
-"""The closed-form start: prior, fixed projection to white principal components, and linear loadings.
+"""The closed-form start: prior, states and linear loadings.
 
 On the link scale (logit for accessibility, standard deviations of log1p expression for genes)
 
-    eta[i, f] = prior[f] + <z[i], loadings[f]>
+    eta[i, f] = prior[f] + link(<z[i], loadings[f]>)
 
-with z white over the training cells. ATAC→RNA: ridge regression, `Zᵀ(Y − mean) / (n + λ_k)`. RNA→ATAC: one Newton
-step of ridge logistic regression from the prior, `Zᵀ(Y[:, f] − p_f) / (n p_f (1 − p_f) + λ_k)`. Both are exact
-without solving a system because ZᵀZ = n·1. Component k of standard deviation σ_k is penalised by λ_k = λ σ_1 / σ_k:
-between ridge on white components (λ) and on the components as they are (λ σ_1² / σ_k²); its validation loss was within
-0.0001 of the best of the three in six of six comparisons (benchmarks/RESULTS.md). Since principal components are
-nested, the loadings of the first r of them are the first r columns: rank and penalty are chosen on validation cells at
-the cost of a few matrix products.
+ATAC→RNA: the link is the identity; see `cisformer.model.target_states`. RNA→ATAC: ridge regression of accessibility,
+in units of p(1 − p) so that it is a change of log odds to first order,
+
+    loadings[f] = (ZᵀZ + n λ_f D)⁻¹ Zᵀ(Y[:, f] − p_f) / (p_f (1 − p_f)),    D = diag(σ_1² / σ_k²)
+
+and the link is x below 0, log(1 + x) above: a cCRE three times as often open as on average has x = 2, and log odds of
+log 3 more. Without it a linear model of log odds overshoots at seldom open cCREs. λ_f = λ (m / p_f (1 − p_f))^a with m
+the mean of p(1 − p): a = 0 is ridge regression of frequencies, a = 1 one Newton step of ridge logistic regression.
+Rank, λ and a are chosen on validation cells. One sweep over the cells gives ZᵀZ and ZᵀY; the rest are K × K systems.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cisformer.config import Modality
-from cisformer.data.batches import Batch, Layout, ragged_rows, read_modality, row_blocks, rows_of
+from cisformer.data.batches import Layout, read_modality, row_blocks
 from cisformer.data.store import CellStore
+from cisformer.model.projection import Projection, fit_projection, states
+from cisformer.model.target_states import CellMatrix, TargetStates, fit_target_states
 
 logger = logging.getLogger(__name__)
-TFIDF_SCALE = 1e4
-PCA_CELLS = 20_000
-SELECTION_CELLS, SELECTION_TARGETS = 1_000, 50_000
-"""Most validation cells and targets of them that rank and penalty are chosen by."""
+FIT_CELLS, FIT_VALUES = 20_000, 50_000_000
+"""At most so many training cells, and values of theirs, that projections are fitted to."""
+SELECTION_CELLS, SELECTION_VALUES = 1_000, 10_000_000
+"""At most so many validation cells, and values of their targets, that rank and penalty are chosen by."""
 LEAST_PACE = 0.01
-PENALTIES = (1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 250.0, 500.0, 1_000.0, 3_000.0, 10_000.0)
-
-
-class Projection(nn.Module):
-    """Fixed map from a cell's input to white principal components; no trained parameters.
-
-    RNA enters as log1p-normalised expression, ATAC as log1p(1e4 · tf · idf) with tf = 1 / open cCREs of the cell.
-    Normalising hides how deeply a cell was sequenced, which the number of its open cCREs shares: for RNA input, the
-    log number of expressed genes stands beside the others, with the spread of the largest component.
-    """
-
-    def __init__(self, n_input: int, rank: int, modality: Modality) -> None:
-        super().__init__()
-        self.modality = modality
-        self.components: Tensor
-        self.offset: Tensor
-        self.depth: Tensor
-        self.idf: Tensor
-        self.register_buffer("components", torch.zeros(n_input, rank))
-        self.register_buffer("offset", torch.zeros(rank))
-        self.register_buffer("depth", torch.zeros(rank))
-        self.sd: Tensor
-        self.register_buffer("idf", torch.ones(n_input))
-        self.register_buffer("sd", torch.ones(rank))
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return z, float32 [B, rank]."""
-        weight = batch.value
-        if self.modality == "atac":
-            n_open = batch.indptr.diff().to(weight.dtype)
-            cell = ragged_rows(batch.indptr, len(batch.index))
-            weight = torch.log1p(TFIDF_SCALE * rows_of(self.idf, batch.index) / rows_of(n_open, cell))
-        pooled = F.embedding_bag(
-            batch.index, self.components, batch.indptr[:-1], mode="sum", per_sample_weights=weight
-        )
-        n_found = batch.indptr.diff().to(pooled.dtype)
-        return pooled + torch.log1p(n_found)[:, None] * self.depth - self.offset
+PENALTIES = (0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
+"""λ over the variance of the largest component."""
+UNEVENNESS = (0.0, 0.5, 1.0)
+"""a: how much more seldom open cCREs are penalised."""
+RANKS = (4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
@@ -108,9 +83,13 @@ class LinearStart:
     prior, scale
         Per target: mean on the link scale, and the unit in which `loadings` act; float32 [F].
     loadings
-        float32 [F, rank]; zero columns beyond the chosen rank.
+        float32 [F, K]; zero columns beyond the chosen rank.
     rank, ridge
         What validation chose; rank 0 is the mean profile.
+    unevenness
+        a of the penalty, RNA→ATAC only.
+    target_states, hat
+        The ATAC→RNA model that the loadings are of; or what they were solved with, RNA→ATAC.
     """
 
     projection: Projection
@@ -119,10 +98,110 @@ class LinearStart:
     loadings: np.ndarray
     rank: int
     ridge: float
+    unevenness: float = 0.0
+    target_states: TargetStates | None = None
+    hat: Hat | None = None
+
+
+@dataclass(frozen=True)
+class CellRows:
+    """Cells of one or two stores: a store and rows of it, each."""
+
+    parts: tuple[tuple[CellStore, np.ndarray], ...]
+
+    @classmethod
+    def of(cls, store: CellStore, rows: np.ndarray) -> CellRows:
+        """Return cells of one store."""
+        return cls(((store, rows),))
+
+    def __add__(self, other: CellRows) -> CellRows:
+        return CellRows(self.parts + other.parts)
+
+    def __len__(self) -> int:
+        return sum(len(rows) for _, rows in self.parts)
+
+    def sample(self, most: int, rng: np.random.Generator) -> CellRows:
+        """Return at most `most` of the cells, in their order."""
+        chosen = np.sort(rng.choice(len(self), min(len(self), most), replace=False))
+        first, parts = 0, []
+        for store, rows in self.parts:
+            here = chosen[(chosen >= first) & (chosen < first + len(rows))] - first
+            parts.append((store, rows[here]))
+            first += len(rows)
+        return CellRows(tuple(parts))
+
+    def read(self, layout: Layout) -> CellMatrix:
+        """Return normalised input and target of all of the cells, known features only."""
+        sides = ((layout.input_modality, layout.input_index), (layout.target_modality, layout.target_index))
+        return CellMatrix(*(
+            sp.vstack([read_modality(store, rows, side)[:, index] for store, rows in self.parts], format="csr")
+            for side, index in sides
+        ))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one sweep over cells leaves of them, RNA→ATAC.
+
+    Attributes
+    ----------
+    n_cells
+        Number of cells.
+    open_
+        In how many of them each target is open; float64 [F].
+    z, gram, cross
+        Sum of z [K], ZᵀZ [K, K], and ZᵀY [K, F]; float64.
+    """
+
+    n_cells: int
+    open_: np.ndarray
+    z: np.ndarray
+    gram: np.ndarray
+    cross: np.ndarray
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @classmethod
+    def over(cls, cells: CellRows, projection: Projection, layout: Layout) -> Sums:
+        """Sweep over cells once."""
+        rank, n_targets = projection.rank, len(layout.target_index)
+        n, open_, z_sum = 0, np.zeros(n_targets), np.zeros(rank)
+        gram, cross = np.zeros((rank, rank)), np.zeros((rank, n_targets))
+        for store, rows in cells.parts:
+            for part in row_blocks(rows):
+                z = states(projection, store, part, layout).astype(np.float64)
+                y = read_modality(store, part, layout.target_modality)[:, layout.target_index]
+                n, open_, z_sum = (
+                    n + len(part),
+                    open_ + np.asarray(y.sum(axis=0)).ravel(),
+                    z_sum + z.sum(axis=0),
+                )
+                gram, cross = gram + z.T @ z, cross + (y.T @ z).T
+        return cls(n, open_, z_sum, gram, cross)
+
+    def prior(self) -> np.ndarray:
+        """Return the logit of the frequencies, smoothed by one cell of the mean frequency; float32 [F]."""
+        return smoothed_logit(self.open_, self.n_cells)
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """How loadings are penalised: rank, λ, a; see the module."""
+
+    rank: int
+    ridge: float
+    unevenness: float
+
+
+def smoothed_logit(n_open: np.ndarray, n_cells: int) -> np.ndarray:
+    """Return the logit of frequencies smoothed by one cell of the mean frequency; float32, shape of `n_open`."""
+    smooth = (n_open + n_open.mean() / n_cells) / (n_cells + 1)
+    return np.log(smooth / (1 - smooth)).astype(np.float32)
 
 
 def count_features(store: CellStore, rows: np.ndarray, direction: str) -> FeatureCounts:
-    """Go over the training cells once and count what is seen in them."""
+    """Go over cells once and count what is seen in them."""
     modalities: tuple[Modality, Modality] = ("atac", "rna") if direction == "atac2rna" else ("rna", "atac")
     sizes = {"rna": store.reference.n_genes, "atac": store.reference.n_ccres}
     n_open = np.zeros(sizes[modalities[0]], np.int64)
@@ -138,103 +217,82 @@ def count_features(store: CellStore, rows: np.ndarray, direction: str) -> Featur
     return FeatureCounts(len(rows), n_open, total, squares, n_seen)
 
 
-def fit_projection(cells: sp.csr_matrix, modality: Modality, rank: int, seed: int) -> Projection:
-    """Fit the projection to normalised cells [n, n_input] by truncated SVD, with depth, centred and whitened.
-
-    One component more than wanted is computed, since the first of an uncentred SVD is mostly the mean.
-    Source: Halko, Martinsson, Tropp (2011) randomised SVD as in scikit-learn; TF-IDF as in Cusanovich et al. (2015).
-    """
-    from sklearn.decomposition import TruncatedSVD
-
-    rank = max(1, min(rank, min(cells.shape) - 2))
-    projection = Projection(cells.shape[1], rank, modality)
-    if modality == "atac":
-        n_open = np.bincount(cells.indices, minlength=cells.shape[1])
-        projection.idf = torch.from_numpy(np.log1p(cells.shape[0] / np.maximum(n_open, 1)).astype(np.float32))
-        n_found = np.diff(cells.indptr)
-        weight = TFIDF_SCALE * projection.idf.numpy().take(cells.indices)
-        weight /= np.repeat(n_found.astype(np.float32), n_found)
-        cells = sp.csr_matrix((np.log1p(weight, out=weight), cells.indices, cells.indptr), cells.shape)
-    svd = TruncatedSVD(min(rank + 1, min(cells.shape) - 1), random_state=seed, n_iter=7)
-    scores = svd.fit_transform(cells)
-    depth = np.log1p(np.diff(cells.indptr))
-    # Expression, as predicted, is normalised for depth; accessibility is not.
-    depth_unit = scores.std(axis=0).max() / max(depth.std(), 1e-6) if modality == "rna" else 0.0
-    scores = np.column_stack([scores, depth * depth_unit])
-    centre = scores.mean(axis=0)
-    variance, rotation = np.linalg.eigh(np.cov(scores.T, bias=True).reshape(len(centre), len(centre)))
-    largest = np.argsort(variance)[::-1][:rank]
-    sd = np.sqrt(np.maximum(variance[largest], 1e-12))
-    whiten = rotation[:, largest] / sd
-    projection.sd = torch.from_numpy(sd.astype(np.float32))
-    projection.components = torch.from_numpy((svd.components_.T @ whiten[:-1]).astype(np.float32))
-    projection.depth = torch.from_numpy((whiten[-1] * depth_unit).astype(np.float32))
-    projection.offset = torch.from_numpy((centre @ whiten).astype(np.float32))
-    return projection
-
-
-def states(projection: Projection, store: CellStore, rows: np.ndarray, layout: Layout) -> np.ndarray:
-    """Return z of the cells in `rows`, float32 [len(rows), rank]."""
-    from cisformer.data.batches import encode_input
-
-    parts = []
-    for part in row_blocks(rows):
-        cells = read_modality(store, part, layout.input_modality)
-        parts.append(projection(encode_input(cells, layout, None, None)).numpy())
-    return np.concatenate(parts)
-
-
 def link_moments(counts: FeatureCounts, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Return prior and scale of the seen targets.
+    """Return prior and scale of the seen targets; float32 [F] each.
 
-    RNA→ATAC: logit of the frequency, smoothed by one cell of the mean frequency; scale 1. ATAC→RNA: mean, and
-    standard deviation of log1p expression, pulled up towards the median one so that genes seen in a handful of
-    cells do not rule the loss.
+    RNA→ATAC: logit of the smoothed frequency; scale 1. ATAC→RNA: mean, and standard deviation of log1p expression,
+    pulled up towards the median one so that genes seen in a handful of cells do not rule the loss.
     """
     seen = layout.target_index
-    mean = counts.total[seen] / counts.n_cells
     if layout.direction == "rna2atac":
-        smooth = (counts.n_seen[seen] + mean.mean()) / (counts.n_cells + 1)
-        return np.log(smooth / (1 - smooth)).astype(np.float32), np.ones(len(seen), np.float32)
+        return smoothed_logit(counts.n_seen[seen], counts.n_cells), np.ones(len(seen), np.float32)
+    mean = counts.total[seen] / counts.n_cells
     variance = np.maximum(counts.squares[seen] / counts.n_cells - mean**2, 0)
     return mean.astype(np.float32), np.sqrt(variance + np.median(variance) + 1e-8).astype(np.float32)
 
 
-def cross_products(
-    z: np.ndarray, store: CellStore, rows: np.ndarray, layout: Layout, centre: np.ndarray
-) -> np.ndarray:
-    """Return Zᵀ(Y − centre) as float64 [rank, F], in blocks of rows."""
-    product = -np.outer(z.sum(axis=0, dtype=np.float64), centre)
-    start = 0
-    for part in row_blocks(rows):
-        target = read_modality(store, part, layout.target_modality)[:, layout.target_index]
-        product += (target.T @ z[start : start + len(part)].astype(np.float64)).T
-        start += len(part)
-    return product
+@dataclass(frozen=True)
+class Hat:
+    """The inverses (ZᵀZ + n λ_f D)⁻¹ of all targets: basis (values + ridge_f)⁻¹ basisᵀ.
+
+    Attributes
+    ----------
+    basis, values
+        float64 [K, K], zero beyond the rank, and [K].
+    ridge
+        n λ_f; float64 [F].
+    """
+
+    basis: np.ndarray
+    values: np.ndarray
+    ridge: np.ndarray
+
+    @classmethod
+    def of(cls, sums: Sums, sd: np.ndarray, penalty: Penalty) -> Hat:
+        """Decompose ZᵀZ for a penalty; `sd` is the spread of each component, largest first."""
+        rank, size = penalty.rank, len(sd)
+        p = 1 / (1 + np.exp(-sums.prior().astype(np.float64)))
+        weight = p * (1 - p)
+        basis, values = np.zeros((size, size)), np.ones(size)
+        root = sd[:rank] / sd[0]
+        found, axes = np.linalg.eigh(root[:, None] * sums.gram[:rank, :rank] * root)
+        basis[:rank, :rank], values[:rank] = root[:, None] * axes, np.maximum(found, 1e-9)
+        ridge = sums.n_cells * penalty.ridge * (weight.mean() / weight) ** penalty.unevenness
+        return cls(basis, values, ridge)
 
 
-def solve(
-    product: np.ndarray, prior: np.ndarray, scale: np.ndarray, n: int, ridge: np.ndarray, direction: str
-) -> np.ndarray:
-    """Return loadings float32 [F, rank] from `product` = Zᵀ(Y − centre) and the penalty of each component."""
-    if direction == "atac2rna":
-        return (product / scale / (n + ridge[:, None])).T.astype(np.float32)
-    p = 1 / (1 + np.exp(-prior.astype(np.float64)))
-    return (product / (n * p * (1 - p) + ridge[:, None])).T.astype(np.float32)
+def solve(sums: Sums, sd: np.ndarray, penalty: Penalty, columns: np.ndarray | None = None) -> np.ndarray:
+    """Return RNA→ATAC loadings float32 [F, K], of all targets or of some `columns`; zero beyond the rank.
+
+    One eigendecomposition serves all λ_f: with D^-½ ZᵀZ D^-½ = Q Λ Qᵀ, the inverse of ZᵀZ + n λ_f D is
+    D^-½ Q (Λ + n λ_f)⁻¹ Qᵀ D^-½.
+    """
+    every = slice(None) if columns is None else columns
+    p = 1 / (1 + np.exp(-sums.prior().astype(np.float64)))
+    hat = Hat.of(sums, sd, penalty)
+    centred = sums.cross[:, every] - np.outer(sums.z, p[every])
+    spread = hat.values[:, None] + hat.ridge[every]
+    loadings = hat.basis @ ((hat.basis.T @ centred) / spread) / (p * (1 - p))[every]
+    return np.ascontiguousarray(loadings.T, dtype=np.float32)
 
 
 def pace_of(loadings: np.ndarray) -> np.ndarray:
     """Return how far a training step may move each target, float32 [F] in [LEAST_PACE, 1].
 
-    It is the variance that the closed form explains (z is white: the squared length of the loadings), as a share of
-    what it explains of the best-explained twentieth. Adam moves every parameter equally far, however little the data
-    say of it; without a pace, targets that are seldom seen move by noise (benchmarks/RESULTS.md).
+    It is the variance that the closed form explains (states have variance 1: the squared length of the loadings), as a
+    share of what it explains of the best-explained twentieth. Adam moves every parameter equally far, however little
+    the data say of it; without a pace, targets that are seldom seen move by noise (benchmarks/RESULTS.md).
     """
     explained = np.square(loadings).sum(axis=1)
     top = np.quantile(explained, 0.95) if len(explained) else 0.0
     if top == 0:
         return np.ones(len(explained), np.float32)
     return np.clip(explained / top, LEAST_PACE, 1).astype(np.float32)
+
+
+def change_of_log_odds(x: Tensor) -> Tensor:
+    """Return x below 0 and log(1 + x) above: what a share x more of the odds adds to the logit; any shape."""
+    return x.clamp(max=0) + x.clamp(min=0).log1p()
 
 
 def link_loss(eta: Tensor, target: Tensor, scale: Tensor, direction: str) -> Tensor:
@@ -247,113 +305,89 @@ def link_loss(eta: Tensor, target: Tensor, scale: Tensor, direction: str) -> Ten
     return 0.5 * (eta - target / scale).square().mean(dim=1)
 
 
+@dataclass(frozen=True)
+class StartOptions:
+    """Most principal components, penalty (or "auto": chosen on validation cells), and seed of the samples."""
+
+    rank: int
+    ridge: float | str
+    seed: int
+
+
 def fit_linear(
-    store: CellStore,
-    train: np.ndarray,
-    val_store: CellStore,
-    val: np.ndarray,
-    layout: Layout,
-    counts: FeatureCounts,
-    *,
-    rank: int,
-    ridge: float | str,
-    seed: int,
+    train: CellRows, val: CellRows, layout: Layout, counts: FeatureCounts, options: StartOptions
 ) -> LinearStart:
-    """Fit the closed-form model to cells `train` of `store`; choose rank and penalty on cells `val` of `val_store`.
+    """Fit the closed-form model to `train` cells; choose rank and penalty on `val` cells.
 
     Parameters
     ----------
-    rank
-        Most components.
-    ridge
-        Penalty λ, or "auto" for the best of a grid on validation cells, the mean profile among it.
+    train, val
+        Cells to learn from, and to choose by; none of the latter: a middle penalty.
+    layout
+        The features seen in `train`.
+    counts
+        What `count_features` found in `train`.
+    options
+        Most components, penalty, seed.
     """
-    rng = np.random.default_rng([seed, 3])
-    sample = np.sort(rng.choice(train, min(len(train), PCA_CELLS), replace=False))
-    projection = fit_projection(
-        read_modality(store, sample, layout.input_modality)[:, layout.input_index],
-        layout.input_modality, rank, seed,
+    rng = np.random.default_rng([options.seed, 3])
+    sample = fitting_sample(train, counts, rng).read(layout)
+    projection = fit_projection(sample.x, layout.input_modality, options.rank, options.seed)
+    held_out = val.sample(SELECTION_CELLS, rng)
+    moments = link_moments(counts, layout)
+    given = None if options.ridge == "auto" else float(options.ridge)
+    if layout.direction == "atac2rna":
+        chosen = held_out.read(layout) if len(held_out) else None
+        projection, found = fit_target_states(projection, sample, chosen, moments, options.seed, given)
+        rank = found.axes.shape[1]
+        return LinearStart(projection, *moments, found.loadings, rank, found.penalty, target_states=found)
+    sums = Sums.over(train, projection, layout)
+    penalty = Penalty(projection.rank, 0.3 if given is None else given, 0.5)
+    if given is None and len(held_out):
+        penalty = _select(sums, projection, held_out, layout, rng)
+    sd = projection.sd.double().numpy()
+    return LinearStart(
+        projection, *moments, solve(sums, sd, penalty), penalty.rank, penalty.ridge, penalty.unevenness,
+        hat=Hat.of(sums, sd, penalty),
     )  # fmt: skip
-    prior, scale = link_moments(counts, layout)
-    centre = mean_of(prior, layout.direction)
-    product = cross_products(states(projection, store, train, layout), store, train, layout, centre)
-    relative = (projection.sd[0] / projection.sd).numpy()
-    best_rank, best = product.shape[0], 30.0 if ridge == "auto" else float(ridge)
-    if ridge == "auto" and len(val):
-        chosen = np.sort(rng.choice(val, min(len(val), SELECTION_CELLS), replace=False))
-        n_targets = len(layout.target_index)
-        judged = np.sort(rng.choice(n_targets, min(n_targets, SELECTION_TARGETS), replace=False))
-        part = replace(layout, target_index=layout.target_index[judged])
-        fits = {
-            penalty: solve(
-                product[:, judged],
-                prior[judged],
-                scale[judged],
-                len(train),
-                penalty * relative,
-                layout.direction,
-            )
-            for penalty in PENALTIES
-        }
-        best_rank, best = _select(fits, projection, val_store, chosen, part, prior[judged], scale[judged])
-        logger.info("linear start: %d components, penalty %g", best_rank, best)
-    loadings = solve(product, prior, scale, len(train), best * relative, layout.direction)
-    loadings[:, best_rank:] = 0
-    return LinearStart(projection, prior, scale, loadings, best_rank, best)
 
 
-def mean_of(prior: np.ndarray, direction: str) -> np.ndarray:
-    """Return the mean of each target, from its mean on the link scale."""
-    return 1 / (1 + np.exp(-prior)) if direction == "rna2atac" else prior
-
-
-def learn_from(
-    parts: list[tuple[CellStore, np.ndarray]],
-    projection: Projection,
-    layout: Layout,
-    scale: np.ndarray,
-    *,
-    rank: int,
-    ridge: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return prior [F] and loadings [F, rank] in closed form from the cells of several stores together.
-
-    Projection, rank and penalty are given, so that the same call with and without some cells says what these cells
-    add; see `fit_linear` for the rest.
-    """
-    counts = [count_features(store, rows, layout.direction) for store, rows in parts]
-    total = counts[0] if len(counts) == 1 else counts[0] + counts[1]
-    prior, _ = link_moments(total, layout)
-    centre = mean_of(prior, layout.direction)
-    product = sum(
-        cross_products(states(projection, store, rows, layout)[:, :rank], store, rows, layout, centre)
-        for store, rows in parts
-    )
-    penalty = ridge * (projection.sd[0] / projection.sd[:rank]).numpy()
-    return prior, solve(np.asarray(product), prior, scale, total.n_cells, penalty, layout.direction)
+def fitting_sample(cells: CellRows, counts: FeatureCounts, rng: np.random.Generator) -> CellRows:
+    """Return the cells that projections are fitted to: as many as `FIT_CELLS` and `FIT_VALUES` allow."""
+    values_a_cell = max(1.0, counts.n_open.sum() / counts.n_cells)
+    return cells.sample(min(FIT_CELLS, max(1_000, int(FIT_VALUES / values_a_cell))), rng)
 
 
 def _select(
-    fits: dict[float, np.ndarray],
-    projection: Projection,
-    store: CellStore,
-    val: np.ndarray,
-    layout: Layout,
-    prior: np.ndarray,
-    scale: np.ndarray,
-) -> tuple[int, float]:
-    """Return the (rank, penalty) of lowest validation loss; rank 0 is the mean profile."""
-    full = projection.components.shape[1]
-    ranks = sorted({0, full, *(r for r in (4, 8, 16, 24, 32, 48, 64, 96, 128) if r < full)})
-    losses = {(r, penalty): 0.0 for penalty in fits for r in ranks}
-    unit = torch.from_numpy(scale)
-    for part in row_blocks(val, 100):
-        z = torch.from_numpy(states(projection, store, part, layout))
-        target = read_modality(store, part, layout.target_modality)[:, layout.target_index]
-        dense = torch.from_numpy(target.toarray())
-        for penalty, loadings in fits.items():
-            eta = torch.from_numpy(prior / scale).repeat(len(part), 1)
-            for low, high in zip([0, *ranks], ranks, strict=False):
-                eta += z[:, low:high] @ torch.from_numpy(loadings[:, low:high]).T
-                losses[high, penalty] += float(link_loss(eta, dense, unit, layout.direction).sum())
-    return min(losses, key=lambda choice: losses[choice])
+    sums: Sums, projection: Projection, val: CellRows, layout: Layout, rng: np.random.Generator
+) -> Penalty:
+    """Return the penalty of lowest validation loss; rank 0 is the mean profile.
+
+    First rank and λ at the middle unevenness, then λ and unevenness at that rank.
+    """
+    n_targets = len(layout.target_index)
+    judged = np.sort(rng.choice(n_targets, min(n_targets, SELECTION_VALUES // len(val)), replace=False))
+    known = val.read(replace(layout, target_index=layout.target_index[judged]))
+    cells = np.concatenate([states(projection, store, rows, layout) for store, rows in val.parts])
+    target, z = torch.from_numpy(known.y.toarray()), torch.from_numpy(cells)
+    prior = torch.from_numpy(sums.prior()[judged])
+    sd = projection.sd.double().numpy()
+
+    def loss(choice: Penalty) -> float:
+        loadings = torch.from_numpy(solve(sums, sd, choice, judged))
+        eta = change_of_log_odds(z @ loadings.T) + prior
+        return float(link_loss(eta, target, torch.ones(1), "rna2atac").mean())
+
+    ranks = sorted({projection.rank, *(r for r in RANKS if r < projection.rank)})
+    first = _best(loss, itertools.product(ranks, PENALTIES, UNEVENNESS[1:2]))
+    best = _best(loss, itertools.product([first.rank], PENALTIES, UNEVENNESS))
+    if loss(Penalty(0, 1.0, 0.0)) <= loss(best):
+        best = Penalty(0, best.ridge, best.unevenness)
+    logger.info(
+        "linear start: %d components, penalty %g, unevenness %g", best.rank, best.ridge, best.unevenness
+    )
+    return best
+
+
+def _best(loss: Callable[[Penalty], float], choices: Iterable[Sequence[Any]]) -> Penalty:
+    return min((Penalty(*choice) for choice in choices), key=loss)

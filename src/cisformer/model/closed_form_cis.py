@@ -17,12 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.linalg import cho_factor, cho_solve
 
-from cisformer.data.batches import Layout, read_modality
+from cisformer.data.batches import Layout
 from cisformer.data.genome import signed_distance, window_pairs
 from cisformer.data.reference import Reference
-from cisformer.data.store import CellStore
-from cisformer.model.closed_form import LinearStart, states
+from cisformer.model.closed_form import CellRows, LinearStart
+from cisformer.model.projection import states
+from cisformer.model.target_states import axis_scores, held_out_states
 
 logger = logging.getLogger(__name__)
 DISTANCE_EDGES_BP = (500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000)
@@ -101,24 +103,20 @@ class _Side:
     x: sp.csc_matrix
     y: sp.csc_matrix
     z: np.ndarray
+    known: np.ndarray
+    """The states that the linear start's residual is of: of fitted cells, as if they had not been."""
 
 
 def fit_local(
-    store: CellStore,
-    train: np.ndarray,
-    val_store: CellStore,
-    val: np.ndarray,
-    layout: Layout,
-    start: LinearStart,
-    windows: Windows,
-    seed: int,
+    train: CellRows, val: CellRows, layout: Layout, start: LinearStart, windows: Windows, seed: int
 ) -> LocalStart:
-    """Fit the cis model to cells `train` of `store`; choose its penalty on cells `val` of `val_store`."""
+    """Fit the cis model to `train` cells; choose its penalty on `val` cells."""
     rng = np.random.default_rng([seed, 5])
-    fit = _read(store, _some(train, FIT_CELLS, rng), layout, start)
-    held_out = _read(val_store, _some(val, SELECTION_CELLS, rng), layout, start)
+    fit = _read(train.sample(FIT_CELLS, rng), layout, start, fitted=True)
+    held_out = _read(val.sample(SELECTION_CELLS, rng), layout, start, fitted=False)
     mean = np.asarray(fit.x.mean(axis=0)).ravel()
-    slope = (fit.x.T @ fit.z).T / len(fit.z)
+    gram = fit.z.T @ fit.z
+    slope = np.linalg.pinv(gram, hermitian=True) @ ((fit.x.T @ fit.z).T - np.outer(fit.z.sum(axis=0), mean))
     by_gene = np.argsort(windows.gene, kind="stable")
     genes, first = np.unique(windows.gene[by_gene], return_index=True)
     judged = set(_some(genes, SELECTION_GENES, rng).tolist())
@@ -128,10 +126,10 @@ def fit_local(
     pairs_of = np.split(by_gene, first[1:]) if len(genes) else []
     for gene, pair in zip(genes, pairs_of, strict=True):
         near = ccre[pair]
-        inner = _Cut(fit, near, mean, slope)
+        inner = _Cut(fit, near, mean, slope, gram)
         weight[pair] = _ridge(inner, _residual(fit, gene, start), weight_variance(windows.distance[pair]))
         if gene in judged:
-            guess = _Cut(held_out, near, mean, slope).predict(weight[pair])
+            guess = _Cut(held_out, near, mean, slope, gram).predict(weight[pair])
             losses += np.square(_residual(held_out, gene, start)[:, None] - guess).sum(axis=0)
     best = int(np.argmin(losses))
     logger.info("cis start: %d gene-cCRE pairs, penalty %g", len(weight), PENALTIES[best])
@@ -153,25 +151,30 @@ def _some(items: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
     return np.sort(rng.choice(items, min(len(items), most), replace=False))
 
 
-def _read(store: CellStore, rows: np.ndarray, layout: Layout, start: LinearStart) -> _Side:
-    x = read_modality(store, rows, layout.input_modality)[:, layout.input_index].tocsc()
-    y = read_modality(store, rows, layout.target_modality)[:, layout.target_index].tocsc()
-    return _Side(x, y, states(start.projection, store, rows, layout).astype(np.float64))
+def _read(cells: CellRows, layout: Layout, start: LinearStart, *, fitted: bool) -> _Side:
+    matrix = cells.read(layout)
+    parts = [states(start.projection, store, rows, layout) for store, rows in cells.parts]
+    z = known = np.concatenate(parts).astype(np.float64)
+    if fitted and start.target_states is not None:
+        u = axis_scores(matrix.y, start.prior, start.scale, start.target_states.axes)
+        known = held_out_states(z, u, start.target_states)
+    return _Side(matrix.x.tocsc(), matrix.y.tocsc(), z, known)
 
 
 def _residual(side: _Side, gene: int, start: LinearStart) -> np.ndarray:
     """Return what the linear start leaves of a gene, in units of its scale; float64 [n]."""
     expression = side.y[:, [gene]].toarray().ravel().astype(np.float64)
-    return (expression - start.prior[gene]) / start.scale[gene] - side.z @ start.loadings[gene].astype(
-        np.float64
-    )
+    explained = side.known @ start.loadings[gene].astype(np.float64)
+    return (expression - start.prior[gene]) / start.scale[gene] - explained
 
 
 class _Cut:
     """A few cCREs of all cells, less their mean and their regression on z, never made dense."""
 
-    def __init__(self, side: _Side, near: np.ndarray, mean: np.ndarray, slope: np.ndarray) -> None:
-        self.x, self.z = side.x[:, near], side.z
+    def __init__(
+        self, side: _Side, near: np.ndarray, mean: np.ndarray, slope: np.ndarray, states_gram: np.ndarray
+    ) -> None:
+        self.x, self.z, self.states_gram = side.x[:, near], side.z, states_gram
         self.mean, self.slope = mean[near], slope[:, near]
 
     def predict(self, weight: np.ndarray) -> np.ndarray:
@@ -179,11 +182,9 @@ class _Cut:
         return self.x @ weight - self.mean @ weight - self.z @ (self.slope @ weight)
 
     def gram(self) -> np.ndarray:
-        """Return x̃ᵀx̃; exact on the fitted cells, where z is white."""
-        n = self.x.shape[0]
-        return (
-            (self.x.T @ self.x).toarray() - n * np.outer(self.mean, self.mean) - n * self.slope.T @ self.slope
-        )
+        """Return x̃ᵀx̃, exact on the fitted cells."""
+        own = (self.x.T @ self.x).toarray() - self.x.shape[0] * np.outer(self.mean, self.mean)
+        return own - self.slope.T @ self.states_gram @ self.slope
 
     def cross(self, residual: np.ndarray) -> np.ndarray:
         """Return x̃ᵀ residual."""
@@ -191,9 +192,11 @@ class _Cut:
 
 
 def _ridge(cut: _Cut, residual: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Return the weights for every penalty, float64 [pairs, penalties], by one eigendecomposition."""
-    root = np.sqrt(variance)
-    values, vectors = np.linalg.eigh(root[:, None] * cut.gram() * root)
-    inner = vectors.T @ (root * cut.cross(residual))
-    shrunk = inner[:, None] / (np.maximum(values, 0)[:, None] + np.array(PENALTIES))
-    return root[:, None] * (vectors @ shrunk)
+    """Return the weights for every penalty, float64 [pairs, penalties]; none at an infinite one."""
+    gram, cross = cut.gram(), cut.cross(residual)
+    weights = np.zeros((len(cross), len(PENALTIES)))
+    for column, penalty in enumerate(PENALTIES):
+        if np.isfinite(penalty):
+            system = gram + np.diag(penalty / variance)
+            weights[:, column] = cho_solve(cho_factor(system, check_finite=False), cross, check_finite=False)
+    return weights

@@ -177,16 +177,15 @@ class FullTask(nn.Module):
         return F.binary_cross_entropy_with_logits(shifted, drawn.target, reduction="none").mean(dim=1)
 
     def draw(self, batch: Batch) -> Drawn:
-        """Draw targets: anew in training, by the content of the batch in eval mode."""
+        """Draw targets: anew in training; in eval mode the same for a cell whichever batch it is in."""
         assert batch.target_indptr is not None
         assert batch.target_index is not None
-        rng = None if self.training else torch.Generator().manual_seed(int(batch.index.sum()))
         if self.layout.direction == "atac2rna":
-            return self._draw_genes(batch, rng)
-        draws = [
-            _half_open(open_, len(self.prior), self.n_drawn, rng)
-            for open_ in batch.target_index.cpu().split(batch.target_indptr.diff().tolist())
-        ]
+            return self._draw_genes(batch, None if self.training else torch.Generator().manual_seed(0))
+        draws = []
+        for open_ in batch.target_index.cpu().split(batch.target_indptr.diff().tolist()):
+            rng = None if self.training else torch.Generator().manual_seed(int(open_.sum()))
+            draws.append(_half_open(open_, len(self.prior), self.n_drawn, rng))
         column, target, shift = (torch.stack(x).to(self.prior.device) for x in zip(*draws, strict=True))
         return Drawn(column, target, shift[:, None])
 
@@ -263,7 +262,12 @@ class FullTask(nn.Module):
     def _encode(self, batch: Batch, cell: int | None = None) -> list[Keys]:
         """Return the context of a batch, or of one of its cells."""
         index, value, indptr = attended_tokens(batch)
-        count = counts_of(value, indptr) if self.layout.direction == "rna2atac" else value
+        count = value
+        if (
+            self.layout.direction == "rna2atac"
+        ):  # of the whole cell: its least value is 1 count, attended or not
+            count = counts_of(batch.value, batch.indptr)
+            count = count if batch.token is None else count[batch.token]
         lengths = indptr.diff().tolist()
         cells = slice(None) if cell is None else slice(cell, cell + 1)
         rows = pad_sequence(self.input_row[index].split(lengths)[cells], batch_first=True, padding_value=-1)

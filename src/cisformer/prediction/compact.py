@@ -1,15 +1,16 @@
 """Compact predictions: the accessibility of every cCRE as a product of two small matrices.
 
-The logits of the default model are low-rank. For cell i and cCRE f,
+The logits of the default model are low-rank but for a fixed curve. For cell i and cCRE f,
 
-    logit p[i, f] = intercept[f] + <state[i], loadings[f]>
+    logit p[i, f] = prior[f] + link(intercept[f] + <state[i], loadings[f]>),    link(x) = min(x, 0) + log(1 + max(x, 0))
 
 A compact file keeps the factors in place of their product, some 0.3 kB a cell in place of 4 MB, and loses nothing:
 every probability can be computed from it on demand.
 
-    obsm["X_cisformer"]  states [n_cells, R]; distances between states are distances between the cells' logits
+    obsm["X_cisformer"]  states [n_cells, R]; distances between states are those inside the link
     varm["cisformer"]    loadings [n_ccres, R], orthonormal columns
-    var["intercept"]     logit of a cell in state 0; minus infinity where training saw no open cell: probability 0
+    var["prior"]         logit of the mean; minus infinity where training saw no open cell: probability 0
+    var["intercept"]     what a cell in state 0 has inside the link
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from cisformer.data.genome import CCRE_COLUMNS, overlap_pairs, parse_regions, re
 from cisformer.data.hdf5 import damaged
 from cisformer.data.io import H5adWriter, MatrixLayout
 from cisformer.errors import InputError
+from cisformer.model.closed_form import change_of_log_odds
 from cisformer.runtime.files import refuse_existing
 from cisformer.runtime.progress import progress
 from cisformer.runtime.provenance import provenance
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
     from cisformer.model.cis import CisModel
 
-STATES, LOADINGS, INTERCEPT = "X_cisformer", "cisformer", "intercept"
+STATES, LOADINGS, INTERCEPT, PRIOR = "X_cisformer", "cisformer", "intercept", "prior"
 COMPACT_FORMAT, COMPACT_VERSION = "cisformer-compact-prediction", 1
 SMALLEST_LENGTH = 1e-6
 """Directions of the loadings that are shorter than this share of the longest are left out: rounding noise."""
@@ -54,14 +56,15 @@ class LowRank:
 
     Attributes
     ----------
-    intercept
-        Logit of each known target in state 0; float32 [F].
+    prior, intercept
+        Logit of each known target's mean, and what state 0 adds inside the link; float32 [F] each.
     loadings
         float32 [F, R], columns of unit length at right angles.
     rotation
         What turns a state of the model into one of this space; float32 [width, R].
     """
 
+    prior: torch.Tensor
     intercept: torch.Tensor
     loadings: torch.Tensor
     rotation: torch.Tensor
@@ -75,7 +78,7 @@ class LowRank:
         kept = length > SMALLEST_LENGTH * length.max()
         axes = axes.flip(1)[:, kept]
         unit = (loadings.double() @ (axes / length[kept])).float()
-        return cls(intercept, unit, (axes * length[kept]).float())
+        return cls(model.prior, intercept, unit, (axes * length[kept]).float())
 
     def states(self, place: torch.Tensor) -> torch.Tensor:
         """Return the states [B, R] of cells from their places [B, width] in the model."""
@@ -83,7 +86,8 @@ class LowRank:
 
     def probability(self, states: torch.Tensor) -> torch.Tensor:
         """Return the probability of every known target, float32 [B, F]."""
-        return torch.addmm(self.intercept, states, self.loadings.T).sigmoid_()
+        inner = torch.addmm(self.intercept, states, self.loadings.T)
+        return change_of_log_odds(inner).add_(self.prior).sigmoid_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +120,11 @@ class CompactPrediction:
     def __getitem__(self, key: tuple[slice, slice]) -> NDArray[np.float32]:
         """Return probabilities of a run of cells and a run of cCREs: `prediction[10:20, :1000]`."""
         rows, columns = key
-        intercept = self.var[INTERCEPT].to_numpy(np.float32)[columns]
-        eta = torch.from_numpy(self.states[rows]) @ torch.from_numpy(self.loadings[columns]).T
-        return eta.add_(torch.from_numpy(intercept)).sigmoid_().numpy()
+        prior, intercept = (
+            torch.from_numpy(self.var[name].to_numpy(np.float32)[columns]) for name in (PRIOR, INTERCEPT)
+        )
+        inner = torch.from_numpy(self.states[rows]) @ torch.from_numpy(self.loadings[columns]).T
+        return change_of_log_odds(inner.add_(intercept)).add_(prior).sigmoid_().numpy()
 
     def toarray(self) -> NDArray[np.float32]:
         """Return all probabilities, float32 [n_cells, n_ccres]."""
@@ -348,7 +354,12 @@ def open_prediction(path: str | Path) -> CompactPrediction:
 
 def is_compact(adata: AnnData) -> bool:
     """Tell whether an AnnData is a compact prediction."""
-    return adata.X is None and STATES in adata.obsm and LOADINGS in adata.varm and INTERCEPT in adata.var
+    return (
+        adata.X is None
+        and STATES in adata.obsm
+        and LOADINGS in adata.varm
+        and {INTERCEPT, PRIOR} <= set(adata.var)
+    )
 
 
 def compact_of(adata: AnnData, label: str) -> CompactPrediction:

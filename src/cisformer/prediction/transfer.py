@@ -71,7 +71,7 @@ def transfer_labels(
     min_confidence
         Below this share of the votes a cell is called "unknown".
     seed
-        Of the principal components.
+        Random seed of the principal components.
 
     Returns
     -------
@@ -174,13 +174,17 @@ def _expression(adata: AnnData) -> NDArray[np.floating]:
         )
     matrix = sp.csr_matrix(adata.X, dtype=np.float32)
     counts = bool(len(matrix.data)) and bool((matrix.data == np.round(matrix.data)).all())
-    return (normalise_rna(matrix) if counts else matrix).toarray()
+    dense: NDArray[np.floating] = (normalise_rna(matrix) if counts else matrix).toarray()
+    return dense
 
 
 def _standardised(values: NDArray[np.floating]) -> NDArray[np.floating]:
     """Return each column with mean 0 and standard deviation 1; constant columns are 0."""
     deviation = values.std(axis=0)
-    return (values - values.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    standardised: NDArray[np.floating] = (values - values.mean(axis=0)) / np.where(
+        deviation > 0, deviation, 1
+    )
+    return standardised
 
 
 def _vote(

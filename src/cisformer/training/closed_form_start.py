@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -13,8 +11,20 @@ from cisformer.data.store import CellStore
 from cisformer.errors import TrainingError
 from cisformer.model.checkpoint import Checkpoint
 from cisformer.model.cis import CisModel
-from cisformer.model.closed_form import FeatureCounts, LinearStart, fit_linear, learn_from
+from cisformer.model.closed_form import (
+    CellRows,
+    FeatureCounts,
+    LinearStart,
+    Penalty,
+    StartOptions,
+    Sums,
+    count_features,
+    fit_linear,
+    fitting_sample,
+    solve,
+)
 from cisformer.model.closed_form_cis import Windows, fit_local
+from cisformer.model.target_states import CellRidge, assemble, axis_scores
 from cisformer.training.split import CellSplit
 
 
@@ -22,21 +32,54 @@ def fold_in(best: Checkpoint, cells: CellSplit) -> Checkpoint:
     """Return `best` with what the validation cells add to its closed-form part.
 
     Validation has then done its work: choosing rank, penalty and epoch. The closed form of training and validation
-    cells, less that of training cells alone, goes into prior and loadings; all else stays. The recorded losses are
-    those from before, when the validation cells were unknown to the model.
+    cells, less that of training cells alone, goes into prior, states and loadings; all else stays. The recorded
+    losses are those from before, when the validation cells were unknown to the model.
     """
-    model, rank = best.model, int(best.metrics["linear_rank"])
+    model = best.model
     assert isinstance(model, CisModel)
-    train, val = (cells.train, cells.train_rows), (cells.val, cells.val_rows)
-    options: dict[str, Any] = {"rank": rank, "ridge": best.metrics["linear_ridge"]}
-    scale = model.scale.numpy()
-    _, before = learn_from([train], model.projection, best.layout, scale, **options)
-    prior, after = learn_from([train, val], model.projection, best.layout, scale, **options)
-    with torch.no_grad():
-        model.prior.copy_(torch.from_numpy(prior))
-        model.add_to_loadings(after - before)
-    metrics = best.metrics | {"n_validation_cells_folded_in": len(cells.val_rows)}
+    train, val = both_sides(cells)
+    if best.direction == "rna2atac":
+        _fold_into_loadings(model, best, train, val)
+    elif (model.readout.diagonal() > 0).any():
+        _fold_into_states(model, best, cells)
+    metrics = best.metrics | {"n_validation_cells_folded_in": len(val)}
     return Checkpoint(model, best.config, best.reference, metrics, best.folder)
+
+
+@torch.no_grad()
+def _fold_into_loadings(model: CisModel, best: Checkpoint, train: CellRows, val: CellRows) -> None:
+    known = best.metrics
+    penalty = Penalty(int(known["linear_rank"]), known["linear_ridge"], known["linear_unevenness"])
+    before, more = (Sums.over(part, model.projection, best.layout) for part in (train, val))
+    after, sd = before + more, model.projection.sd.double().numpy()
+    model.prior.copy_(torch.from_numpy(after.prior()))
+    model.add_to_loadings(solve(after, sd, penalty) - solve(before, sd, penalty))
+
+
+@torch.no_grad()
+def _fold_into_states(model: CisModel, best: Checkpoint, cells: CellSplit) -> None:
+    train, val = both_sides(cells)
+    seed, layout = best.config.training.SEED, best.layout
+    counts = count_features(cells.val, cells.val_rows, best.direction)
+    added = counts.total[layout.target_index]
+    mean = (model.prior.double().numpy() * len(train) + added) / (len(train) + len(val))
+    sample = fitting_sample(train + val, counts, np.random.default_rng([seed, 7])).read(layout)
+    supervised = ~model.projection.principal
+    axes, scale = model.target_axes[:, supervised].double().numpy(), model.scale.numpy()
+    scores = axis_scores(sample.y, mean, scale, axes)
+    ridge = CellRidge(model.projection.features(sample.x), scores, np.random.default_rng([seed, 6]))
+    unit = model.readout.diagonal()[supervised].double().numpy()
+    projection, found = assemble(model.projection, ridge, axes, best.metrics["linear_ridge"], unit)
+    before = model.readout[:, supervised].double().numpy()
+    model.projection.load_state_dict(projection.state_dict())
+    model.prior.copy_(torch.from_numpy(mean.astype(np.float32)))
+    model.add_to_loadings((axes @ (found.readout - before).T).astype(np.float32))
+    model.set_target_states(found)
+
+
+def both_sides(cells: CellSplit) -> tuple[CellRows, CellRows]:
+    """Return training and validation cells."""
+    return CellRows.of(cells.train, cells.train_rows), CellRows.of(cells.val, cells.val_rows)
 
 
 def fit_closed_form(
@@ -44,14 +87,13 @@ def fit_closed_form(
 ) -> tuple[CisModel, LinearStart]:
     """Return the closed-form model of training cells as a network, rank and penalties chosen on validation cells."""
     model, seed = config.model, config.training.SEED
-    data = cells.train, cells.train_rows, cells.val, cells.val_rows, layout
-    start = fit_linear(
-        *data, counts, rank=min(model.linear_rank, model.emb_rank), ridge=model.linear_ridge, seed=seed
-    )
+    train, val = both_sides(cells)
+    options = StartOptions(model.linear_rank, model.linear_ridge, seed)
+    start = fit_linear(train, val, layout, counts, options)
     if layout.direction == "rna2atac":
         return CisModel.from_start(config, layout, start, None, None), start
     windows = Windows.of(cells.train.reference, layout, model.cis_window)
-    local = fit_local(*data, start, windows, seed)
+    local = fit_local(train, val, layout, start, windows, seed)
     return CisModel.from_start(config, layout, start, windows, local), start
 
 

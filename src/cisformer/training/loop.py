@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 STATE, LOSS_PLOT = "training_state.pt", "training.png"
-START_METRICS = ("linear_rank", "linear_ridge", "linear_val_loss", "mean_val_loss")
+START_METRICS = ("linear_rank", "linear_ridge", "linear_unevenness", "linear_val_loss", "mean_val_loss")
 """What is known of the closed-form start; stands in every epoch's record."""
 
 
@@ -158,7 +158,8 @@ def _precision_of(run: Path) -> str | None:
     """Return the precision of an interrupted run, if it has come to an epoch."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return json.loads(lines[-1]).get("precision")
+        precision: str | None = json.loads(lines[-1]).get("precision")
+        return precision
     except (OSError, ValueError, IndexError):
         return None  # nothing was done yet; a damaged state is told where it is read
 
@@ -222,7 +223,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums of its archives
             if (part := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {part} differs")
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         if int(state["epoch"]) < 0 or not {"optimizer", "scheduler", "history"} <= state.keys():
             raise ValueError("it lacks a part")
         return state | {"history": json.loads(state["history"])}
@@ -290,7 +291,11 @@ class Run:
             task = FullTask.from_start(self.config, layout, store, rows, counts)
             return Checkpoint(task, self.config, store.reference, {"linear_rank": 0, "linear_ridge": 0.0})
         network, start = fit_closed_form(self.config, self.cells, layout, counts)
-        metrics = {"linear_rank": start.rank, "linear_ridge": start.ridge}
+        metrics = {
+            "linear_rank": start.rank,
+            "linear_ridge": start.ridge,
+            "linear_unevenness": start.unevenness,
+        }
         return Checkpoint(network, self.config, store.reference, metrics)
 
     def _prepare(self, model: CisModel | FullTask) -> None:
