@@ -13,14 +13,15 @@ ORDER = {
     "runtime": ["files", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
-        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "sources", "io",
-        "pairing", "shards", "manifest", "store", "preprocess", "inspect", "batches",
+        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "barcodes",
+        "fragments", "containers", "sources", "io", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
+        "batches",
     ],
     "model": [
         "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cis",
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
     ],
-    "training": ["loss_plot", "split", "closed_form_start", "loop"],
+    "training": ["loss_plot", "split", "reliability", "closed_form_start", "loop"],
     "prediction": ["cells", "compact", "predictor", "predict", "groups", "tracks", "transfer"],
     "links": [
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",

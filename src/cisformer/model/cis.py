@@ -345,6 +345,10 @@ class CisModel(nn.Module):
         self.register_buffer("prior", torch.zeros(n_target))
         self.register_buffer("scale", torch.ones(n_target))
         self.register_buffer("pace", torch.ones(n_target))
+        self.validation_r: Tensor
+        self.n_validation: Tensor
+        self.register_buffer("validation_r", torch.full((n_target,), torch.nan))
+        self.register_buffer("n_validation", torch.zeros((), dtype=torch.int64))
         self.hat_basis: Tensor
         self.hat_values: Tensor
         self.hat_ridge: Tensor
@@ -458,6 +462,10 @@ class CisModel(nn.Module):
         """Return what eta of a gene changes by with each open cCRE near it; float [W], as `Windows` lists pairs."""
         assert self.cis is not None
         return self.cis.pair_weight * self.pace[self.cis.window_gene]
+
+    def validation_error(self) -> Tensor:
+        """Return the standard error of `validation_r`, by its large-sample formula; float32 [F]."""
+        return ((1 - self.validation_r.square()) / (self.n_validation - 2).clamp(min=1)).sqrt()
 
     def cell_states(self, batch: Batch) -> Tensor:
         """Return z, the states of the cells; float [B, K]."""
