@@ -13,8 +13,9 @@ ORDER = {
     "runtime": ["files", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
-        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "sources", "io",
-        "pairing", "shards", "manifest", "store", "preprocess", "inspect", "batches",
+        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "barcodes",
+        "fragments", "containers", "sources", "io", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
+        "batches",
     ],
     "model": [
         "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cell_encoder", "cis_path", "cis",

@@ -46,7 +46,8 @@ _WORKERS = click.option("--num_workers", default=2, show_default=True, help="Num
 
 @click.command("atac2rna_predict", context_settings=CONTEXT)
 @click.option("-d", "--data", required=True,
-              help="Data file: a .pt shard, a folder of shards, or ATAC cells (.h5ad, .h5mu, 10x .h5).")  # fmt: skip
+              help="Data file: a .pt shard, a folder of shards, ATAC cells (.h5ad, .h5mu, 10x .h5, …), "
+                   "or fragments.tsv.gz.")  # fmt: skip
 @_MODEL
 @_OUTPUT
 @click.option("-n", "--name", default="cisformer_predicted_rna", show_default=True, help="Output name.")
@@ -56,6 +57,8 @@ _WORKERS = click.option("--num_workers", default=2, show_default=True, help="Num
 @click.option("--genes", default="expressed_in_training", show_default=True, metavar="CHOICE",
               help="architecture full: genes to predict; expressed_in_training, all, or a file of ids or names. "
                    "Never those that the cell expresses.")  # fmt: skip
+@click.option("--min_fragments", type=LENIENT_INT, default=1000, show_default=True,
+              help="Fragments that make a barcode of fragments.tsv.gz a cell.")  # fmt: skip
 @shared_options
 @_FORCE
 def atac2rna_predict(

@@ -12,11 +12,12 @@ import numpy as np
 
 from cisformer.config import Modality
 from cisformer.data.alignment import are_genes, describe_genes, map_genes, map_peaks
+from cisformer.data.containers import is_cells_folder
 from cisformer.data.features import gene_identity, peak_regions
 from cisformer.data.genome import CCRE_COLUMNS, parse_regions
 from cisformer.data.hdf5 import open_hdf5
-from cisformer.data.reference import BUILT_IN, Reference, built_in_of, guess_genome, load_reference
-from cisformer.data.sources import FEATURE_TYPE_COLUMNS, Source, is_10x_folder, open_rows
+from cisformer.data.reference import BUILT_IN, GENOMES, Reference, guess_genome, load_reference
+from cisformer.data.sources import FEATURE_TYPE_COLUMNS, Source, open_rows
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
 from cisformer.runtime.files import read_json, sha256_file
@@ -90,7 +91,7 @@ def inspect(
 
 def _own_folders(path: Path) -> list[tuple[Path, str]]:
     """Return each data set, checkpoint or reference that `path` is, is in, or holds, and its manifest."""
-    if is_10x_folder(path) or not (path.is_dir() or (path.is_file() and path.suffix in OWN_SUFFIXES)):
+    if is_cells_folder(path) or not (path.is_dir() or (path.is_file() and path.suffix in OWN_SUFFIXES)):
         return []
     folder = path if path.is_dir() else path.parent
     own = next(((path, name) for name in OWN_MANIFESTS if (folder / name).is_file()), None)
@@ -222,7 +223,7 @@ def _guess(source: Source) -> tuple[str, str, str]:
         named_by, species = describe_genes(gene_identity(source.var)["gene_id"])
         return species, "", named_by
     genome = guess_genome(peak_regions(source.var))
-    return built_in_of(genome), genome, "regions"
+    return GENOMES.get(genome, ""), genome, "regions"
 
 
 def _written_by_us(path: Path) -> Record:
@@ -258,7 +259,7 @@ def as_text(report: dict[str, list[Record]]) -> str:
 def _shown(record: Record) -> Iterator[tuple[str, Any]]:
     for key, entry in record.items():
         if key == "genome" and not entry and record.get("modality") == "atac":
-            entry = "neither hg38 nor mm39"
+            entry = f"none of {', '.join(GENOMES)}"
         if key != "path" and entry not in ("", None, []):
             yield key, entry
 
