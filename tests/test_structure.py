@@ -18,7 +18,7 @@ ORDER = {
         "batches",
     ],
     "model": [
-        "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cis",
+        "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cell_encoder", "cis_path", "cis",
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
         "pack",
     ],
