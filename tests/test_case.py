@@ -152,6 +152,7 @@ def test_direction_comes_from_the_record_or_the_names(cells):
     _, atac, predicted = cells
     assert case_of_files(predicted, atac).direction == "rna2atac"
     predicted.uns["cisformer"] = {"direction": "atac2rna"}
+    atac.X, atac.var["feature_types"] = 2 * atac.X, "Gene Expression"  # to be taken for RNA
     assert case_of_files(predicted, atac).direction == "atac2rna"
     assert case_of_files(predicted, atac, direction="rna2atac").direction == "rna2atac"
 

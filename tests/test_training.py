@@ -12,8 +12,10 @@ import torch
 from sklearn.linear_model import Ridge
 
 from cisformer.config import dump_config
+from cisformer.data.batches import dense_targets
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
+from cisformer.evaluation.metrics import correlation
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.closed_form import Penalty, Sums, solve
 from cisformer.model.projection import states
@@ -318,3 +320,37 @@ def test_a_resumed_run_keeps_its_precision(tiny_checkpoints, tmp_path, monkeypat
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert mixed_precision(cpu=True, before="no") == "bf16"
     assert history(tiny_checkpoints["rna2atac"])[-1]["precision"] in ("no", "bf16")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_each_target_is_saved_with_its_correlation_in_validation_cells(
+    direction, tiny_checkpoints, tiny_data
+):
+    best = tiny_checkpoints[direction]
+    epoch = load_checkpoint(best.folder.parent / f"epoch{best.metrics['epoch']}")
+    store = CellStore.open(find_split(tiny_data[direction], "val"))
+    batches = list(validation_batches(store, np.arange(store.n_cells), epoch.layout, epoch.config))
+    predicted = torch.cat([epoch.model.predict(batch) for batch in batches]).numpy().astype(np.float64)
+    found = torch.cat([dense_targets(batch, predicted.shape[1]) for batch in batches]).numpy()
+    told = found.std(axis=0) > 0
+    np.testing.assert_array_equal(np.isnan(best.model.validation_r.numpy()), ~told)
+    for f in np.flatnonzero(told)[:20]:
+        wanted = np.corrcoef(predicted[:, f], found[:, f])[0, 1]
+        assert float(best.model.validation_r[f]) == pytest.approx(wanted, abs=2e-3)
+    assert int(best.model.n_validation) == store.n_cells
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_targets_that_validation_calls_predictable_are_predicted_better(
+    direction, tiny_checkpoints, tiny_data
+):
+    """In test cells: the third of highest validation_r against the third of lowest."""
+    best = tiny_checkpoints[direction]
+    store = CellStore.open(find_split(tiny_data[direction], "test"))
+    batches = list(validation_batches(store, np.arange(store.n_cells), best.layout, best.config))
+    predicted = torch.cat([best.model.predict(batch) for batch in batches]).numpy()
+    found = torch.cat([dense_targets(batch, predicted.shape[1]) for batch in batches]).numpy()
+    r, promised = correlation(predicted, found), best.model.validation_r.numpy()
+    order = np.argsort(np.where(np.isnan(promised), 0, promised))
+    third = len(order) // 3
+    assert np.nanmean(r[order[-third:]]) > np.nanmean(r[order[:third]])

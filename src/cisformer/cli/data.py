@@ -14,8 +14,18 @@ if TYPE_CHECKING:
 
 
 @click.command("data_preprocess", context_settings=CONTEXT)
-@click.option("-r", "--rna", required=True, help="RNA counts: .h5ad, .h5mu, or a 10x .h5 file.")
-@click.option("-a", "--atac", required=True, help="ATAC peaks: the same kinds of file; may be the same file.")
+@click.option(
+    "-r",
+    "--rna",
+    required=True,
+    help="RNA counts: .h5ad, .h5mu, 10x .h5, .loom, .zarr, or a folder of matrix.mtx.",
+)
+@click.option(
+    "-a",
+    "--atac",
+    required=True,
+    help="ATAC peaks, likewise, or fragments.tsv.gz; may be the same file or folder.",
+)
 @click.option("-c", "--config", help="Config file. [default: cisformer_config/<direction>_config.yaml]")
 @click.option("-s", "--save_dir", default=".", show_default=True, help="Save directory.")
 @click.option("--cnt", type=LENIENT_INT, default=10_000, show_default=True,
@@ -31,6 +41,15 @@ if TYPE_CHECKING:
 @click.option("--reference", "--species", default="human", show_default=True,
               help="human, mouse, dataset (the input's own features), or a folder.")  # fmt: skip
 @click.option("--gtf", help="Gene annotation for the gene coordinates of --reference dataset.")
+@click.option(
+    "--genome",
+    help="hg38, hg19, mm39 or mm10: whose gene coordinates --reference dataset takes; guessed by default.",
+)
+@click.option(
+    "--min_fragments",
+    type=LENIENT_INT,
+    help="Leave out cells with fewer fragments, where ATAC is a fragments file.",
+)
 @click.option(
     "--split-by",
     "--split_by",

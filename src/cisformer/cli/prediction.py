@@ -46,7 +46,8 @@ _WORKERS = click.option("--num_workers", default=2, show_default=True, help="Num
 
 @click.command("atac2rna_predict", context_settings=CONTEXT)
 @click.option("-d", "--data", required=True,
-              help="Data file: a .pt shard, a folder of shards, or ATAC cells (.h5ad, .h5mu, 10x .h5).")  # fmt: skip
+              help="Data file: a .pt shard, a folder of shards, ATAC cells (.h5ad, .h5mu, 10x .h5, …), "
+                   "or fragments.tsv.gz.")  # fmt: skip
 @_MODEL
 @_OUTPUT
 @click.option("-n", "--name", default="cisformer_predicted_rna", show_default=True, help="Output name.")
@@ -56,6 +57,8 @@ _WORKERS = click.option("--num_workers", default=2, show_default=True, help="Num
 @click.option("--genes", default="expressed_in_training", show_default=True, metavar="CHOICE",
               help="architecture full: genes to predict; expressed_in_training, all, or a file of ids or names. "
                    "Never those that the cell expresses.")  # fmt: skip
+@click.option("--min_fragments", type=LENIENT_INT, default=1000, show_default=True,
+              help="Fragments that make a barcode of fragments.tsv.gz a cell.")  # fmt: skip
 @shared_options
 @_FORCE
 def atac2rna_predict(
@@ -173,3 +176,23 @@ def transfer_labels(
     unknown = int((labels[key] == "unknown").sum())
     click.echo(f"{len(labels) - unknown} of {len(labels)} cells labelled, {unknown} unknown")
     click.echo(f"wrote {path}")
+
+
+@click.command("complete", context_settings=CONTEXT)
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output_dir", default="./cisformer_completed", show_default=True, help="Output directory."
+)
+@click.option("--groupby", metavar="COLUMN",
+              help="Column of obs, such as cell types: warns of groups that no paired cell is of.")  # fmt: skip
+@click.option("--gtf", help="Gene annotation, for gene coordinates that the file lacks.")
+@click.option("--preset", type=click.Choice(["small", "default"]), default="small", show_default=True,
+              help="Size of the models; small trains in minutes on a laptop.")  # fmt: skip
+@click.option("--epochs", type=LENIENT_INT, help="Maximum number of epochs.  [default: the preset's]")
+@click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Random seed of every step.")
+@click.option("--force", is_flag=True, help="Replace results whose file or options have changed.")
+def complete(data: Path, output_dir: str, **options: Any) -> None:
+    """Fill the gaps of DATA, an .h5mu in which some cells lack RNA or ATAC. Run it again to go on after a stop."""
+    from cisformer.prediction.complete import complete
+
+    click.echo(f"wrote {complete(data, output_dir, **options)}")

@@ -7,6 +7,7 @@ aligning cells is one product: order of cells and features does not matter, feat
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 
@@ -15,9 +16,9 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from cisformer.data.features import ENSEMBL, gene_identity, peak_regions, stated_coordinates
+from cisformer.data.features import ENSEMBL, are_tiles, gene_identity, peak_regions, stated_coordinates
 from cisformer.data.genome import overlap_pairs, parse_regions, rename_chroms
-from cisformer.data.reference import BUILT_IN, Reference, built_in_of, coverage, guess_genome
+from cisformer.data.reference import BUILT_IN, GENOMES, Reference, built_in_of, coverage, guess_genome
 from cisformer.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -74,13 +75,36 @@ class FeatureMap:
         -------
         float32 [n_cells, n_reference], indices sorted and unique: counts of genes, 1 for open cCREs.
         """
+        if self.features == "peaks":
+            return self._open(cells)
         aligned = sp.csr_matrix(cells.astype(np.float32, copy=False) @ self.matrix)
         if not aligned.data.all():
             aligned.eliminate_zeros()
-        if self.features == "peaks":
-            aligned.data[:] = 1
         aligned.sort_indices()
         return aligned
+
+    def _open(self, cells: sp.csr_matrix) -> sp.csr_matrix:
+        """Return which cCREs the open peaks of each cell open.
+
+        One cell at a time, whose numbers fit into the processor's cache: 1.5 to 2.5 times as fast as a product.
+        """
+        if not cells.data.all():
+            cells = cells.copy()
+            cells.eliminate_zeros()
+        first, ccres = self.matrix.indptr, self.matrix.indices
+        n_opened = np.diff(first)
+        opened = []
+        for start, end in itertools.pairwise(cells.indptr):
+            peak = cells.indices[start:end]
+            n = n_opened[peak]
+            last = np.cumsum(n)
+            ccre = ccres[np.arange(n.sum()) + np.repeat(first[peak] - (last - n), n)]
+            ccre.sort()
+            opened.append(ccre[np.append(ccre[:1] >= 0, ccre[1:] != ccre[:-1])])
+        index = np.concatenate(opened) if opened else ccres[:0]
+        indptr = np.concatenate([[0], np.cumsum([len(part) for part in opened])])
+        shape = (cells.shape[0], self.matrix.shape[1])
+        return sp.csr_matrix((np.ones(len(index), np.float32), index, indptr), shape)
 
 
 def map_genes(var: pd.DataFrame, reference: Reference) -> FeatureMap:
@@ -102,6 +126,8 @@ def map_genes(var: pd.DataFrame, reference: Reference) -> FeatureMap:
         notes.append(f"{len(found) - n_exact:,} genes found by name in another case")
     if n_twice := len(found) - len(np.unique(row[found])):
         notes.append(f"{n_twice:,} genes are given more than once; their counts are summed")
+    stated = stated_coordinates(var)["chrom"]
+    notes += _on_other_chroms(stated[stated != ""], reference.genes["chrom"], "genes")
     shape = (len(var), reference.n_genes)
     return FeatureMap("genes", _incidence(found, row[found], shape), id_type, tuple(notes))
 
@@ -159,14 +185,39 @@ def map_peaks(var: pd.DataFrame, reference: Reference) -> FeatureMap:
     has_same[peak[same]] = True
     kept = same | ~has_same[peak]
     notes = []
-    if len(var) and ":" not in str(var.index[0]) and "interval" not in var:
+    if len(var) and ":" not in str(var.index[0]) and _is_region(str(var.index[0])):
         notes.append(f"peaks are named like {var.index[0]!r}; read as chrom:start-end")
+    notes += _on_other_chroms(peaks["chrom"], reference.ccres["chrom"], "peaks")
     shape = (len(peaks), reference.n_ccres)
     return FeatureMap("peaks", _incidence(peak[kept], ccre[kept], shape), "regions", tuple(notes))
 
 
+def _on_other_chroms(chrom: pd.Series, known: pd.Series, what: str) -> list[str]:
+    """Say how many genes or peaks lie on chromosomes that the reference lacks, and what to do."""
+    number = rename_chroms(chrom, known).value_counts()
+    lacking = number[~number.index.isin(pd.unique(known))]
+    if lacking.empty:
+        return []
+    named = ", ".join(f"{name} {count:,}" for name, count in lacking.head(5).items())
+    more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+    return [
+        f"{lacking.sum():,} {what} lie on chromosomes that the reference lacks ({named}{more}) and are left out; "
+        "--reference dataset keeps them"
+    ]
+
+
+def _is_region(name: str) -> bool:
+    try:
+        parse_regions([name])
+    except InputError:
+        return False
+    return True
+
+
 def are_genes(var: pd.DataFrame, reference: Reference) -> bool:
     """Tell whether features are genes: not named by regions, and with strands or names that `reference` has."""
+    if isinstance(var.index, pd.RangeIndex):  # regions that fragments were counted on
+        return False
     try:
         parse_regions(var.index[:10])
     except InputError:
@@ -187,6 +238,12 @@ def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, la
     """Raise `InputError` where fewer than half of the features are in the reference, saying what they are."""
     if found.share_found >= MIN_SHARE_FOUND:
         return
+    if found.features == "peaks" and found.n_found and are_tiles(peak_regions(var)):
+        genome = reference.genome or "the reference's genome"
+        logger.warning(
+            "%s: the features are tiles, which do not tell their genome; taken as %s", label, genome
+        )
+        return
     head = f"{label}: only {found.n_found:,} of {found.n_features:,} {found.features}"
     if found.features == "genes":
         example = ", ".join(map(str, var.index[:3]))
@@ -197,34 +254,38 @@ def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, la
     peaks = peak_regions(var)
     share, chance = coverage(peaks, reference.ccres)
     genome = guess_genome(peaks)
-    looks = f"like {genome}" if genome else "unlike hg38 and mm39"
+    looks = f"like {genome}" if genome else f"unlike {', '.join(GENOMES)}"
     raise InputError(
         f"{head} overlap a cCRE of the {reference.name} reference ({share:.0%}; {chance:.0%} when "
         f"moved by 20 kb, that is by chance); they look {looks}",
-        hint=_other_reference(built_in_of(genome), reference),
+        hint=_other_reference(built_in_of(genome), reference, genome),
     )
 
 
-def _other_reference(species: str, reference: Reference) -> str:
+def _other_reference(species: str, reference: Reference, genome: str = "") -> str:
     if species and species != reference.name:
         return f"use --reference {species}"
-    own = (
-        "take the data's own features with --reference dataset, or make one with `cisformer build_reference`"
-    )
-    return own if reference.name not in BUILT_IN else f"lift the data over to {reference.genome}, {own}"
+    known = f" --genome {genome}" if genome else ""
+    return f"take the data's own features with --reference dataset{known}, or make one with `cisformer build_reference`"
 
 
 def accept_map(found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str) -> None:
     """Refuse a map that finds too little, as `require_found` does; log what another finds."""
     require_found(found, var, reference, label)
-    log_found(found, reference, label)
+    log_found(found, var, reference, label)
 
 
-def log_found(found: FeatureMap, reference: Reference, label: str) -> None:
-    """Log how many features the reference has, and the notes."""
+def log_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str) -> None:
+    """Log how many features the reference has, which it has not, and the notes."""
     logger.info(
         "%s: %d of %d %s (%s) are in the %s reference",
         label, found.n_found, found.n_features, found.features, found.id_type, reference.name,
     )  # fmt: skip
+    missing = np.flatnonzero(np.diff(found.matrix.indptr) == 0)
+    if len(missing):
+        logger.info(
+            "%s: %d %s are not in it, such as %s",
+            label, len(missing), found.features, ", ".join(map(str, var.index[missing[:3]])),
+        )  # fmt: skip
     for note in found.notes:
         logger.info("%s: %s", label, note)

@@ -6,8 +6,6 @@ Coordinates are 0-based and half-open everywhere in cisformer: the first 100 bas
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable
 
@@ -23,7 +21,18 @@ GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "start", "end", "strand"]
 CCRE_COLUMNS = ["chrom", "start", "end"]
 """Columns of a table of cCREs."""
 
-_REGION = re.compile(r"^([^\s\x00\ud800-\udfff]+)[:_-]([0-9]{1,12})[_-]([0-9]{1,12})$", re.MULTILINE)
+_REGION = (
+    r"^([^\s\x00\ud800-\udfff]*[^\s:_\x00\ud800-\udfff-])[:_-]([0-9]{1,12})[_-]([0-9]{1,12})(?::[*+.-])?$"
+)
+_CUT_NAME = re.compile(
+    r"^[^:*]+:[0-9]+$"
+)  # of chr1:10-20-1, a name made unique: what _REGION takes for the chromosome
+_MADE_UNIQUE = re.compile(r"^([^\s:]+):([0-9]{1,12})-([0-9]{1,12})-[0-9]{1,6}$")
+_DOTTED = re.compile(r"^(chr[^\s:.]+|[0-9XY]{1,2}|MT)\.([0-9]{1,12})\.([0-9]{1,12})$")
+_LONG_NUMBERS = re.compile(
+    r"^(\S*[^\s:_-])[:_-]([0-9][0-9,.]*(?:e[+]?[0-9]+)?)[_-]([0-9][0-9,.]*(?:e[+]?[0-9]+)?)$"
+)
+_GENOME_PREFIX = re.compile(r"^(?:GRCh3[78]|GRCm3[89]|hg19|hg38|mm10|mm39)_+(?=.)", re.IGNORECASE)
 _STRIDE = 1 << 40  # more than any chromosome is long: position + code * _STRIDE orders a whole genome
 
 
@@ -33,7 +42,9 @@ def parse_regions(names: Iterable[str]) -> pd.DataFrame:
     Parameters
     ----------
     names
-        ``chrom:start-end``; ``chrom-start-end`` and ``chrom_start_end`` are understood too.
+        ``chrom:start-end``; ``chrom-start-end`` and ``chrom_start_end`` are understood too, and what R and
+        `var_names_make_unique` make of them: ``chr1.10.20``, ``chr1-1e+05-100500``, ``chr1:10,000-10,500``,
+        ``chr1:10-20:*``, ``chr1:10-20-1``.
 
     Returns
     -------
@@ -46,32 +57,48 @@ def parse_regions(names: Iterable[str]) -> pd.DataFrame:
 
     Examples
     --------
-    >>> parse_regions(["chr1:10-20", "GL000194.1-5-9"])
+    >>> parse_regions(["chr1:10-20", "GL000194.1-5-9", "chr1.10.20"])
             chrom  start  end
     0        chr1     10   20
     1  GL000194.1      5    9
+    2        chr1     10   20
     """
-    names = [str(name) for name in names]
-    table, n_regions = _REGION.subn(r"\1\t\2\t\3", "\n".join(names))
-    if n_regions != len(names):
-        raise _bad_region(
-            next((name for name in names if not _REGION.fullmatch(name)), "a name with a line break")
-        )
-    frame = pd.read_csv(
-        io.StringIO(table),
-        sep="\t",
-        names=["chrom", "start", "end"],
-        dtype={"chrom": str, "start": np.int64, "end": np.int64},
-        keep_default_na=False,
-        quoting=csv.QUOTE_NONE,
-    )
-    backward = np.flatnonzero(frame["end"].to_numpy() <= frame["start"].to_numpy())
+    text = pd.Series([str(name) for name in names], dtype=object)
+    found = text.str.strip().str.extract(_REGION).set_axis(CCRE_COLUMNS, axis=1)
+    odd = found["chrom"].isna() | found["chrom"].str.match(_CUT_NAME, na=False)
+    if odd.any():
+        found[odd] = [_odd_region(name) for name in text[odd]]
+    regions = found.astype({"start": np.int64, "end": np.int64})
+    backward = np.flatnonzero(regions["end"].to_numpy() <= regions["start"].to_numpy())
     if len(backward):
-        raise _bad_region(names[backward[0]])
-    return frame
+        raise _bad_region(text[backward[0]])
+    return regions
+
+
+def _odd_region(name: str) -> tuple[str, int, int]:
+    """Read a region as R, pandas or a spreadsheet may spell it; `InputError` where it is none."""
+    stripped = name.strip()
+    plain = _MADE_UNIQUE.match(stripped) or _DOTTED.match(stripped)
+    if plain:
+        return plain[1], int(plain[2]), int(plain[3])
+    numbers = _LONG_NUMBERS.match(stripped)
+    if numbers is None:
+        raise _bad_region(name)
+    try:
+        start, end = (float(number.replace(",", "")) for number in numbers.group(2, 3))
+    except ValueError:
+        raise _bad_region(name) from None
+    if not (start.is_integer() and end.is_integer() and max(start, end) < 1e12):
+        raise _bad_region(name)
+    return numbers[1], int(start), int(end)
 
 
 def _bad_region(name: str) -> InputError:
+    if re.search(r"[:_-]-[0-9]+[_-][0-9]+$", name):
+        return InputError(
+            f"peak {name!r} starts before its chromosome does",
+            hint="cut such peaks at 0 (or at 1 where positions count from 1), in the file that names them",
+        )
     return InputError(
         f"{name!r} is not a region: wanted chrom:start-end with start < end",
         hint="name peaks like chr1:181117-181803; chr1-181117-181803 and chr1_181117_181803 are read too",
@@ -88,7 +115,7 @@ def tss(genes: pd.DataFrame) -> NDArray[np.int64]:
     """Return the transcription start site of each gene, in bp; -1 where its coordinates are unknown.
 
     The first base of the gene body as its strand reads it: ``start`` on ``+``, ``end - 1`` on ``-``. A gene
-    whose strand is unknown is taken to be on ``+``.
+    whose strand is unknown is taken to be on ``+``; whoever makes such genes says so (`gene_table`).
     """
     start, end = genes["start"].to_numpy(np.int64), genes["end"].to_numpy(np.int64)
     return np.where((genes["strand"].to_numpy() == "-") & (end > 0), end - 1, start)
@@ -189,15 +216,24 @@ def signed_distance(
 
 
 def rename_chroms(chrom: pd.Series, known: Iterable[str]) -> pd.Series:
-    """Spell chromosomes as `known` does, where only the prefix differs: ``1``, ``chr1``; ``MT``, ``chrM``.
+    """Spell chromosomes as `known` does, where only the spelling differs.
 
-    Names without a counterpart in `known` stay as they are.
+    That is ``1`` and ``chr1``; ``MT`` and ``chrM``; ``GRCh38_chr1`` (Cell Ranger with several genomes);
+    ``NC-000001.11`` (Seurat, which allows no ``_``). Names without a counterpart in `known` stay as they are.
     """
     known = set(known)
+    dashed = {name.replace("_", "-"): name for name in known}
     spelling = {}
     for name in pd.unique(chrom):
-        bare = name.removeprefix("chr")
+        plain = _GENOME_PREFIX.sub("", name)
+        bare = plain.removeprefix("chr")
         bare = "M" if bare == "MT" else bare
-        options = (name, bare, f"chr{bare}", "MT" if bare == "M" else name)
-        spelling[name] = next((option for option in options if option in known), name)
+        options = (name, plain, bare, f"chr{bare}", "MT" if bare == "M" else name)
+        close = dashed.get(name.replace("_", "-"), name)
+        spelling[name] = next((option for option in options if option in known), close)
     return chrom.map(spelling)
+
+
+def strip_genome(names: pd.Series) -> pd.Series:
+    """Strip the name of the genome that Cell Ranger puts before features of a reference of several genomes."""
+    return names.str.replace(_GENOME_PREFIX, "", regex=True)

@@ -55,6 +55,7 @@ class _Manifest(BaseModel):
     reference: _BuiltInRecord | _OwnRecord
     shards: list[_ShardRecord]
     files: dict[Literal["barcodes.txt", "cell_info.tsv"], str] = {}
+    text_columns: list[str] = []
 
 
 def read_manifest(path: Path, folder: Path) -> dict[str, Any]:

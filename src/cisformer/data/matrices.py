@@ -47,8 +47,8 @@ def describe_values(values: NDArray | None) -> str:
 
     Returns
     -------
-    ``binary``, ``counts``, ``log-normalised``, ``normalised``, ``scaled`` (some are negative), ``missing``
-    (some are NaN or infinite) or ``unreadable`` (no numbers); ``""`` for `None`.
+    ``empty`` (nothing above 0), ``binary``, ``counts``, ``log-normalised``, ``normalised``, ``scaled`` (some are
+    negative), ``missing`` (some are NaN or infinite) or ``unreadable`` (no numbers); ``""`` for `None`.
     """
     if values is None:
         return ""
@@ -56,6 +56,8 @@ def describe_values(values: NDArray | None) -> str:
         return "unreadable"
     if not np.isfinite(values).all():
         return "missing"
+    if not values.any():
+        return "empty"
     if ((values == 0) | (values == 1)).all():
         return "binary"
     if (values == np.rint(values)).all():
@@ -74,10 +76,42 @@ def sample_values(node: Any) -> NDArray | None:
     return np.asarray(node[: max(1, _SAMPLE // max(node.shape[1], 1))]).ravel()
 
 
-def _is_sparse(node: Any) -> bool:
-    import h5py
+def share_above_zero(node: Any) -> float:
+    """Return the share of entries above 0, of a sample; of a sparse matrix all stored ones count."""
+    if not _is_sparse(node):
+        return float((np.asarray(sample_values(node)) > 0).mean())
+    n_stored = node.nnz if sp.issparse(node) else node["data"].shape[0]
+    n_rows, n_columns = (int(size) for size in _shape(node))
+    return n_stored / max(n_rows * n_columns, 1)
 
-    return sp.issparse(node) or (isinstance(node, h5py.Group) and "indptr" in node)
+
+def _shape(node: Any) -> Any:
+    """Return the shape of a sparse matrix; 10x files have it as a dataset, in features x cells."""
+    if sp.issparse(node):
+        return node.shape
+    stated = node.attrs.get("shape", node.attrs.get("h5sparse_shape"))
+    return node["shape"][:] if stated is None else stated
+
+
+def _is_sparse(node: Any) -> bool:
+    return sp.issparse(node) or (hasattr(node, "attrs") and not hasattr(node, "shape") and "indptr" in node)
+
+
+class Transposed:
+    """A dense matrix of features x cells on disk, read as cells x features.
+
+    Parameters
+    ----------
+    stored
+        The matrix [n_features, n_cells].
+    """
+
+    def __init__(self, stored: h5py.Dataset) -> None:
+        self._stored = stored
+        self.shape = stored.shape[::-1]
+
+    def __getitem__(self, cells: slice) -> NDArray:
+        return self._stored[:, cells].T
 
 
 def row_reader(node: Any, shape: tuple[int, int], label: str) -> tuple[str, Reader]:
@@ -87,6 +121,8 @@ def row_reader(node: Any, shape: tuple[int, int], label: str) -> tuple[str, Read
             raise damaged(label, f"a matrix of {node.shape} for {shape[0]:,} cells and {shape[1]:,} features")
         return "dense", lambda start, end: sp.csr_matrix(_numbers(node[start:end]))
     layout = node.format if sp.issparse(node) else _layout_on_disk(node)
+    if sp.issparse(node) and node.shape != shape:
+        raise damaged(label, f"a matrix of {node.shape} for {shape[0]:,} cells and {shape[1]:,} features")
     if layout not in ("csr", "csc"):
         raise InputError(f"{label}: the matrix is stored as {layout!r}; wanted csr, csc or dense")
     if sp.issparse(node):
@@ -109,8 +145,8 @@ def _check_sparse(node: h5py.Group, n_lines: int, label: str) -> None:
     if sizes["indptr"] != (n_lines + 1,) or sizes["indices"] != sizes["data"]:
         raise damaged(label, f"its sparse matrix of {n_lines:,} lines has arrays of {sizes}")
     indptr = node["indptr"][:]
-    if indptr[0] != 0 or indptr[-1] != len(node["data"]) or (indptr[1:] < indptr[:-1]).any():
-        raise damaged(label, f"the index pointer does not lead through {len(node['data']):,} entries")
+    if indptr[0] != 0 or indptr[-1] != sizes["data"][0] or (indptr[1:] < indptr[:-1]).any():
+        raise damaged(label, f"the index pointer does not lead through {sizes['data'][0]:,} entries")
 
 
 def _numbers(values: NDArray) -> NDArray:

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from cisformer.data.barcodes import CHANCE_SHARE, Translation, translate
+from cisformer.data.features import are_row_numbers
 from cisformer.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -20,33 +22,64 @@ VAL_SHARE = 0.1
 """Share of the remaining, training, side that is for validation."""
 
 
-def pair_barcodes(rna: pd.Index, atac: pd.Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def pair_barcodes(
+    rna: pd.Index, atac: pd.Index, *, same_file: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Find the cells that have both modalities.
+
+    Barcodes that are spelt in two ways are translated where the translation is certain, and it is said how.
 
     Parameters
     ----------
     rna, atac
         Barcodes of either modality, unique.
+    same_file
+        Whether both are of one file, where names that only count rows name the same cells.
 
     Returns
     -------
-    Rows in `rna` and rows in `atac` of the shared barcodes, sorted by barcode.
+    Rows in `rna` and rows in `atac` of the shared barcodes, sorted by barcode of `rna`.
 
     Raises
     ------
     InputError
-        If none is shared; it shows some of each, and says whether a suffix such as ``-1`` is the difference.
+        If names only count rows; if no barcode is shared, or no more than by chance. It shows some of each, and says
+        whether a suffix such as ``-1`` is the difference.
     """
-    shared = np.sort(np.intersect1d(rna.to_numpy(str), atac.to_numpy(str)))
-    if not len(shared):
+    counted = [name for name, cells in (("RNA", rna), ("ATAC", atac)) if are_row_numbers(cells)]
+    if counted and not same_file:
+        raise InputError(
+            f"the cells of {' and '.join(counted)} are named by row numbers ({rna[0]}, {rna[1]}, … and {atac[0]}, "
+            f"{atac[1]}, …): they do not tell which cells are the same",
+            hint="put the barcodes into obs_names of both, or into a column 'barcode' of obs",
+        )
+    found = translate(rna, atac)
+    if not len(found.left):
         raise _nothing_shared(rna, atac)
+    if found.share(len(rna), len(atac)) < CHANCE_SHARE:
+        raise _by_chance(rna, atac, found)
+    if found.how:
+        logger.warning("barcodes of RNA and ATAC are spelt in two ways and were translated: %s", found.how)
     for name, all_cells in (("RNA", rna), ("ATAC", atac)):
-        if len(all_cells) > len(shared):
+        if len(all_cells) > len(found.left):
             logger.warning(
                 "%d of %d %s cells have no partner in the other modality and are left out",
-                len(all_cells) - len(shared), len(all_cells), name,
+                len(all_cells) - len(found.left), len(all_cells), name,
             )  # fmt: skip
-    return rna.get_indexer(pd.Index(shared)), atac.get_indexer(pd.Index(shared))
+    order = np.argsort(rna[found.left].to_numpy(str), kind="stable")
+    return found.left[order], found.right[order]
+
+
+def _by_chance(rna: pd.Index, atac: pd.Index, found: Translation) -> InputError:
+    examples = (", ".join(map(str, names[:2])) for names in (rna, atac))
+    message = (
+        "RNA and ATAC share only {} of {} and {} barcodes, as chance gives; RNA has {}, …; ATAC has {}, …"
+    ).format(f"{len(found.left):,}", f"{len(rna):,}", f"{len(atac):,}", *examples)
+    return InputError(
+        message,
+        hint="give two files of the same cells; ATAC barcodes of the whitelist of 10x Multiome's ATAC side stand in "
+        "the same line of 737K-arc-v1.txt.gz as the RNA barcode (cellranger-arc writes the latter)",
+    )
 
 
 def _nothing_shared(rna: pd.Index, atac: pd.Index) -> InputError:

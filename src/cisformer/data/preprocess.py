@@ -11,8 +11,9 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 import pandas as pd
@@ -21,9 +22,11 @@ from numpy.typing import NDArray
 
 from cisformer.config import Config, Direction, load_config
 from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peaks
+from cisformer.data.features import are_tiles, peak_regions
+from cisformer.data.fragments import FragmentOptions
 from cisformer.data.io import H5adWriter
 from cisformer.data.pairing import pair_barcodes, split_cells
-from cisformer.data.reference import Reference, dataset_reference, load_reference
+from cisformer.data.reference import GENOMES, Reference, dataset_reference, load_reference
 from cisformer.data.shards import RowFile, UnsortedCells
 from cisformer.data.sources import Source, open_rows
 from cisformer.data.store import CellStore, SplitName, write_split
@@ -37,8 +40,72 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Seconds = defaultdict[str, float]
-"""Seconds spent by stage: ``read``, ``align`` (summed over workers), ``write``."""
+Input: TypeAlias = Union[str, Path, "AnnData"]
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What `preprocess` was asked for, checked; its parameters say what each is."""
+
+    direction: Direction = "rna2atac"
+    reference: str | Path | Reference = "human"
+    genome: str | None = None
+    gtf: str | Path | None = None
+    min_fragments: int | None = None
+    cnt: int = 10_000
+    batch_size: int = 10
+    num_workers: int = 10
+    manually: bool = False
+    shuffle: bool = False
+    split_by: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.cnt, self.batch_size, self.num_workers, self.min_fragments or 1) < 1:
+            raise InputError("cnt, batch_size, num_workers and min_fragments must be at least 1")
+        if self.manually and self.split_by is not None:
+            raise InputError(
+                "there is no split to keep groups together in", hint="leave out --manually or --split-by"
+            )
+        own = not isinstance(self.reference, Reference) and str(self.reference) == "dataset"
+        if self.gtf is not None and not own:
+            raise InputError(
+                f"a GTF does not go with reference {str(self.reference)!r}, whose genes have coordinates",
+                hint="leave it out, or take the data's own features with --reference dataset",
+            )
+        if self.genome is not None and self.genome not in GENOMES:
+            raise InputError(
+                f"genome {self.genome!r} is not built in: there are {', '.join(GENOMES)}",
+                hint="leave it out and give --gtf",
+            )
+
+    @property
+    def splits(self) -> tuple[SplitName, ...]:
+        """The folders that are written."""
+        return ("all",) if self.manually else ("train", "val", "test")
+
+    @property
+    def block_cells(self) -> int:
+        """Cells that are read and aligned at once."""
+        return self.batch_size * self.num_workers
+
+
+class _Clock:
+    """Seconds spent by stage: ``read``, ``align`` (summed over workers), ``write``."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - start
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values()) or 1.0
+        shares = (f"{stage} {spent / total:.0%}" for stage, spent in self.seconds.items())
+        return f"{total:.1f} s of work: {', '.join(shares)}"
 
 
 def preprocess(
@@ -57,6 +124,8 @@ def preprocess(
     split_by: str | None = None,
     seed: int = 0,
     gtf: str | Path | None = None,
+    genome: str | None = None,
+    min_fragments: int | None = None,
     force: bool = False,
     write_h5ad: bool = False,
 ) -> dict[SplitName, CellStore]:
@@ -69,7 +138,8 @@ def preprocess(
     Parameters
     ----------
     rna, atac
-        An h5ad, h5mu or 10x h5 file, or an AnnData; see `open_rows`. RNA in counts.
+        A file, folder or AnnData; see `open_rows`. RNA in counts. ATAC may be a fragments file, whose insertions are
+        counted on the reference's cCREs.
     save_dir
         Where the folders ``<direction>_train``, ``_val`` and ``_test`` go; the working folder by default.
     direction
@@ -95,6 +165,11 @@ def preprocess(
         Random seed of the split and of the shuffling.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
+    genome
+        ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: whose built-in gene coordinates ``reference="dataset"`` takes.
+        Guessed from the peaks where it is not given.
+    min_fragments
+        Leave out cells with fewer fragments, where ATAC is a fragments file.
     force
         Overwrite existing folders.
     write_h5ad
@@ -112,92 +187,97 @@ def preprocess(
     OutputExistsError
         If a folder to be written has something in it and `force` is not given.
     """
+    options = PreprocessOptions(
+        direction, reference, genome, gtf, min_fragments, cnt, batch_size, num_workers, manually, shuffle,
+        split_by, seed,
+    )  # fmt: skip
     folder = Path(save_dir or ".")
     task = config if isinstance(config, Config) else load_config(config, direction)
-    if min(cnt, batch_size, num_workers) < 1:
-        raise InputError("cnt, batch_size and num_workers must be at least 1")
-    if manually and split_by is not None:
-        raise InputError(
-            "there is no split to keep groups together in", hint="leave out --manually or --split-by"
-        )
-    splits: tuple[SplitName, ...] = ("all",) if manually else ("train", "val", "test")
-    folders = {split: folder / f"{direction}_{split}" for split in splits}
+    folders = {split: folder / f"{direction}_{split}" for split in options.splits}
     for path in folders.values():
         refuse_existing(path, force=force)
-    seconds: Seconds = defaultdict(float)
-    with _aligned(rna, atac, reference, gtf, folder, (batch_size, num_workers), seconds) as aligned:
-        cells, chosen, origin = aligned
-        positions = _split(cells.obs, splits, seed, split_by, shuffle)
-        origin |= {"seed": seed, "split_by": split_by, "shuffle": shuffle, "run": secrets.token_hex(8)}
-        start = time.perf_counter()
+    clock = _Clock()
+    with _aligned((rna, atac), options, folder, clock) as (cells, chosen, origin):
+        positions = _split(cells.obs, options)
+        about = origin | {"seed": seed, "split_by": split_by, "shuffle": shuffle, "run": secrets.token_hex(8)}
         # All splits are whole before the first is put in place; train comes last: without it there is no data set.
         placing = dict(reversed(folders.items()))
-        with atomic_folders(list(placing.values()), force=force) as temporary:
+        with clock("write"), atomic_folders(list(placing.values()), force=force) as temporary:
             for split, new in zip(placing, temporary, strict=True):
                 whole = split in ("val", "test")
                 sampling = task.datapreprocess.model_dump() | ({"multiple": 1} if whole else {})
-                about = {"split": split, "datapreprocess": sampling, **origin}
                 part, size = cells.take(positions[split]), None if whole else cnt
-                write_split(new, part, chosen, direction, size, about, cell_info=not shuffle)
-        seconds["write"] += time.perf_counter() - start
+                record = {"split": split, "datapreprocess": sampling, **about}
+                write_split(new, part, chosen, direction, size, record, cell_info=not shuffle)
     stores = {split: CellStore.open(path) for split, path in folders.items()}
-    _log_summary(stores, seconds)
+    sizes = ", ".join(f"{split} {store.n_cells:,}" for split, store in stores.items())
+    logger.info("%d cells (%s) in %s", sum(store.n_cells for store in stores.values()), sizes, clock)
     if write_h5ad:
-        write_mapped(stores[splits[-1]])
+        write_mapped(stores[options.splits[-1]])
     return stores
 
 
 @contextlib.contextmanager
 def _aligned(
-    rna: str | Path | AnnData,
-    atac: str | Path | AnnData,
-    reference: str | Path | Reference,
-    gtf: str | Path | None,
-    folder: Path,
-    workers: tuple[int, int],
-    seconds: Seconds,
+    inputs: tuple[Input, Input], options: PreprocessOptions, folder: Path, clock: _Clock
 ) -> Iterator[tuple[UnsortedCells, Reference, dict[str, Any]]]:
-    """Yield the paired cells, aligned and kept in files; their reference; what a manifest says of them."""
+    """Yield the paired cells, aligned, in files on disk; their reference; what a manifest says of them."""
     with contextlib.ExitStack() as stack:
-        with open_rows(rna, "rna") as genes, open_rows(atac, "atac") as peaks:
-            sources = genes, peaks
-            rows = pair_barcodes(genes.obs.index, peaks.obs.index)
-            chosen = _choose_reference(reference, sources, gtf)
-            maps = _map_features(sources, chosen)
+        with _opened(inputs, options) as (sources, reference):
+            same = inputs[0] is inputs[1] or (
+                isinstance(inputs[0], str | Path) and str(inputs[0]) == str(inputs[1])
+            )
+            rows = pair_barcodes(sources[0].obs.index, sources[1].obs.index, same_file=same)
+            maps = _map_features(sources, reference)
             make_folder(folder)
             stack.enter_context(write_errors(folder, folder))
-            folder_of_rows = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix=".cells", dir=folder))
-            )
-            row_files = [
-                stack.enter_context(RowFile(folder_of_rows, with_values=values)) for values in (True, False)
-            ]
-            _align(sources, maps, row_files, workers, seconds)
-        cells, empty = _without_empty(
-            UnsortedCells(row_files[0], row_files[1], *rows, _join_obs(sources, rows))
-        )
-        inputs = {
+            aside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".cells", dir=folder)))
+            files = [stack.enter_context(RowFile(aside, with_values=values)) for values in (True, False)]
+            for source, found, file in zip(sources, maps, files, strict=True):
+                _align(source, found, file, options, clock)
+        cells, empty = _without_empty(UnsortedCells(files[0], files[1], *rows, _join_obs(sources, rows)))
+        described = {
             source.modality: _describe(source, found) for source, found in zip(sources, maps, strict=True)
         }
-        yield cells, chosen, {"input": inputs, "empty_cells": empty, "provenance": provenance(**occasion())}
-
-
-def _choose_reference(
-    reference: str | Path | Reference, sources: tuple[Source, Source], gtf: str | Path | None
-) -> Reference:
-    if isinstance(reference, Reference):
-        chosen = reference
-    elif str(reference) == "dataset":
-        chosen = dataset_reference(sources[0].var, sources[1].var, gtf)
-    elif gtf is not None:
-        raise InputError(
-            f"a GTF does not go with reference {str(reference)!r}, whose genes have coordinates",
-            hint="leave it out, or take the data's own features with --reference dataset",
+        yield (
+            cells,
+            reference,
+            {"input": described, "empty_cells": empty, "provenance": provenance(**occasion())},
         )
-    else:
-        chosen = load_reference(reference)
-    logger.info("reference %s", chosen.describe())
-    return chosen
+
+
+@contextlib.contextmanager
+def _opened(
+    inputs: tuple[Input, Input], options: PreprocessOptions
+) -> Iterator[tuple[tuple[Source, Source], Reference]]:
+    """Yield both modalities, opened, and the reference; fragments are counted on it."""
+    reference = options.reference
+    own = not isinstance(reference, Reference) and str(reference) == "dataset"
+    fixed = None if own else reference if isinstance(reference, Reference) else load_reference(reference)
+    with open_rows(inputs[0], "rna") as genes:
+        least = options.min_fragments or 1
+        fragments = None if fixed is None else FragmentOptions(fixed.ccres, genes.obs.index, least)
+        with open_rows(inputs[1], "atac", fragments=fragments) as peaks:
+            chosen = fixed or dataset_reference(genes.var, peaks.var, options.gtf, options.genome)
+            if (
+                options.genome is None
+                and peaks.kind != "fragments"
+                and chosen.genome
+                and are_tiles(peak_regions(peaks.var))
+            ):
+                raise InputError(
+                    f"the features of {peaks.label} are tiles, such as {peaks.var.index[0]}, which do not tell "
+                    "their genome",
+                    hint=f"say it with --genome {chosen.genome}, or another of {', '.join(GENOMES)}",
+                )
+            if options.genome not in (None, chosen.genome):
+                raise InputError(
+                    f"reference {chosen.name!r} is of {chosen.genome or 'an unknown genome'}, the data of "
+                    f"{options.genome}",
+                    hint=f"take the data's own features: --reference dataset --genome {options.genome}",
+                )
+            logger.info("reference %s", chosen.describe())
+            yield (genes, peaks), chosen
 
 
 def _map_features(sources: tuple[Source, Source], reference: Reference) -> list[FeatureMap]:
@@ -208,62 +288,36 @@ def _map_features(sources: tuple[Source, Source], reference: Reference) -> list[
 
 
 def _align(
-    sources: tuple[Source, Source],
-    maps: list[FeatureMap],
-    row_files: list[RowFile],
-    workers: tuple[int, int],
-    seconds: Seconds,
+    source: Source, found: FeatureMap, file: RowFile, options: PreprocessOptions, clock: _Clock
 ) -> None:
-    """Read both modalities in blocks, align the blocks in threads, and park them in order."""
-    batch_size, num_workers = workers
-    n_threads = min(num_workers, os.cpu_count() or 1)
-    for source, found, row_file in zip(sources, maps, row_files, strict=True):
-        with ThreadPoolExecutor(n_threads) as pool:
-            blocks = _timed_blocks(source.blocks(batch_size * num_workers), seconds)
-            aligned = _aligned_blocks(blocks, found, pool, n_threads, seconds)
-            what = f"aligning {source.modality.upper()}"
-            for block in progress(aligned, total=source.n_cells, desc=what, unit="cells", size=_n_rows):
-                start = time.perf_counter()
-                row_file.append(block)
-                seconds["write"] += time.perf_counter() - start
-
-
-def _timed_blocks(blocks: Iterator[sp.csr_matrix], seconds: Seconds) -> Iterator[sp.csr_matrix]:
-    while True:
-        start = time.perf_counter()
-        block = next(blocks, None)
-        seconds["read"] += time.perf_counter() - start
-        if block is None:
-            return
-        yield block
+    """Read a modality in blocks, align the blocks in threads, and write them in order."""
+    n_threads = min(options.num_workers, os.cpu_count() or 1)
+    with ThreadPoolExecutor(n_threads) as pool:
+        aligned = _aligned_blocks(source, found, pool, options.block_cells, clock)
+        what = f"aligning {source.modality.upper()}"
+        for block in progress(aligned, total=source.n_cells, desc=what, unit="cells", size=_n_rows):
+            with clock("write"):
+                file.append(block)
 
 
 def _aligned_blocks(
-    blocks: Iterator[sp.csr_matrix],
-    found: FeatureMap,
-    pool: ThreadPoolExecutor,
-    n_waiting: int,
-    seconds: Seconds,
+    source: Source, found: FeatureMap, pool: ThreadPoolExecutor, block_cells: int, clock: _Clock
 ) -> Iterator[sp.csr_matrix]:
-    """Yield aligned blocks in order, while `n_waiting` more are in work."""
-    waiting: deque[Future[tuple[sp.csr_matrix, float]]] = deque()
+    """Yield aligned blocks in order, while one more per processor is in work."""
+    waiting: deque[Future[sp.csr_matrix]] = deque()
 
-    def oldest() -> sp.csr_matrix:
-        aligned, spent = waiting.popleft().result()
-        seconds["align"] += spent
-        return aligned
+    def apply(block: sp.csr_matrix) -> sp.csr_matrix:
+        with clock("align"):
+            return found.apply(block)
 
-    for block in blocks:
-        waiting.append(pool.submit(_timed_apply, found, block))
-        if len(waiting) > n_waiting:
-            yield oldest()
+    for start in range(0, source.n_cells, block_cells):
+        with clock("read"):
+            block = source.rows(start, min(start + block_cells, source.n_cells))
+        waiting.append(pool.submit(apply, block))
+        if len(waiting) > (os.cpu_count() or 1):
+            yield waiting.popleft().result()
     while waiting:
-        yield oldest()
-
-
-def _timed_apply(found: FeatureMap, block: sp.csr_matrix) -> tuple[sp.csr_matrix, float]:
-    start = time.perf_counter()
-    return found.apply(block), time.perf_counter() - start
+        yield waiting.popleft().result()
 
 
 def _n_rows(block: sp.csr_matrix) -> int:
@@ -273,8 +327,13 @@ def _n_rows(block: sp.csr_matrix) -> int:
 def _join_obs(
     sources: tuple[Source, Source], rows: tuple[NDArray[np.int64], NDArray[np.int64]]
 ) -> pd.DataFrame:
-    """Return the annotation of paired rows side by side, columns suffixed ``_rna`` and ``_atac``."""
+    """Return the annotation of paired rows side by side, columns suffixed ``_rna`` and ``_atac``.
+
+    Cells are named by the barcodes of the RNA; where the ATAC spells them otherwise, ``barcode_atac`` has its own.
+    """
     rna, atac = (source.obs.iloc[row] for source, row in zip(sources, rows, strict=True))
+    if not atac.index.equals(rna.index):
+        atac = atac.assign(barcode=atac.index.astype(str)).set_axis(rna.index)
     return pd.concat([rna.add_suffix("_rna"), atac.add_suffix("_atac")], axis=1)
 
 
@@ -296,17 +355,15 @@ def _without_empty(cells: UnsortedCells) -> tuple[UnsortedCells, list[str]]:
     return cells.take(np.flatnonzero(filled)), empty
 
 
-def _split(
-    obs: pd.DataFrame, splits: tuple[SplitName, ...], seed: int, split_by: str | None, shuffle: bool
-) -> dict[SplitName, NDArray[np.int64]]:
+def _split(obs: pd.DataFrame, options: PreprocessOptions) -> dict[SplitName, NDArray[np.int64]]:
     """Return the positions of each split's cells, in the order in which they are to be written."""
-    if splits == ("all",):
+    if options.manually:
         positions: dict[SplitName, NDArray[np.int64]] = {"all": np.arange(len(obs))}
     else:
-        parts = split_cells(len(obs), seed, _groups(obs, split_by))
+        parts = split_cells(len(obs), options.seed, _groups(obs, options.split_by))
         positions = {"train": parts.train, "val": parts.val, "test": parts.test}
-    if shuffle:
-        rng = np.random.default_rng([seed, 1])
+    if options.shuffle:
+        rng = np.random.default_rng([options.seed, 1])
         positions = {split: rng.permutation(cells) for split, cells in positions.items()}
     return positions
 
@@ -335,14 +392,6 @@ def _describe(source: Source, found: FeatureMap) -> dict[str, Any]:
         "n_found": found.n_found,
         "named_by": found.id_type,
     }
-
-
-def _log_summary(stores: dict[SplitName, CellStore], seconds: Seconds) -> None:
-    n_cells = sum(store.n_cells for store in stores.values())
-    total = sum(seconds.values()) or 1.0
-    shares = ", ".join(f"{stage} {spent / total:.0%}" for stage, spent in seconds.items())
-    sizes = ", ".join(f"{split} {store.n_cells:,}" for split, store in stores.items())
-    logger.info("%d cells (%s) in %.1f s of work: %s", n_cells, sizes, total, shares)
 
 
 def write_mapped(store: CellStore, rows_per_block: int = 500) -> None:

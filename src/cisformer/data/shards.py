@@ -12,11 +12,12 @@ import os
 import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK = 1 << 21  # elements held at once
+_DIRECTORY_ENTRY = struct.Struct(
+    "<28xHHH12x"
+)  # of the directory of a zip archive: name, extra field, comment follow
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: its name and extra field follow, then its bytes
 
 
@@ -194,13 +198,50 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], contents: list[I
     with torch.serialization.skip_data():
         torch.save(tensors, path)
     with zipfile.ZipFile(path) as archive:
-        members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
+        members = archive.infolist()
+        directory = archive.start_dir
+    place = {member.filename.partition("/")[2]: number for number, member in enumerate(members)}
+    checksums = {}
     with open(path, "r+b") as file:
         for number, parts in enumerate(contents):
-            member = members[f"data/{number}"]
+            member = members[place[f"data/{number}"]]
             file.seek(member.header_offset)
             name_len, extra_len = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
             file.seek(name_len + extra_len, os.SEEK_CUR)
-            written = sum(file.write(part.data) for part in parts)
+            written = checksum = 0
+            for part in parts:
+                written += file.write(part.data)
+                checksum = zlib.crc32(part.data, checksum)
             if written != member.file_size:
                 raise ValueError(f"{written} bytes for a storage of {member.file_size} in {path.name}")
+            checksums[place[f"data/{number}"]] = checksum
+        _write_checksums(file, members, directory, checksums)
+
+
+def _write_checksums(
+    file: BinaryIO, members: list[zipfile.ZipInfo], directory: int, checksums: dict[int, int]
+) -> None:
+    """Put CRC-32 checksums of members, by their number, where a zip archive has them.
+
+    That is the local header, the descriptor behind the bytes where there is one, and the directory at the end.
+    """
+    entry = directory
+    for number, member in enumerate(members):
+        file.seek(entry)
+        name_len, extra_len, comment_len = _DIRECTORY_ENTRY.unpack(file.read(_DIRECTORY_ENTRY.size))
+        if number in checksums:
+            crc = checksums[number].to_bytes(4, "little")
+            places = [entry + 16, member.header_offset + 14]
+            if member.flag_bits & 8:
+                file.seek(member.header_offset)
+                places.append(
+                    member.header_offset
+                    + 30
+                    + sum(_LOCAL_HEADER.unpack(file.read(30)))
+                    + member.file_size
+                    + 4
+                )
+            for position in places:
+                file.seek(position)
+                file.write(crc)
+        entry += _DIRECTORY_ENTRY.size + name_len + extra_len + comment_len

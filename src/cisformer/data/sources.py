@@ -1,17 +1,18 @@
-"""Open what users hold - h5ad, h5mu, 10x h5, AnnData - as one modality that is read in blocks of cells.
+"""Open what users hold - h5ad, h5mu, 10x h5, zarr, loom, fragments, AnnData - as one modality, read in blocks of cells.
 
 Files are opened, not loaded: only `obs` and `var` come into memory, and of the matrix the row pointer. CSC
-matrices are the exception: they are stored by feature, not by cell, and are loaded once.
+matrices are the exception: they are stored by feature, not by cell, and are loaded once; so are matrices in text form.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,12 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cisformer.config import Modality
-from cisformer.data.hdf5 import check_claims, damaged, kind_of, open_hdf5
-from cisformer.data.matrices import Reader, describe_values, first_bad, row_reader, sample_values
+from cisformer.data.containers import locate, read_mtx
+from cisformer.data.features import are_row_numbers
+from cisformer.data.fragments import FragmentOptions, count_fragments
+from cisformer.data.hdf5 import check_claims, damaged, kind_of, open_hdf5, open_zarr
+from cisformer.data.matrices import Reader, Transposed, first_bad, row_reader
+from cisformer.data.slots import Slot, choose_slot, slot_names
 from cisformer.errors import CisformerError, InputError
 
 if TYPE_CHECKING:
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["h5ad", "h5mu", "10x h5", "AnnData"]
+Kind = Literal["h5ad", "h5mu", "10x h5", "loom", "zarr", "mtx", "fragments", "AnnData", "MuData"]
 
 FEATURE_TYPES = {
     "rna": {"gene expression", "gex", "rna"},
@@ -40,11 +45,28 @@ FEATURE_TYPES = {
 FEATURE_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
 """Columns of `var` that may tell genes from peaks."""
 
-SLOTS = ("layers/counts", "raw/X", "X")
-"""Where counts may be, in the order in which they are looked for."""
-
+_MODALITY_WORDS = {
+    "rna": re.compile(r"rna|gex|gene|expression", re.IGNORECASE),
+    "atac": re.compile(r"atac|peak|chromatin|accessib", re.IGNORECASE),
+}
+_REGION_NAME = r"^(chr)?[^\s:]+[:_-]\d+[_-]\d+$"
+_FEATURE_NAME = r"^ENS[A-Z]*G\d{11}|^chr[^\s:]+[:_-]\d+[_-]\d+$"
+_BARCODE_NAME = r"^(.*[#_])?[ACGT]{12,}([-_.].*)?$"
 _CONTROL = r"[\x00-\x1f\x7f\ud800-\udfff]"
 """What no line of a text file can hold."""
+
+BARCODE_COLUMNS = (
+    "barcode",
+    "barcodes",
+    "cell_barcode",
+    "cb",
+    "cell_id",
+    "cellid",
+    "cell",
+    "cellnames",
+    "index",
+)
+"""Columns of `obs` that may hold the barcodes, in lower case, where the names only count rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +84,7 @@ class Source:
     obs, var
         Annotation of all cells, and of the features of this modality.
     slot
-        Which of `SLOTS` is read.
+        Which matrix is read: ``X``, ``raw/X`` or ``layers/…``.
     layout
         How it is stored: ``csr``, ``csc`` or ``dense``.
     holds
@@ -130,23 +152,31 @@ class Source:
 
 @contextlib.contextmanager
 def open_rows(
-    data: str | Path | AnnData, modality: Modality, label: str = "", *, strict: bool = True
+    data: str | Path | AnnData,
+    modality: Modality,
+    label: str = "",
+    *,
+    strict: bool = True,
+    fragments: FragmentOptions | None = None,
 ) -> Iterator[Source]:
     """Open one modality of a file or AnnData, to be read in blocks of cells.
 
     Parameters
     ----------
     data
-        Path of an ``.h5ad``, an ``.h5mu`` (the modality ``rna`` or ``atac`` of it), or a 10x
-        ``filtered_feature_bc_matrix.h5`` (its Gene Expression or Peaks); the 10x folder of that name, loaded
-        whole; or an AnnData. Names do not matter, contents do. Where an h5ad or AnnData holds both
-        modalities, ``var["feature_types"]`` tells them apart.
+        Path of a file or folder, as docs/formats.md lists them: h5ad, h5mu (the modality ``rna`` or ``atac`` of
+        it), 10x h5, zarr, loom, a ``matrix.mtx`` folder, ``fragments.tsv.gz``, or the output folder of Cell
+        Ranger; or an AnnData or MuData. Names do not matter, contents do. Where an h5ad or AnnData holds both
+        modalities,
+        ``var["feature_types"]`` tells them apart.
     modality
         Which modality to read.
     label
         What to call an AnnData in messages.
     strict
-        Whether RNA that is not in counts is refused.
+        Whether RNA that is not in counts, and ATAC that is imputed, is refused.
+    fragments
+        What fragments are counted on; without, a fragments file is refused.
 
     Raises
     ------
@@ -155,11 +185,14 @@ def open_rows(
         RNA is in no slot as counts.
     """
     with contextlib.ExitStack() as stack:
-        if isinstance(data, str | Path) and Path(data).is_dir():
-            source = _of_anndata(_read_mtx(Path(data)), modality, str(data), strict)
-        elif isinstance(data, str | Path):
-            file, check = stack.enter_context(open_hdf5(data))
-            source = replace(_of_file(file, modality, str(data), strict), check=check)
+        if isinstance(data, str | Path):
+            source = _of_path(data, modality, strict, fragments, stack)
+        elif hasattr(data, "mod"):
+            name = modality_name(list(data.mod), modality, label or "the MuData")
+            shared = _with_shared_obs(data.mod[name].obs, data.obs)
+            adata = data.mod[name].copy()
+            adata.obs = shared
+            source = replace(_of_anndata(adata, modality, label or "the MuData", strict), kind="MuData")
         else:
             source = _of_anndata(data, modality, label or f"the {modality.upper()} AnnData", strict)
         if strict:
@@ -167,21 +200,60 @@ def open_rows(
         yield source
 
 
+def _of_path(
+    path: str | Path,
+    modality: Modality,
+    strict: bool,
+    options: FragmentOptions | None,
+    stack: contextlib.ExitStack,
+) -> Source:
+    label = str(path)
+    place, container = stack.enter_context(locate(path, modality, fragments=options is not None))
+    if container == "mtx":
+        return replace(_of_anndata(read_mtx(place), modality, label, strict), kind="mtx")
+    if container == "fragments":
+        return _of_fragments(place, modality, label, options, stack)
+    if container == "zarr":
+        return replace(_of_file(open_zarr(place), modality, label, strict), kind="zarr")
+    file, check = stack.enter_context(open_hdf5(place, label))
+    return replace(_of_file(file, modality, label, strict), check=check)
+
+
+def _of_fragments(
+    path: Path, modality: Modality, label: str, options: FragmentOptions | None, stack: contextlib.ExitStack
+) -> Source:
+    if modality == "rna":
+        raise InputError(f"{label} holds ATAC fragments; wanted RNA counts", hint="give it with -a or -d")
+    if options is None:
+        raise InputError(
+            f"{label} holds fragments, and nothing says on which cCREs to count them",
+            hint="use --reference human, mouse, or a folder of `cisformer build_reference`; or give a peak matrix",
+        )
+    cells = count_fragments(path, options, stack)
+    pieces = cells.pieces.table()
+    obs = pd.DataFrame({"n_fragments": cells.n_fragments}, index=cells.barcodes)
+    slot = Slot("fragments", None, "binary")
+    return Source(label, "fragments", modality, obs, pieces, slot.name, "csr", slot.holds, cells.rows, None)
+
+
 def _announce(source: Source) -> None:
     """Log what was chosen where there was a choice."""
-    if source.slot != "X":
+    if source.slot not in ("X", "fragments"):
         logger.info("%s: reading the counts in %s", source.label, source.slot)
-    if source.modality == "atac" and source.holds != "binary":
+    if source.modality == "atac" and source.holds in ("counts", "normalised", "log-normalised"):
         logger.info("%s: peaks hold %s; any value above 0 is taken as open", source.label, source.holds)
 
 
 def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> Source:
+    """Open an HDF5 file, or a zarr group, whose AnnData is laid out in the same way."""
     try:
         kind = kind_of(file, label)
         check_claims(file, label)
         if kind == "10x h5":
-            return _of_10x(file["matrix"], modality, label, strict)
-        group = _modality_group(file, modality, label) if kind == "h5mu" else file
+            return _of_10x(file, modality, label, strict)
+        if kind == "loom":
+            return _of_loom(file, modality, label, strict)
+        group = file["mod"][modality_name(list(file["mod"]), modality, label)] if kind == "h5mu" else file
         return _of_group(group, kind, modality, label, strict)
     except (CisformerError, MemoryError):
         raise
@@ -189,40 +261,25 @@ def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> S
         raise damaged(label, error) from error
 
 
-def is_10x_folder(folder: Path) -> bool:
-    """Tell whether `folder` holds a 10x matrix in text form."""
-    return any((folder / name).is_file() for name in ("matrix.mtx.gz", "matrix.mtx"))
+def modality_name(names: list[str], modality: Modality, label: str) -> str:
+    """Return which of the modalities of a MuData is the RNA or the ATAC: by its name, or a part of it.
 
-
-def _read_mtx(folder: Path) -> AnnData:
-    """Load a 10x folder of matrix.mtx, features.tsv and barcodes.tsv, all features."""
-    if not is_10x_folder(folder):
-        raise InputError(
-            f"{folder} is a folder without matrix.mtx; wanted an .h5ad, .h5mu or 10x .h5 file",
-            hint="give the file in it",
-        )
-    try:
-        import scanpy
-    except ImportError as error:
-        raise InputError(
-            f"reading the 10x folder {folder} takes scanpy, which is not installed",
-            hint='pip install "cisformer[io]", or give the .h5 file that Cell Ranger writes beside it',
-        ) from error
-    logger.info("%s: a 10x folder, loaded whole", folder)
-    try:
-        return scanpy.read_10x_mtx(folder, gex_only=False)
-    except Exception as error:  # pandas, scipy and gzip raise whatever they come upon
-        raise damaged(str(folder), error) from error
-
-
-def _modality_group(file: h5py.File, modality: Modality, label: str) -> h5py.Group:
-    found = [name for name in file["mod"] if name.lower() in FEATURE_TYPES[modality]]
-    if not found:
-        raise InputError(
-            f"{label} has no {modality.upper()} modality: it holds {', '.join(file['mod'])}",
-            hint="name its modalities 'rna' and 'atac'",
-        )
-    return file["mod"][found[0]]
+    Raises
+    ------
+    InputError
+        If none is called so, or several could be meant.
+    """
+    found = [name for name in names if name.lower() in FEATURE_TYPES[modality]]
+    found = found or [name for name in names if _MODALITY_WORDS[modality].search(name)]
+    if len(found) == 1 or (found and found[0].lower() == modality):
+        return found[0]
+    problem = (
+        f"has several that may be {modality.upper()}" if found else f"has no {modality.upper()} modality"
+    )
+    raise InputError(
+        f"{label} {problem}: it holds {', '.join(names)}",
+        hint="name its modalities 'rna' and 'atac'",
+    )
 
 
 def _of_group(group: h5py.Group, kind: Kind, modality: Modality, label: str, strict: bool) -> Source:
@@ -231,12 +288,22 @@ def _of_group(group: h5py.Group, kind: Kind, modality: Modality, label: str, str
 
     if "encoding-type" not in group["obs"].attrs:
         return _of_old_h5ad(group, modality, label, strict)
-    nodes = {name: group[name] for name in SLOTS if name in group}
-    slot, values = _choose_slot(nodes, modality, label, strict)
-    obs, var = read_elem(group["obs"]), read_elem(group["raw/var" if slot == "raw/X" else "var"])
+    names = slot_names(group.get("layers", ()))
+    nodes = {name: group[name] for name in names if name in group}
+    obs, var = read_elem(group["obs"]), read_elem(group["var"])
+    refuse_peaks(var, modality, label)
+    slot = choose_slot(nodes, modality, label, strict)
+    if slot.name == "raw/X":
+        var = _raw_var(read_elem(group["raw/var"]), var)
     if kind == "h5mu":
         obs = _with_shared_obs(obs, read_elem(group.file["obs"]))
-    return _source(label, kind, modality, obs, var, slot, nodes[slot], values)
+    return _source(label, kind, modality, obs, var, slot)
+
+
+def _raw_var(raw: pd.DataFrame, var: pd.DataFrame) -> pd.DataFrame:
+    """Return the features of `raw`, with the types of features that only `var` has."""
+    missing = [name for name in FEATURE_TYPE_COLUMNS if name in var and name not in raw]
+    return raw.join(var[missing]) if missing and raw.index.is_unique and var.index.is_unique else raw
 
 
 def _of_old_h5ad(group: h5py.Group, modality: Modality, label: str, strict: bool) -> Source:
@@ -256,45 +323,71 @@ def _with_shared_obs(obs: pd.DataFrame, shared: pd.DataFrame) -> pd.DataFrame:
 def _of_anndata(adata: AnnData, modality: Modality, label: str, strict: bool) -> Source:
     adata = adata.to_memory() if adata.isbacked else adata
     raw = adata.raw
-    nodes = {
-        "layers/counts": adata.layers.get("counts"),
-        "raw/X": None if raw is None else raw.X,
-        "X": adata.X,
-    }
-    nodes = {name: node for name, node in nodes.items() if node is not None}
-    slot, values = _choose_slot(nodes, modality, label, strict)
-    var = raw.var if slot == "raw/X" else adata.var
-    return _source(label, "AnnData", modality, adata.obs, var, slot, nodes[slot], values)
+    stored = {f"layers/{name}": layer for name, layer in adata.layers.items()}
+    stored |= {"raw/X": None if raw is None else raw.X, "X": adata.X}
+    names = slot_names(adata.layers.keys())
+    nodes = {name: stored[name] for name in names if stored.get(name) is not None}
+    refuse_peaks(adata.var, modality, label)
+    slot = choose_slot(nodes, modality, label, strict)
+    var = _raw_var(raw.var, adata.var) if slot.name == "raw/X" else adata.var
+    return _source(label, "AnnData", modality, adata.obs, var, slot)
 
 
-def _of_10x(matrix: h5py.Group, modality: Modality, label: str, strict: bool) -> Source:
-    """Open a 10x matrix, whose columns are cells: CSC of features x cells is CSR of cells x features."""
-    if "features" not in matrix:
-        raise InputError(f"{label} is of Cell Ranger 2 or older", hint="convert it with scanpy.read_10x_h5")
-    columns = {"id": "gene_ids", "feature_type": "feature_types", "genome": "genome", "interval": "interval"}
-    features = matrix["features"]
+def _of_10x(file: h5py.File, modality: Modality, label: str, strict: bool) -> Source:
+    """Open a 10x matrix, whose columns are cells: CSC of features x cells is CSR of cells x features.
+
+    Since Cell Ranger 3 it is called ``matrix``, before by the genome.
+    """
+    groups = [name for name in file if "barcodes" in file[name] and "indptr" in file[name]]
+    if len(groups) > 1:
+        raise InputError(
+            f"{label} holds a matrix of each genome: {', '.join(groups)}",
+            hint='write the one wanted: scanpy.read_10x_h5(path, genome="…").write_h5ad("rna.h5ad")',
+        )
+    matrix = file[groups[0]]
+    features = matrix.get("features", matrix)
+    names = "name" if "name" in features else "gene_names"
+    columns = {
+        "id": "gene_ids", "genes": "gene_ids", "feature_type": "feature_types", "genome": "genome",
+        "interval": "interval",
+    }  # fmt: skip
     var = pd.DataFrame(
         {new: features[old].asstr()[:] for old, new in columns.items() if old in features},
-        index=features["name"].asstr()[:],
+        index=features[names].asstr()[:],
     )
     obs = pd.DataFrame(index=matrix["barcodes"].asstr()[:])
-    slot, values = _choose_slot({"X": matrix}, modality, label, strict)
-    return _source(label, "10x h5", modality, obs, var, slot, matrix, values)
+    return _source(label, "10x h5", modality, obs, var, choose_slot({"X": matrix}, modality, label, strict))
+
+
+def _of_loom(file: h5py.File, modality: Modality, label: str, strict: bool) -> Source:
+    """Open a loom file: a dense matrix of features x cells, read by columns."""
+    obs = _loom_table(file["col_attrs"], ("CellID", "obs_names", "cell_names", "barcode", "barcodes"), label)
+    var = _loom_table(file["row_attrs"], ("Gene", "var_names", "gene_names", "Accession"), label)
+    slot = choose_slot({"X": Transposed(file["matrix"])}, modality, label, strict)
+    return _source(label, "loom", modality, obs, var, slot)
+
+
+def _loom_table(attributes: h5py.Group, names: tuple[str, ...], label: str) -> pd.DataFrame:
+    columns = {
+        name: values.asstr()[:] if values.dtype.kind in "OS" else values[:]
+        for name, values in attributes.items()
+        if len(values.shape) == 1
+    }
+    index = next((columns[name] for name in names if name in columns), None)
+    if index is None:
+        raise InputError(
+            f"{label} names its {attributes.name[1:]} by none of {', '.join(names)}",
+            hint="convert it: scanpy.read_loom(path, obs_names=…, var_names=…).write_h5ad(…)",
+        )
+    return pd.DataFrame(columns, index=pd.Index(index))
 
 
 def _source(
-    label: str,
-    kind: Kind,
-    modality: Modality,
-    obs: pd.DataFrame,
-    var: pd.DataFrame,
-    slot: str,
-    node: Any,
-    values: str,
+    label: str, kind: Kind, modality: Modality, obs: pd.DataFrame, var: pd.DataFrame, slot: Slot
 ) -> Source:
     """Make a `Source` of checked barcodes and of this modality's features only."""
     obs, var = _plain_columns(obs), _plain_columns(var)
-    obs = obs.set_axis(obs.index.astype(str))
+    obs = _with_barcodes(obs.set_axis(obs.index.astype(str)), label)
     unfit = obs.index[obs.index.str.contains(_CONTROL) | (obs.index == "")]
     if len(unfit):
         raise InputError(
@@ -307,19 +400,62 @@ def _source(
             f"{label} has {len(repeated):,} barcodes more than once, such as {', '.join(repeated[:3])}",
             hint="make them unique, for instance by adding the sample to each, in RNA and ATAC alike",
         )
+    check_orientation(obs, var, label)
     columns = _columns_of(var, modality, label)
     chosen = var if columns is None else var.iloc[columns]
     if not len(obs) or not len(chosen):
         raise InputError(
-            f"{label} holds {len(obs):,} cells and {len(chosen):,} features", hint="give another file"
+            f"{label} holds {len(obs):,} cells and {len(chosen):,} features",
+            hint="give another file; of a SnapATAC2 file without a matrix, give the fragments.tsv.gz"
+            if modality == "atac"
+            else "give another file",
         )
-    layout, read = row_reader(node, (len(obs), len(var)), label)
-    return Source(label, kind, modality, obs, chosen, slot, layout, values, read, columns)
+    layout, read = row_reader(slot.node, (len(obs), len(var)), label)
+    return Source(label, kind, modality, obs, chosen, slot.name, layout, slot.holds, read, columns)
+
+
+def _with_barcodes(obs: pd.DataFrame, label: str) -> pd.DataFrame:
+    """Name cells by the column of barcodes where their names only count rows."""
+    if not are_row_numbers(obs.index):
+        return obs
+    columns = {name.lower(): name for name in obs.columns[::-1]}
+    for column in (columns[name] for name in BARCODE_COLUMNS if name in columns):
+        barcodes = obs[column].astype(str)
+        if barcodes.is_unique and not are_row_numbers(pd.Index(barcodes)):
+            logger.warning(
+                "%s: cells are named by row numbers; their barcodes are read from obs[%r]", label, column
+            )
+            return obs.set_axis(pd.Index(barcodes.to_numpy()))
+    return obs
+
+
+def refuse_peaks(var: pd.DataFrame, modality: Modality, label: str) -> None:
+    """Raise `InputError` where RNA is wanted and all features are peaks."""
+    names = pd.Series(var.index[:50].astype(str))
+    told = any(name in var for name in FEATURE_TYPE_COLUMNS)
+    if modality == "rna" and not told and len(names) and names.str.match(_REGION_NAME).all():
+        raise InputError(
+            f"{label} holds peaks, such as {names[0]}; wanted RNA counts of genes",
+            hint="give the RNA file with -r and the ATAC file with -a",
+        )
+
+
+def check_orientation(obs: pd.DataFrame, var: pd.DataFrame, label: str) -> None:
+    """Raise `InputError` where cells are named as features are, and features as cells."""
+    few = [pd.Series(table.index[:50].astype(str)) for table in (obs, var)]
+    features, barcodes = few[0].str.match(_FEATURE_NAME).mean(), few[1].str.match(_BARCODE_NAME).mean()
+    if (features > 0.5 and len(obs) > 1) or (barcodes > 0.9 and len(var) > 1):
+        raise InputError(
+            f"{label} is transposed: its obs are {', '.join(few[0][:2])}, …, its var {', '.join(few[1][:2])}, …; "
+            "wanted cells in obs and features in var",
+            hint='turn it: adata.T.write_h5ad("turned.h5ad")',
+        )
 
 
 def _plain_columns(table: pd.DataFrame) -> pd.DataFrame:
     """Return an annotation with text for column names, each once: of several of a name, the first."""
-    named = table.set_axis(table.columns.astype(str), axis=1)
+    columns = ["index" if name == "_index" else str(name) for name in table.columns]  # h5ad reserves _index
+    named = table.set_axis(columns, axis=1)
     return named.loc[:, ~named.columns.duplicated()]
 
 
@@ -332,25 +468,16 @@ def _columns_of(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np
     mine = types.isin(FEATURE_TYPES[modality]).to_numpy()
     if mine.all() or not types.isin(set.union(*FEATURE_TYPES.values())).any():
         return None
-    if not mine.any():
-        raise InputError(
-            f"{label} has no {modality.upper()} features: {name} holds {', '.join(map(str, var[name].unique()[:3]))}",
-            hint="give the RNA file with -r and the ATAC file with -a",
+    if mine.any():
+        return np.flatnonzero(mine)
+    regions = pd.Series(var.index[:50].astype(str)).str.match(_REGION_NAME).mean() > 0.9
+    if regions and modality == "atac":
+        logger.warning(
+            "%s: %s calls peaks %s; they are read as peaks by their names", label, name, types.iloc[0]
         )
-    return np.flatnonzero(mine)
-
-
-def _choose_slot(nodes: dict[str, Any], modality: Modality, label: str, strict: bool) -> tuple[str, str]:
-    """Return the first slot that holds counts and what it holds; ATAC may do with other values in X."""
-    found = {name: describe_values(sample_values(nodes[name])) for name in SLOTS if name in nodes}
-    found = {name: values for name, values in found.items() if values}
-    for slot, values in found.items():
-        if values in ("binary", "counts"):
-            return slot, values
-    if found.get("X", "unreadable") != "unreadable" and (modality == "atac" or not strict):
-        return "X", found["X"]
-    looks = ", ".join(f"{values} values in {slot}" for slot, values in found.items()) or "no matrix"
+        return None
+    option = {"rna": "-r", "atac": "-a"}
     raise InputError(
-        f"{label}: no {modality.upper()} counts; wanted whole numbers in layers['counts'], raw or X, found {looks}",
-        hint="store the raw counts in layers['counts']",
+        f"{label} has no {modality.upper()} features: {name} holds {', '.join(map(str, var[name].unique()[:3]))}",
+        hint=f"give the RNA file with {option['rna']} and the ATAC file with {option['atac']}",
     )

@@ -141,13 +141,17 @@ class CellStore:
 
     @cached_property
     def cell_info(self) -> pd.DataFrame:
-        """What the input's `obs` said, columns suffixed ``_rna`` and ``_atac``; none for shuffled cells."""
+        """What the input's `obs` said, columns suffixed ``_rna`` and ``_atac``; none for shuffled cells.
+
+        What was text or a category is text, also where it looks like a number.
+        """
         path = self.path / CELL_INFO
         if not path.exists():
             return pd.DataFrame(index=pd.Index(self.barcodes, name="barcode"))
+        text = {0: str} | dict.fromkeys(self.manifest.get("text_columns", []), str)
         try:
             table = pd.read_csv(
-                path, sep="\t", index_col=0, dtype={0: str}, keep_default_na=False, na_values=[""]
+                path, sep="\t", index_col=0, dtype=text, keep_default_na=False, na_values=[""]
             )
         except (OSError, ValueError) as error:
             raise _damaged(path, str(error)) from error
@@ -356,5 +360,7 @@ def write_split(
     if not reference.is_built_in:
         save_reference(reference, folder / "reference")
     tables = {name: sha256_file(folder / name) for name in (BARCODES, CELL_INFO) if (folder / name).is_file()}
-    manifest = new_manifest(direction, reference, shards, tables) | about
+    numbers = cells.obs.select_dtypes(["number", "bool", "boolean"]).columns
+    text = {"text_columns": [name for name in cells.obs.columns if name not in numbers]}
+    manifest = new_manifest(direction, reference, shards, tables) | text | about
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

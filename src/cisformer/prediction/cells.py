@@ -16,8 +16,10 @@ import scipy.sparse as sp
 from cisformer.config import Modality
 from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peaks
 from cisformer.data.batches import normalise, read_modality
+from cisformer.data.containers import is_cells_folder
+from cisformer.data.fragments import MIN_FRAGMENTS, FragmentOptions
 from cisformer.data.reference import Reference
-from cisformer.data.sources import Source, is_10x_folder, open_rows
+from cisformer.data.sources import Source, open_rows
 from cisformer.data.store import CellStore
 from cisformer.model.checkpoint import check_reference
 
@@ -51,16 +53,24 @@ class InputCells:
     @classmethod
     @contextmanager
     def open(
-        cls, data: AnnData | str | Path, modality: Modality, reference: Reference
+        cls,
+        data: AnnData | str | Path,
+        modality: Modality,
+        reference: Reference,
+        min_fragments: int = MIN_FRAGMENTS,
     ) -> Iterator[InputCells]:
-        """Open an AnnData, an `.h5ad`, `.h5mu` or 10x `.h5` file, a `.pt` shard, or a folder of shards."""
+        """Open an AnnData, a file or folder of cells, a `.pt` shard, or a folder of shards.
+
+        Of a fragments file, barcodes with `min_fragments` are the cells.
+        """
         if isinstance(data, str | Path) and (Path(data).suffix in (".pt", ".json") or _is_store(Path(data))):
             store = CellStore.open(data)
             store.verify()
             check_reference(reference, store.reference, f"the checkpoint for {data}")
             yield cls(store.cell_info, partial(read_modality, store, modality=modality), str(data))
             return
-        with open_rows(data, modality) as source:
+        fragments = FragmentOptions(reference.ccres, min_fragments=min_fragments)
+        with open_rows(data, modality, fragments=fragments) as source:
             find = map_genes if modality == "rna" else map_peaks
             found = find(source.var, reference)
             accept_map(found, source.var, reference, source.label)
@@ -68,7 +78,7 @@ class InputCells:
 
 
 def _is_store(path: Path) -> bool:
-    return path.is_dir() and not is_10x_folder(path)
+    return path.is_dir() and not is_cells_folder(path)
 
 
 def _reader(source: Source, found: FeatureMap) -> Callable[[np.ndarray], sp.csr_matrix]:

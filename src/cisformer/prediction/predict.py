@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cisformer.config import Direction
+from cisformer.data.fragments import MIN_FRAGMENTS
 from cisformer.errors import InputError, WriteError
 from cisformer.model.checkpoint import Checkpoint, load_checkpoint
 from cisformer.model.cis import CisModel
@@ -47,6 +48,7 @@ def predict(
     genes: str | Path = "expressed_in_training",
     chunk: int | None = None,
     compact: bool | None = None,
+    min_fragments: int = MIN_FRAGMENTS,
     device: str | torch.device | None = None,
     force: bool = False,
 ) -> AnnData | Path:
@@ -82,6 +84,8 @@ def predict(
     compact
         RNA→ATAC: keep two small matrices in place of all probabilities; see `open_prediction`. `None` does so where
         the full matrix would take more than 2 GB on disk.
+    min_fragments
+        ATAC→RNA: number of fragments that make a barcode of a fragments file a cell.
     device
         Where to compute; an NVIDIA GPU where there is one, else the CPU. Under `accelerate launch`, processes share
         the cells where there is an `output`.
@@ -104,7 +108,7 @@ def predict(
         The disk has no room for the full matrix.
     """
     options = PredictionOptions(
-        batch_size, num_workers, max_tokens, min_prob, binarize, genes, chunk, compact
+        batch_size, num_workers, max_tokens, min_prob, binarize, genes, chunk, compact, min_fragments
     )
     if output is not None:
         refuse_existing(output, force=force)
@@ -113,7 +117,9 @@ def predict(
     processes = Processes.current(cpu=str(device) == "cpu") if output is not None else Processes()
     checkpoint = _as_asked(checkpoint, options)
     place = torch.device(device or processes.device or best_device())
-    with InputCells.open(data, checkpoint.layout.input_modality, checkpoint.reference) as cells:
+    with InputCells.open(
+        data, checkpoint.layout.input_modality, checkpoint.reference, min_fragments
+    ) as cells:
         options = replace(options, compact=_choose_compact(checkpoint, options, len(cells.obs), output))
         predictor = Predictor(checkpoint, cells, options, place)
         if output is None:

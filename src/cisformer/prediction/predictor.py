@@ -16,6 +16,7 @@ import scipy.sparse as sp
 import torch
 
 from cisformer.data.batches import Batch, encode_input, prefetch, row_blocks
+from cisformer.data.fragments import MIN_FRAGMENTS
 from cisformer.data.io import H5adWriter, MatrixLayout
 from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint
@@ -57,9 +58,14 @@ class PredictionOptions:
     genes: str | Path = "expressed_in_training"
     chunk: int | None = None
     compact: bool | None = None
+    min_fragments: int = MIN_FRAGMENTS
 
     def __post_init__(self) -> None:
-        for name, value, least in (("batch_size", self.batch_size, 1), ("num_workers", self.num_workers, 0)):
+        for name, value, least in (
+            ("batch_size", self.batch_size, 1),
+            ("num_workers", self.num_workers, 0),
+            ("min_fragments", self.min_fragments, 1),
+        ):
             if value < least:
                 raise InputError(f"{name} is {value}", hint=f"give at least {least}")
         if not 0 <= self.min_prob < 1:
@@ -248,6 +254,14 @@ class Predictor:
         seen = np.zeros(len(var), dtype=bool)
         seen[layout.target_index] = True
         var, varm = var.assign(seen_in_training=seen), {}
+        if isinstance(self.model, CisModel):
+            for name, values in (
+                ("validation_r", self.model.validation_r),
+                ("validation_r_error", self.model.validation_error()),
+            ):
+                column = np.full(len(var), np.nan, np.float32)
+                column[seen] = values.cpu().numpy()
+                var = var.assign(**{name: column})
         if self.options.compact:
             assert self.low_rank is not None
             prior, intercept = np.full(len(var), -np.inf, np.float32), np.zeros(len(var), np.float32)

@@ -44,6 +44,7 @@ from cisformer.runtime.files import atomic_path, make_folder
 from cisformer.runtime.progress import progress
 from cisformer.training.closed_form_start import fit_closed_form, fold_in, make_layout
 from cisformer.training.loss_plot import draw_losses
+from cisformer.training.reliability import validation_correlations
 from cisformer.training.split import CellSplit, validation_batches
 
 if TYPE_CHECKING:
@@ -264,8 +265,7 @@ class Run:
             train_loss = self._train_epoch(epoch)
             self._finish_epoch(epoch, train_loss, time.perf_counter() - started)
         if self.accelerator.is_main_process:
-            if self.settings.fold_in:
-                self._fold_in_validation_cells()
+            self._finish_best()
             draw_losses(self.history, self.folder / LOSS_PLOT, f"{self.folder.name}, {self.direction}")
         self.accelerator.wait_for_everyone()
 
@@ -372,6 +372,8 @@ class Run:
             "seconds": round(seconds, 3),
             "cells_per_second": rate and round(rate, 1),
             "precision": self.accelerator.mixed_precision,
+            "n_training_cells": len(self.cells.train_rows),
+            "n_validation_cells": len(self.cells.val_rows),
             **self.start_metrics,
         }
         self.history.append(record)
@@ -438,11 +440,17 @@ class Run:
             path.write_text("".join(json.dumps(r) + "\n" for r in self.history), encoding="utf-8")
         self._forget_old_epochs(folder)
 
-    def _fold_in_validation_cells(self) -> None:
+    def _finish_best(self) -> None:
+        """Note how well validation cells are predicted, then let `best` learn from them."""
         best = load_checkpoint(self.folder / "best", self.direction)
-        known = isinstance(best.model, CisModel) and "linear_rank" in best.metrics
-        if known and "n_validation_cells_folded_in" not in best.metrics:
-            save_checkpoint(fold_in(best, self.cells), self.folder / "best")
+        if not isinstance(best.model, CisModel) or "n_validation_cells_folded_in" in best.metrics:
+            return
+        found, n_cells = validation_correlations(best, self.cells)
+        best.model.validation_r.copy_(torch.from_numpy(found))
+        best.model.n_validation.fill_(n_cells)
+        if self.settings.fold_in and "linear_rank" in best.metrics:
+            best = fold_in(best, self.cells)
+        save_checkpoint(best, self.folder / "best")
 
     def _forget_old_epochs(self, newest: Path) -> None:
         keep = self.settings.keep_epochs
