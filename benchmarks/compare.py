@@ -90,6 +90,7 @@ def main() -> None:
         help="most CPU minutes that MultiVI trains; others are ended at twice that",
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split_by", help="column of obs, such as batch: its values are kept together")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     kept = options.work / "results.json"
@@ -116,7 +117,8 @@ def run_set(name: str, direction: Direction, options: argparse.Namespace) -> dic
     data = folder / direction
     costs = {"preprocess": run(
         ["data_preprocess", "-r", rna, "-a", atac, "-s", data, "--reference", "dataset", "--force",
-         "--seed", options.seed, *(["--atac2rna"] if direction == "atac2rna" else [])], folder)[0]}  # fmt: skip
+         "--seed", options.seed, *(["--atac2rna"] if direction == "atac2rna" else []),
+         *(["--split-by", options.split_by] if options.split_by else [])], folder)[0]}  # fmt: skip
     checkpoints = {}
     for method, epochs in ((OURS, None), (LINEAR, 0)):
         costs[method], checkpoints[method] = train(data, direction, method, epochs, options.seed, folder)

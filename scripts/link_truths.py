@@ -156,7 +156,8 @@ def screens(data: Path, reference: Reference, blood: Blood) -> Truth:
     at_promoter = _near_coding_tss(reference.genes, table["chrom"], middle)
     between = count_between(reference.genes, table["chrom"].to_numpy(), middle, site)
     activity = reads / reads[at_promoter].mean()
-    acetylated = np.sqrt(reads * table["H3K27ac.RPM"].to_numpy(float))
+    acetylated = np.sqrt(reads * table["H3K27ac.RPM.expandedRegion"].to_numpy(float))
+    far = table["distanceToTSS"].abs().to_numpy(float)
     pairs = pd.DataFrame(
         {
             "chrom": table["chrom"], "gene": table["measuredGeneSymbol"], "is_link": table["Regulated"].astype(bool),
@@ -167,8 +168,9 @@ def screens(data: Path, reference: Reference, blood: Blood) -> Truth:
     scores = {
         "distance": -pairs["distance"].to_numpy(float),
         "nearest gene": _nearest(pairs),
-        "accessibility × contact": reads * contact(distance),
-        "ABC-like (DHS, H3K27ac)": acetylated * contact(distance),
+        "accessibility × contact": reads * contact(far),
+        "accessibility / distance": reads / far,
+        "ABC-like: √(DHS · H3K27ac) / distance": acetylated / far,
     }
     genewise = blood.breadth_of(pairs["gene"]), blood.competition_of(pairs["gene"], reference.genes)
     return Truth("CRISPRi K562", pairs, pair_features(distance, activity, between, *genewise), scores)

@@ -162,3 +162,17 @@ def test_alignment_agrees_with_brute_force_in_any_order(seed: int):
     cells, features = rng.permutation(6), rng.permutation(12)
     aligned = map_peaks(var.iloc[features], reference).apply(matrix[cells][:, features])
     assert np.array_equal(aligned.toarray(), expected[cells])
+
+
+def test_chromosomes_that_the_reference_lacks_are_said():
+    reference = load_reference("human")
+    names = ["chr1:104896-105048", "chrX:100-600", "chrX:900-1400", "chrM:5-500"]
+    found = map_peaks(pd.DataFrame(index=names), reference)
+    assert found.n_found == 1
+    note = next(note for note in found.notes if "lacks" in note)
+    assert "3 peaks" in note
+    assert "chrX 2, chrM 1" in note
+    assert "--reference dataset" in note
+    genes = pd.DataFrame({"interval": ["chr1:11868-14412", "chrX:100-600"]}, index=["DDX11L1", "XIST"])
+    assert any("1 genes lie" in note and "chrX 1" in note for note in map_genes(genes, reference).notes)
+    assert not [note for note in map_peaks(pd.DataFrame(index=names[:1]), reference).notes if "lacks" in note]

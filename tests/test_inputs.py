@@ -493,3 +493,18 @@ def test_text_of_obs_stays_text(cells: tuple, tmp_path: Path):
     assert info["cluster_rna"].tolist() == names
     assert info["batch_rna"].tolist() == ["1", "2"] * 20
     assert info["n_rna"].tolist() == list(range(40))
+
+
+def test_cell_types_come_from_a_column_of_obs(cells: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    from cisformer.links.files import read_cell_types
+
+    for name, adata in zip(("rna", "atac"), (each.copy() for each in cells), strict=True):
+        types = ["0", "1.10", "T cell ", "B\ncell"] * 10
+        adata.obs["type"] = pd.Series(types, adata.obs_names).where(np.arange(40) > 0)
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+        read = read_cell_types(f"{tmp_path}/{name}.h5ad:type")
+        assert read.tolist() == (["0", "1.10", "T cell", "B cell"] * 10)[1:]
+        assert read.index.tolist() == adata.obs_names[1:].tolist()
+        assert "1 of 40 cells have no type" in caplog.text
+    with pytest.raises(InputError, match="has no column 'x' in obs"):
+        read_cell_types(f"{tmp_path}/rna.h5ad:x")

@@ -261,7 +261,7 @@ def test_score_is_that_of_its_columns(links, checkpoint, store, types):
         np.log(prior / (1 - prior))
         + by_association * table["association"]
         + 2 * weights.coupling_gain * table["power"] * table["coupling"].clip(-6, 6)
-        + table["expression"]
+        + np.log((1 + np.exp(-1.7)) / (1 + np.exp(-1.7 - 1.5 * table["expression"])))
         - scorer.shared.less
     )
     np.testing.assert_allclose(table["score"], 1 / (1 + np.exp(-log_odds)), rtol=1e-3, atol=1e-5)
@@ -371,3 +371,106 @@ def test_beyond_the_models_window_nothing_is_known(checkpoint, store, types):
     assert beyond.any()
     assert far["effect"][beyond].isna().all()
     assert far["score"].notna().all()
+
+
+@pytest.fixture(scope="module")
+def scorer(checkpoint, store, types):
+    from cisformer.links.inputs import LinkOptions
+    from cisformer.links.score import prepare
+
+    return prepare(checkpoint, store, types, LinkOptions(), "cpu")
+
+
+def residual_correlation(design: np.ndarray, left: np.ndarray, right: np.ndarray) -> tuple[float, int]:
+    """Correlate what least squares on `design` leaves of two columns; return r and the degrees of freedom."""
+    design = np.column_stack([np.ones(len(design)), design])
+    both = np.column_stack([left, right]).astype(float)
+    rest = both - design @ np.linalg.lstsq(design, both, rcond=None)[0]
+    return np.corrcoef(rest.T)[0, 1], len(design) - np.linalg.matrix_rank(design) - 1
+
+
+def test_coupling_is_what_states_types_and_depths_leave(scorer, store, types):
+    from scipy import stats
+
+    cells, pairs, layout = scorer.cells, scorer.inputs.pairs, scorer.inputs.layout
+    rows = np.concatenate([scorer.inputs.members[name] for name in cells.types])
+    which = np.repeat(np.eye(len(cells.types)), cells.n_cells, axis=0)
+    depths = [np.log1p(np.asarray(m.sum(axis=1))) for m in (store.rna(rows), store.atac(rows))]
+    design = np.hstack([*depths, which[:, 1:], cells.states])
+    expression = read_modality(store, rows, "rna")[:, layout.target_index].toarray()
+    is_open = store.atac(rows)[:, layout.input_index].toarray()
+    tested = np.flatnonzero(scorer.tests.coupling)
+    for at in tested[:: len(tested) // 20]:
+        r, free = residual_correlation(design, expression[:, pairs.gene[at]], is_open[:, pairs.ccre[at]])
+        t = r * np.sqrt(free / (1 - r * r))
+        z = np.sign(t) * stats.norm.isf(stats.t.sf(abs(t), free))
+        assert scorer.tests.coupling[at] == pytest.approx(z, abs=1e-3)
+
+
+def test_p_values_are_adjusted_for_the_depths_of_the_type(links, store, types):
+    from scipy import stats
+
+    part = links.types[0]
+    rows = np.flatnonzero(types.reindex(store.barcodes).to_numpy() == part.cell_type)
+    depths = np.hstack([np.log1p(np.asarray(m.sum(axis=1))) for m in (store.rna(rows), store.atac(rows))])
+    expression, is_open = read_modality(store, rows, "rna"), store.atac(rows)
+    tested = np.flatnonzero(~np.isnan(part.evidence["p_value"]))
+    for at in tested[:: max(len(tested) // 20, 1)]:
+        left = expression[:, part.gene[at]].toarray().ravel()
+        right = is_open[:, part.ccre[at]].toarray().ravel()
+        r, free = residual_correlation(depths, left, right)
+        p = 2 * stats.t.sf(abs(r) * np.sqrt(free / (1 - r * r)), free)
+        assert part.evidence["p_value"][at] == pytest.approx(p, rel=1e-2, abs=1e-6)
+
+
+def test_attention_is_the_mean_rank_over_the_types_cells(links, checkpoint, store, types):
+    """Ranks of each cell by pandas, summed over the cells in which the cCRE is open, over all cells of the type."""
+    part, layout = links.types[0], checkpoint.layout
+    rows = np.flatnonzero(types.reindex(store.barcodes).to_numpy() == part.cell_type)
+    total: dict[tuple[int, int], float] = {}
+    for row in rows:
+        batch = encode_input(read_modality(store, np.array([row]), "atac"), layout, None, None)
+        edges = checkpoint.model.cis_attention(batch)
+        frame = pd.DataFrame(
+            {"gene": edges.gene.numpy(), "ccre": edges.ccre.numpy(), "w": edges.weight.mean(dim=1).numpy()}
+        )
+        both = frame.groupby("gene")["w"].rank(pct=True) + frame.groupby("ccre")["w"].rank(pct=True)
+        both = (both - both.min()) / (both.max() - both.min())
+        for gene, ccre, rank in zip(frame["gene"], frame["ccre"], both, strict=True):
+            total[gene, ccre] = total.get((gene, ccre), 0.0) + rank
+    gene = np.searchsorted(layout.target_index, part.gene)
+    ccre = np.searchsorted(layout.input_index, part.ccre)
+    wanted = [total.get(pair, 0.0) / len(rows) for pair in zip(gene, ccre, strict=True)]
+    np.testing.assert_allclose(part.evidence["attention"], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_specificity_compares_with_the_mean_of_other_types(scorer):
+    scores = [scorer.scorer.of_type(number) for number in range(len(scorer.cells.types))]
+    specificity, error = scorer.scorer.specificity(scores[0])
+    others = np.mean([score.own for score in scores[1:]], axis=0)
+    np.testing.assert_allclose(specificity, scores[0].own - others, atol=1e-8)
+    spread = sum(score.variance for score in scores[1:]) / (len(scores) - 1) ** 2
+    np.testing.assert_allclose(error, np.sqrt(scores[0].variance + spread))
+
+
+def test_each_pass_reads_each_cell_once(checkpoint, store, types, monkeypatch):
+    """Three passes for ATAC, two for RNA; nothing is read when an attribute is touched."""
+    read = {"rna": 0, "atac": 0}
+    for name in read:
+        original = getattr(CellStore, name)
+
+        def counted(self, rows, name=name, original=original):
+            read[name] += len(rows)
+            return original(self, rows)
+
+        monkeypatch.setattr(CellStore, name, counted)
+    from cisformer.links.inputs import LinkOptions
+    from cisformer.links.score import prepare
+
+    n_cells = int(types.index.isin(store.barcodes).sum())
+    scorer = prepare(checkpoint, store, types, LinkOptions(), "cpu")
+    assert read == {"rna": 2 * n_cells, "atac": 2 * n_cells}
+    _ = scorer.shared, scorer.tests, scorer.cells, scorer.scorer, scorer.cell_num
+    assert read == {"rna": 2 * n_cells, "atac": 2 * n_cells}
+    list(scorer.types())
+    assert read == {"rna": 2 * n_cells, "atac": 3 * n_cells}

@@ -19,6 +19,7 @@ from cisformer.data.reference import (
     coverage,
     dataset_reference,
     guess_genome,
+    load_annotation,
     load_reference,
     save_reference,
 )
@@ -255,3 +256,132 @@ def test_genome_of_real_data(folder: str, genome: str, shared: Path):
     share, chance = coverage(peaks, load_reference("human").ccres)
     assert (share > 0.5) == (genome == "hg38")
     assert chance < 0.5
+
+
+UCSC = (
+    "chr{c}\trefGene\t{kind}\t{start}\t{end}\t.\t{strand}\t.\t"
+    'gene_id "{name}"; transcript_id "{tx}"; gene_name "{name}";\n'
+)
+
+
+def ucsc(name: str, chrom: str, start: int, end: int, tx: str) -> str:
+    """A transcript and an exon of a gene, as genePredToGtf writes them: no gene line."""
+    return "".join(
+        UCSC.format(c=chrom, kind=kind, start=start + 1, end=end, strand="+", name=name, tx=tx)
+        for kind in ("transcript", "exon")
+    )
+
+
+def test_a_gene_with_several_loci_keeps_one_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    lines = [
+        ucsc("ALT", "4_GL000257v2_alt", 1000, 1100, "NM_1"),
+        ucsc("ALT", "4", 5000, 5100, "NM_1"),
+        ucsc("COPY", "4", 121_000_000, 121_050_000, "NM_2"),
+        ucsc("COPY", "4", 121_020_000, 121_060_000, "NM_3"),
+        ucsc("COPY", "4", 181_000_000, 181_050_000, "NM_2_copy"),
+        ucsc("PAR", "Y", 2_000_000, 2_000_100, "NM_4"),
+        ucsc("PAR", "X", 82_000_000, 82_000_100, "NM_4"),
+        ucsc("ONE", "6", 10, 90, "NM_5"),
+    ]
+    (tmp_path / "ucsc.gtf").write_text("".join(lines))
+    genes = read_gtf(tmp_path / "ucsc.gtf").set_index("gene_id")[["chrom", "start", "end"]]
+    assert genes.T.to_dict("list") == {
+        "ALT": ["chr4", 5000, 5100],
+        "COPY": ["chr4", 121_000_000, 121_060_000],
+        "PAR": ["chrX", 82_000_000, 82_000_100],
+        "ONE": ["chr6", 10, 90],
+    }
+    assert "3 genes have several loci, such as" in caplog.text
+
+
+def gtf_line(attributes: str, chrom: str = "chr1") -> str:
+    return f"{chrom}\tx\tgene\t101\t200\t.\t-\t.\t{attributes}\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        gtf_line('gene_id "G.1"; gene_name "AAA";').replace("\n", "\r\n"),
+        gtf_line("gene_id G.1; gene_name AAA;"),
+        gtf_line('gene_id "G.1"; transcript_id ""; db_xref "GeneID:1"; gene "AAA"; gene_biotype "x";'),
+    ],
+    ids=["crlf", "unquoted", "RefSeq"],
+)
+def test_spellings_of_gtf(text: str, tmp_path: Path):
+    (tmp_path / "g.gtf").write_bytes(text.encode())
+    assert read_gtf(tmp_path / "g.gtf").to_numpy().tolist() == [["G.1", "AAA", "chr1", 100, 200, "-"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (gtf_line('gene_id "G";').replace("\t", " "), "not separated by tabs"),
+        (gtf_line("ID=gene:G;Name=AAA"), "gffread"),
+    ],
+)
+def test_what_is_no_gtf_is_refused_with_what_mends_it(text: str, hint: str, tmp_path: Path):
+    (tmp_path / "g.gtf").write_text(text)
+    with pytest.raises(InputError, match="no GTF line with a gene_id") as caught:
+        read_gtf(tmp_path / "g.gtf")
+    assert hint in caught.value.hint
+
+
+def test_a_gtf_that_shares_no_chromosome_with_the_peaks_is_refused(tmp_path: Path):
+    (tmp_path / "refseq.gtf").write_text(gtf_line('gene_id "AAA";', "NC_000004.12"))
+    genes, peaks = frame(["AAA"]), frame(["chr4:10-20"])
+    with pytest.raises(InputError, match=r"share no chromosome: NC_000004\.12 and chr4") as caught:
+        dataset_reference(genes, peaks, tmp_path / "refseq.gtf")
+    assert "accessions" in caught.value.hint
+    dashed = dataset_reference(genes, frame(["NC-000004.12-10-20"]), tmp_path / "refseq.gtf")  # of Seurat
+    assert dashed.genes["chrom"].tolist() == dashed.ccres["chrom"].tolist() == ["NC-000004.12"]
+
+
+SHAPES = {
+    "own": ({"chrom": ["chr1"], "start": [100], "end": [200], "strand": ["-"]}, 199),
+    "glue": ({"chrom": ["chr1"], "chromStart": [100], "chromEnd": [200], "strand": ["-"]}, 199),
+    "biomart": (
+        {"chromosome_name": ["1"], "start_position": [101], "end_position": [200], "strand": [-1]},
+        199,
+    ),
+    "granges": ({"seqnames": ["chr1"], "start": [101], "end": [200], "strand": ["-"]}, 199),
+    "interval": ({"interval": ["chr1:199-200"]}, 199),
+}
+
+
+@pytest.mark.parametrize(("columns", "site"), SHAPES.values(), ids=SHAPES)
+def test_gene_coordinates_in_every_shape(columns: dict, site: int):
+    reference = dataset_reference(frame(["g"], **columns), frame(["chr1:10-20"]))
+    assert tss(reference.genes).tolist() == [site]
+    assert reference.genes["chrom"].tolist() == ["chr1"]
+
+
+def test_strands_that_are_missing_come_by_id_or_are_said_to_be_in_doubt(caplog: pytest.LogCaptureFixture):
+    known = load_reference("human").genes.set_index("gene_id")["strand"]
+    ids = ["ENSG00000136997", "ENSG00000075624", "stranger"]  # MYC +, ACTB -
+    var = frame(ids, chrom=["chr1"] * 3, start=[100] * 3, end=[200] * 3)
+    reference = dataset_reference(var, frame(["chr1:10-20"]))
+    assert reference.genes["strand"].tolist() == [*known[ids[:2]], ""] == ["+", "-", ""]
+    assert "1 of 3 genes have no strand" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("genome", "name", "expected"),
+    [("hg19", "GATA1", ("chrX", 48_644_981, "+")), ("mm10", "Actb", ("chr5", 142_906_753, "-")),
+     ("hg38", "MYC", None), ("mm39", "Actb", None)],
+)  # fmt: skip
+def test_gene_coordinates_of_four_genomes(genome: str, name: str, expected: tuple | None):
+    genes = load_annotation(genome)
+    assert list(genes.columns) == GENE_COLUMNS
+    assert not genes["gene_name"].duplicated().any() or genome in ("hg38", "mm39")
+    row = genes[genes["gene_name"] == name]
+    if expected is not None:
+        assert (row["chrom"].iloc[0], int(tss(row)[0]), row["strand"].iloc[0]) == expected
+    reference = dataset_reference(frame([name]), frame([f"{row['chrom'].iloc[0]}:10-20"]), genome=genome)
+    assert (reference.genome, tss(reference.genes).tolist()) == (genome, tss(row).tolist())
+    with pytest.raises(InputError, match="no annotation of genome 'rn6'"):
+        load_annotation("rn6")
+
+
+def test_pseudoautosomal_copies_are_summed():
+    var = frame(["ENSG00000002586.20", "ENSG00000002586.20_PAR_Y"])
+    assert gene_identity(var)["gene_id"].tolist() == ["ENSG00000002586"] * 2

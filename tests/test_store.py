@@ -307,3 +307,14 @@ def test_a_split_of_the_other_direction_stands_in_only_where_there_is_none(tiny_
     assert find_split(tmp_path, "test", "atac2rna") == tmp_path / "rna2atac_test"
     shutil.copytree(tiny_data["atac2rna"] / "atac2rna_train", tmp_path / "atac2rna_train")
     assert find_split(tmp_path, "test", "atac2rna") is None
+
+
+def test_shards_are_whole_zip_archives(tiny_data):
+    """Their checksums are right, so that any program that unpacks them agrees."""
+    import zipfile
+
+    shards = [path for folder in tiny_data.values() for path in folder.rglob("*.pt")]
+    assert shards
+    for path in shards:
+        with zipfile.ZipFile(path) as archive:
+            assert archive.testzip() is None

@@ -10,7 +10,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "provenance", "installation", "journal", "progress", "device"],
+    "runtime": ["files", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "barcodes",
@@ -18,11 +18,14 @@ ORDER = {
         "batches",
     ],
     "model": [
-        "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cis",
+        "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cell_encoder", "cis_path", "cis",
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
+        "pack",
     ],
     "training": ["loss_plot", "split", "reliability", "closed_form_start", "loop"],
-    "prediction": ["cells", "compact", "predictor", "predict", "groups", "tracks", "transfer"],
+    "prediction": [
+        "cells", "compact", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
+    ],
     "links": [
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
         "benchmark", "plot",

@@ -17,6 +17,7 @@ _FUNCTIONS = {
     "predict": "prediction.predict",
     "open_prediction": "prediction.compact",
     "write_tracks": "prediction.tracks",
+    "complete": "prediction.complete",
     "transfer_labels": "prediction.transfer",
     "link": "links.score",
     "score_links": "links.score",
@@ -33,6 +34,7 @@ _FUNCTIONS = {
     "load_reference": "data.reference",
     "load_checkpoint": "model.checkpoint",
     "export_checkpoint": "model.checkpoint",
+    "pack_model": "model.pack",
     "default_config": "config",
     "load_config": "config",
 }

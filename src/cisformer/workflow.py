@@ -17,17 +17,16 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from cisformer.config import DIRECTIONS, Config, Direction, Preset, default_config, parse_config
-from cisformer.errors import CheckpointError, InputError, OutputExistsError
+from cisformer.errors import CheckpointError, InputError
 from cisformer.run_summary import ARROWS, RunSummary, summarise
 from cisformer.runtime.files import atomic_path
-from cisformer.runtime.journal import Facts, Journal, fingerprint, fingerprint_of_text
+from cisformer.runtime.journal import Facts, Journal, Step, do_steps, fingerprint, fingerprint_of_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,57 +157,12 @@ def run(
     """
     options = RunOptions(groupby, celltype_info, reference, genome, gtf, preset, epochs, seed)
     workflow = _Workflow(Path(rna), Path(atac), Path(output_dir), options)
-    steps = list(workflow.steps())
+    steps = list(workflow.steps())  # which looks at the files, before anything is written
     workflow.journal = Journal.open(workflow.folder, force=force)
-    _refuse_changes(workflow.journal, steps, force)
-    for number, step in enumerate(steps, 1):
-        _do(step, workflow.journal, f"step {number} of {len(steps)}, {step.title}")
+    do_steps(steps, workflow.journal, force=force)
     summary = summarise(workflow.journal, str(rna), workflow.types_told)
     summary.write()
     return summary
-
-
-@dataclass(frozen=True)
-class Step:
-    """A part of the run.
-
-    Attributes
-    ----------
-    name, title
-        In the journal, and for people.
-    made_from
-        Everything that its result depends on, by what people call it.
-    work
-        Do it, and return what was found.
-    """
-
-    name: str
-    title: str
-    made_from: Mapping[str, str]
-    work: Callable[[], Facts]
-
-
-def _do(step: Step, journal: Journal, heading: str) -> None:
-    if journal.is_done(step.name, step.made_from):
-        logger.info("%s: done already", heading)
-        return
-    logger.info("%s", heading)
-    journal.begin(step.name, step.made_from)
-    started = time.monotonic()
-    facts = step.work()
-    journal.finish(step.name, facts, time.monotonic() - started)
-
-
-def _refuse_changes(journal: Journal, steps: list[Step], force: bool) -> None:
-    """Raise `OutputExistsError` where a step that is done would be done again from other things."""
-    changed = {step.title: journal.changes(step.name, step.made_from) for step in steps}
-    changed = {title: changes for title, changes in changed.items() if changes}
-    if changed and not force:
-        what = ", ".join(dict.fromkeys(change for changes in changed.values() for change in changes))
-        raise OutputExistsError(
-            f"{journal.folder} holds the results of an earlier run, and this has changed since: {what}",
-            hint=f"choose another output folder, or do again what depends on it ({', '.join(changed)}) with --force",
-        )
 
 
 def _step(

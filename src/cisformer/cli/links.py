@@ -38,7 +38,8 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # not generic before cl
 @click.command("atac2rna_link", context_settings=CONTEXT)
 @click.option("-d", "--data_path", required=True, help="Preprocessed cells: the folder, or one .pt file.")
 @click.option("-c", "--celltype_info", required=True,
-              help="Cell types: a tab-separated table without header; barcode, cell type.")  # fmt: skip
+              help="Cell types: a tab-separated table without header; barcode, cell type. Or FILE:COLUMN of obs, "
+                   "such as rna.h5ad:cell_type.")  # fmt: skip
 @click.option("-m", "--model_parameters", required=True, help="Previous trained model parameters.")
 @click.option("-o", "--output_dir", default="./output", show_default=True, help="Output directory.")
 @click.option(

@@ -113,6 +113,22 @@ def export_checkpoint(model_parameters: str, output: str, force: bool) -> None:
     click.echo(f"wrote {export(load_checkpoint(model_parameters), output)}")
 
 
+@click.command("pack_model", context_settings=CONTEXT)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", default="model.zip", show_default=True, help="Zip to write.")
+@click.option("--report", help="report.json of evaluate: its scores go on the card.")
+@click.option("--license", "license_", default="", help="Terms of use: a name such as MIT, or a text file.")
+@click.option("--data", default="", help="What it was trained on, in words, for the card.")
+@click.option("--half", is_flag=True, help="Store matrices as float16: half the size.")
+@_FORCE
+def pack_model(model: Path, license_: str, **options: Any) -> None:
+    """Put MODEL, a checkpoint or training run, into one zip to share; -m takes it like the folder."""
+    from cisformer.model.pack import pack_model
+
+    text = Path(license_).read_text(encoding="utf-8") if Path(license_).is_file() else license_
+    click.echo(f"wrote {pack_model(model, license=text, **options)}")
+
+
 @click.command("demo", context_settings=CONTEXT)
 @click.option("-o", "--output_dir", default="./cisformer_demo", show_default=True, help="Output directory.")
 @click.option("--quick", is_flag=True, help="A tiny data set: does it run at all?")

@@ -176,3 +176,23 @@ def transfer_labels(
     unknown = int((labels[key] == "unknown").sum())
     click.echo(f"{len(labels) - unknown} of {len(labels)} cells labelled, {unknown} unknown")
     click.echo(f"wrote {path}")
+
+
+@click.command("complete", context_settings=CONTEXT)
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output_dir", default="./cisformer_completed", show_default=True, help="Output directory."
+)
+@click.option("--groupby", metavar="COLUMN",
+              help="Column of obs, such as cell types: warns of groups that no paired cell is of.")  # fmt: skip
+@click.option("--gtf", help="Gene annotation, for gene coordinates that the file lacks.")
+@click.option("--preset", type=click.Choice(["small", "default"]), default="small", show_default=True,
+              help="Size of the models; small trains in minutes on a laptop.")  # fmt: skip
+@click.option("--epochs", type=LENIENT_INT, help="Maximum number of epochs.  [default: the preset's]")
+@click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Random seed of every step.")
+@click.option("--force", is_flag=True, help="Replace results whose file or options have changed.")
+def complete(data: Path, output_dir: str, **options: Any) -> None:
+    """Fill the gaps of DATA, an .h5mu in which some cells lack RNA or ATAC. Run it again to go on after a stop."""
+    from cisformer.prediction.complete import complete
+
+    click.echo(f"wrote {complete(data, output_dir, **options)}")

@@ -126,6 +126,8 @@ def map_genes(var: pd.DataFrame, reference: Reference) -> FeatureMap:
         notes.append(f"{len(found) - n_exact:,} genes found by name in another case")
     if n_twice := len(found) - len(np.unique(row[found])):
         notes.append(f"{n_twice:,} genes are given more than once; their counts are summed")
+    stated = stated_coordinates(var)["chrom"]
+    notes += _on_other_chroms(stated[stated != ""], reference.genes["chrom"], "genes")
     shape = (len(var), reference.n_genes)
     return FeatureMap("genes", _incidence(found, row[found], shape), id_type, tuple(notes))
 
@@ -185,8 +187,23 @@ def map_peaks(var: pd.DataFrame, reference: Reference) -> FeatureMap:
     notes = []
     if len(var) and ":" not in str(var.index[0]) and _is_region(str(var.index[0])):
         notes.append(f"peaks are named like {var.index[0]!r}; read as chrom:start-end")
+    notes += _on_other_chroms(peaks["chrom"], reference.ccres["chrom"], "peaks")
     shape = (len(peaks), reference.n_ccres)
     return FeatureMap("peaks", _incidence(peak[kept], ccre[kept], shape), "regions", tuple(notes))
+
+
+def _on_other_chroms(chrom: pd.Series, known: pd.Series, what: str) -> list[str]:
+    """Say how many genes or peaks lie on chromosomes that the reference lacks, and what to do."""
+    number = rename_chroms(chrom, known).value_counts()
+    lacking = number[~number.index.isin(pd.unique(known))]
+    if lacking.empty:
+        return []
+    named = ", ".join(f"{name} {count:,}" for name, count in lacking.head(5).items())
+    more = f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""
+    return [
+        f"{lacking.sum():,} {what} lie on chromosomes that the reference lacks ({named}{more}) and are left out; "
+        "--reference dataset keeps them"
+    ]
 
 
 def _is_region(name: str) -> bool:

@@ -19,7 +19,8 @@ from cisformer.data.hdf5 import open_hdf5
 from cisformer.data.reference import BUILT_IN, GENOMES, Reference, guess_genome, load_reference
 from cisformer.data.sources import FEATURE_TYPE_COLUMNS, Source, open_rows
 from cisformer.data.store import CellStore
-from cisformer.errors import InputError
+from cisformer.errors import CheckpointError, InputError
+from cisformer.runtime.archive import is_archive, read_card, unpacked
 from cisformer.runtime.files import read_json, sha256_file
 
 OWN_MANIFESTS = {
@@ -44,6 +45,21 @@ OWN_KEYS = (
     "split_by",
 )
 
+CARD_KEYS = (
+    "format_version",
+    "direction",
+    "architecture",
+    "license",
+    "data",
+    "n_training_cells",
+    "n_validation_cells",
+    "n_inputs_seen",
+    "n_targets_seen",
+    "validation_loss",
+    "matrices",
+)
+"""What of a model card is shown as it is."""
+
 _SAMPLE_CELLS = 500
 
 Record = dict[str, Any]
@@ -57,8 +73,8 @@ def inspect(
     Parameters
     ----------
     paths
-        Files (h5ad, h5mu or 10x h5), and data sets, checkpoints and references of cisformer, or a folder of
-        such.
+        Files (h5ad, h5mu or 10x h5), and data sets, checkpoints, packed models and references of cisformer, or a
+        folder of such.
     reference
         What to count found genes and peaks in; by default the built-in one that fits the genome.
     verify
@@ -72,13 +88,16 @@ def inspect(
 
     Raises
     ------
-    InputError, StoreError
+    InputError, StoreError, CheckpointError
         If a file is missing, damaged, or nothing of the above.
     """
     records: list[Record] = []
     barcodes: dict[tuple[str, Modality], set[str]] = {}
     wanted = None if reference is None else load_reference(reference)
     for path in map(Path, paths):
+        if is_archive(path):
+            records.append(_describe_packed(path, verify))
+            continue
         own = _own_folders(path)
         records += [_describe_own(folder, name, verify) for folder, name in own]
         if own:
@@ -110,6 +129,29 @@ def _own_folders(path: Path) -> list[tuple[Path, str]]:
             hint="give a file, or a folder that cisformer wrote",
         )
     return inside
+
+
+def _describe_packed(path: Path, verify: bool) -> Record:
+    """Return the card of a packed model."""
+    try:
+        card = json.loads(read_card(path))
+        reference, version = card["reference"], card["provenance"]["version"]
+        record: Record = {"path": str(path), "kind": "packed model"}
+        record |= {key: card[key] for key in CARD_KEYS} | {"package_version": version}
+        record |= {"reference": reference["name"]} | {
+            key: reference[key] for key in ("genome", "n_genes", "n_ccres", "fingerprint")
+        }
+        scores = card["scores"]
+        if scores:
+            record |= {"verdict": scores["verdict"], "test_cells": scores["test_cells"]}
+            record["scores"] = {name: values["model"] for name, values in scores["values"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the card in {path} is damaged: {error!r}", hint="copy it again") from None
+    if verify:
+        with unpacked(path) as folder:
+            _verify(folder, folder, "checkpoint.json", read_json(folder / "checkpoint.json"))
+        record["checksums"] = "agree"
+    return record
 
 
 def _describe_own(path: Path, name: str, verify: bool) -> Record:

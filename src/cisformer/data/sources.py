@@ -291,7 +291,8 @@ def _of_group(group: h5py.Group, kind: Kind, modality: Modality, label: str, str
     names = slot_names(group.get("layers", ()))
     nodes = {name: group[name] for name in names if name in group}
     obs, var = read_elem(group["obs"]), read_elem(group["var"])
-    refuse_peaks(var, modality, label)
+    if strict:
+        refuse_peaks(var, modality, label)
     slot = choose_slot(nodes, modality, label, strict)
     if slot.name == "raw/X":
         var = _raw_var(read_elem(group["raw/var"]), var)
@@ -327,7 +328,8 @@ def _of_anndata(adata: AnnData, modality: Modality, label: str, strict: bool) ->
     stored |= {"raw/X": None if raw is None else raw.X, "X": adata.X}
     names = slot_names(adata.layers.keys())
     nodes = {name: stored[name] for name in names if stored.get(name) is not None}
-    refuse_peaks(adata.var, modality, label)
+    if strict:
+        refuse_peaks(adata.var, modality, label)
     slot = choose_slot(nodes, modality, label, strict)
     var = _raw_var(raw.var, adata.var) if slot.name == "raw/X" else adata.var
     return _source(label, "AnnData", modality, adata.obs, var, slot)

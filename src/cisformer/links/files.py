@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import pickle
 import re
 import unicodedata
@@ -30,6 +31,7 @@ import scipy.sparse as sp
 from cisformer.data.genome import region_names, tss
 from cisformer.data.io import storable, storable_frame
 from cisformer.data.reference import Reference
+from cisformer.data.sources import open_rows
 from cisformer.errors import InputError
 from cisformer.links.formats import FORMATS, TABLE, FormatName, strongest, text_writer, write_format
 from cisformer.runtime.files import atomic_path
@@ -37,6 +39,8 @@ from cisformer.runtime.provenance import provenance
 
 if TYPE_CHECKING:
     import h5py
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "cisformer_link"
 CELL_NUM, CELL_NUM_PICKLE = "cell_num.json", "cell_num.pkl"
@@ -314,7 +318,13 @@ def _quoted(text: str) -> str:
 
 
 def read_cell_types(path: str | Path) -> pd.Series:
-    """Read a two-column table without header: barcode, cell type.
+    """Read the cell type of each barcode.
+
+    Parameters
+    ----------
+    path
+        A tab-separated table without header: barcode, cell type. Or ``FILE:COLUMN``: a column of `obs` of an h5ad or
+        any other file of cells, such as ``rna.h5ad:cell_type``.
 
     Returns
     -------
@@ -325,6 +335,9 @@ def read_cell_types(path: str | Path) -> pd.Series:
     InputError
         If the file is missing or not such a table, or gives a barcode two types.
     """
+    file, _, column = str(path).rpartition(":")
+    if file and Path(file).exists() and not Path(path).exists():
+        return _types_of_obs(file, column)
     path = Path(path)
     try:
         table = pd.read_csv(
@@ -343,9 +356,23 @@ def read_cell_types(path: str | Path) -> pd.Series:
     return check_cell_types(pd.Series(table[1].to_numpy(), index=table[0].to_numpy()), str(path))
 
 
+def _types_of_obs(file: str, column: str) -> pd.Series:
+    """Read cell types out of a column of `obs`; cells without a type are left out, and it is said."""
+    with open_rows(file, "rna", strict=False) as source:
+        obs = source.obs
+    if column not in obs:
+        raise InputError(
+            f"{file} has no column {column!r} in obs", hint=f"it has {', '.join(obs.columns[:10]) or 'none'}"
+        )
+    types = obs[column].dropna()
+    if len(types) < len(obs):
+        logger.warning("%s: %d of %d cells have no %s", file, len(obs) - len(types), len(obs), column)
+    return check_cell_types(types, f"{file}:{column}")
+
+
 def check_cell_types(types: pd.Series, source: str) -> pd.Series:
     """Return `types` as str by barcode, repeats dropped; raise `InputError` where a barcode has two types."""
-    types = types.astype(str)
+    types = types.astype(str).str.split().str.join(" ")  # blanks at the ends, line breaks within
     types.index = types.index.astype(str)
     empty = np.flatnonzero(types.str.strip() == "")
     if len(empty):

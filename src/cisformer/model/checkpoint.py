@@ -5,13 +5,15 @@
     checkpoint.json     format, version, direction, reference, sizes, metrics, sha256 of weights and configuration
     reference/          the reference, where it is not a built-in one
 
+`pack_model` puts such a folder into one zip, which is read like the folder.
+
 Loading runs no code, and takes no more memory than the file of weights says by its size.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from torch.overrides import TorchFunctionMode
 from cisformer.config import Config, Direction, dump_config, load_config
 from cisformer.data.batches import Layout
 from cisformer.data.reference import BUILT_IN, Reference, load_reference, save_reference
-from cisformer.errors import CheckpointError, ReferenceMismatchError, brief, first_complaint
+from cisformer.errors import CheckpointError, CisformerError, ReferenceMismatchError, brief, first_complaint
 from cisformer.model.cis import CisModel
 from cisformer.model.closed_form_cis import Windows
 from cisformer.model.documented import export_published, load_published
 from cisformer.model.documented_task import FullTask
+from cisformer.runtime.archive import is_archive, unpacked
 from cisformer.runtime.files import atomic_folder, read_json, sha256_file
 from cisformer.runtime.provenance import occasion, provenance
 
@@ -48,7 +51,7 @@ class Checkpoint:
     metrics
         Validation losses: of this epoch (`val_loss`), of the linear start and of the mean profile.
     folder
-        Where it was loaded from or saved to; `None` for one that was never on disk.
+        Where it was loaded from or saved to, or the zip that it was loaded from; `None` for one that was never on disk.
     """
 
     model: CisModel | FullTask
@@ -131,8 +134,8 @@ def load_checkpoint(
     Parameters
     ----------
     path
-        The folder, a file in it, or a training run's folder (its `best` is taken); or published weights
-        (`pytorch_model.bin`), which need `direction` and `config`.
+        The folder, a file in it, or a training run's folder (its `best` is taken); a zip that `pack_model` wrote;
+        or published weights (`pytorch_model.bin`), which need `direction` and `config`.
     direction, config, reference
         What the checkpoint has to agree with, where given.
 
@@ -150,8 +153,10 @@ def load_checkpoint(
     """
     if Path(path).suffix in (".bin", ".safetensors") and not (Path(path).parent / MANIFEST).is_file():
         return _load_published(Path(path), direction, config, reference)
-    folder = _folder_of(Path(path))
-    manifest = _read_manifest(folder)
+    if is_archive(path):
+        return _load_packed(Path(path), direction, config, reference)
+    folder = folder_of(Path(path))
+    manifest = read_manifest(folder)
     _check_direction(manifest, direction, folder)
     _check_sum(folder / WEIGHTS, manifest["sha256"])
     _check_sum(folder / CONFIG, manifest.get("config_sha256"))
@@ -163,6 +168,19 @@ def load_checkpoint(
         check_reference(own_reference, reference, f"checkpoint {folder}")
     model = _load_model(folder, manifest, saved, own_reference)
     return Checkpoint(model, saved, own_reference, manifest["metrics"], folder)
+
+
+def _load_packed(
+    path: Path, direction: Direction | None, config: Config | None, reference: Reference | None
+) -> Checkpoint:
+    """Load a zip that `pack_model` wrote; messages name the zip, not the folder it was unpacked to."""
+    with unpacked(path) as folder:
+        try:
+            found = load_checkpoint(folder, direction, config=config, reference=reference)
+        except CisformerError as error:
+            told = (text.replace(str(folder), str(path)) for text in (error.message, error.hint))
+            raise type(error)(next(told), hint=next(told)) from None
+    return replace(found, folder=path)
 
 
 def export_checkpoint(checkpoint: Checkpoint, path: str | Path) -> Path:
@@ -208,7 +226,8 @@ def _describe(reference: Reference) -> str:
     return f"'{reference.name}' ({reference.n_genes} genes, {reference.n_ccres} cCREs)"
 
 
-def _folder_of(path: Path) -> Path:
+def folder_of(path: Path) -> Path:
+    """Return the checkpoint's folder that a user's path means."""
     folder = path if path.is_dir() else path.parent
     if not (folder / MANIFEST).is_file() and (folder / "best" / MANIFEST).is_file():
         folder = folder / "best"
@@ -244,7 +263,8 @@ class _Manifest(BaseModel):
     metrics: dict[str, Any]
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a `checkpoint.json`, checked."""
     try:
         manifest = read_json(folder / MANIFEST)
     except (OSError, ValueError) as error:
@@ -320,6 +340,9 @@ def _load_model(
         raise CheckpointError(
             f"{folder / WEIGHTS} cannot be read: {error}", hint="copy the checkpoint again"
         ) from None
+    tensors = {  # `pack_model` may have stored matrices as float16
+        name: tensor.float() if tensor.dtype == torch.float16 else tensor for name, tensor in tensors.items()
+    }
     layout = _layout(manifest["direction"], reference, tensors, folder / WEIGHTS)
     windows = None
     if config.model.architecture == "cis" and layout.direction == "atac2rna":

@@ -39,7 +39,7 @@ from cisformer.data.batches import Batch, Layout, ragged_rows, read_modality, ro
 from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
-from cisformer.model.cis import attended_tokens
+from cisformer.model.cell_encoder import attended_tokens
 from cisformer.model.closed_form import FeatureCounts, link_moments
 from cisformer.model.documented import FullModel, Keys
 from cisformer.runtime.device import multiplies_bf16

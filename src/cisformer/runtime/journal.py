@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 from cisformer.errors import InputError, OutputExistsError, StoreError
 from cisformer.runtime.files import atomic_path, make_folder, read_json, sha256_file
 from cisformer.runtime.provenance import occasion, provenance
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "cisformer-run"
 FORMAT_VERSION = 1
@@ -128,6 +133,62 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
             f"{path} does not say which steps are done: {error!r}",
             hint="remove it, and run again with --force: all steps are done again then",
         ) from error
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the run.
+
+    Attributes
+    ----------
+    name, title
+        In the journal, and for people.
+    made_from
+        Everything that its result depends on, by what people call it.
+    work
+        Do it, and return what was found.
+    """
+
+    name: str
+    title: str
+    made_from: Mapping[str, str]
+    work: Callable[[], Facts]
+
+
+def do_steps(steps: list[Step], journal: Journal, *, force: bool) -> None:
+    """Do the steps that are not done yet, and note what they found.
+
+    Raises
+    ------
+    OutputExistsError
+        A step that is done would be done again from other things, and `force` is not given. Nothing is done then.
+    """
+    _refuse_changes(journal, steps, force)
+    for number, step in enumerate(steps, 1):
+        _do(step, journal, f"step {number} of {len(steps)}, {step.title}")
+
+
+def _do(step: Step, journal: Journal, heading: str) -> None:
+    if journal.is_done(step.name, step.made_from):
+        logger.info("%s: done already", heading)
+        return
+    logger.info("%s", heading)
+    journal.begin(step.name, step.made_from)
+    started = time.monotonic()
+    facts = step.work()
+    journal.finish(step.name, facts, time.monotonic() - started)
+
+
+def _refuse_changes(journal: Journal, steps: list[Step], force: bool) -> None:
+    """Raise `OutputExistsError` where a step that is done would be done again from other things."""
+    changed = {step.title: journal.changes(step.name, step.made_from) for step in steps}
+    changed = {title: changes for title, changes in changed.items() if changes}
+    if changed and not force:
+        what = ", ".join(dict.fromkeys(change for changes in changed.values() for change in changes))
+        raise OutputExistsError(
+            f"{journal.folder} holds the results of an earlier run, and this has changed since: {what}",
+            hint=f"choose another output folder, or do again what depends on it ({', '.join(changed)}) with --force",
+        )
 
 
 def fingerprint(path: Path) -> str:

@@ -372,6 +372,8 @@ class Run:
             "seconds": round(seconds, 3),
             "cells_per_second": rate and round(rate, 1),
             "precision": self.accelerator.mixed_precision,
+            "n_training_cells": len(self.cells.train_rows),
+            "n_validation_cells": len(self.cells.val_rows),
             **self.start_metrics,
         }
         self.history.append(record)

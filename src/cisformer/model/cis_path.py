@@ -1,0 +1,206 @@
+"""What the open cCREs near a gene add to its prediction, ATAC→RNA: one weight per pair, and attention.
+
+Shapes: B cells, S drawn genes, E edges (cell, gene, open cCRE), W pairs, H heads, R embedding width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cisformer.config import Model
+from cisformer.data.batches import Batch, ragged_rows, rows_of
+from cisformer.model.attention import segment_softmax
+from cisformer.model.cell_encoder import Tokens, distinct
+from cisformer.model.closed_form_cis import DISTANCE_EDGES_BP, Windows
+
+CELL_KEY_DIM = 16
+"""Width in which a cell's state meets the cCREs; narrow, since every open cCRE of a batch carries it."""
+PAIRS_AT_ONCE = 200_000
+"""Gene–cCRE pairs whose embeddings are multiplied in one go outside training; bounds memory."""
+
+
+@dataclass(frozen=True)
+class CisAttention:
+    """What genes of some cells make of the open cCREs near them, edge by edge.
+
+    Attributes
+    ----------
+    cell, gene, ccre, pair
+        Batch row, target number, input number, and number within `Windows` of each edge; int64 [E].
+    weight, value
+        Attention weight and what it multiplies; float [E, H]. Weights of a (cell, gene, head) sum to less than 1.
+    local
+        The closed-form-started weight of the pair; float [E].
+    """
+
+    cell: Tensor
+    gene: Tensor
+    ccre: Tensor
+    pair: Tensor
+    weight: Tensor
+    value: Tensor
+    local: Tensor
+
+    @property
+    def contribution(self) -> Tensor:
+        """What each edge adds to its gene's eta; float [E]."""
+        return (self.weight * self.value).sum(dim=1) + self.local
+
+    @property
+    def effect(self) -> Tensor:
+        """Change of the gene's eta if this one cCRE closed, its attention going to the rest; float [E].
+
+        Exact without another pass: per head, out' = (out − w·v) / (1 − w), so out' − out = w (out − v) / (1 − w).
+        """
+        n_genes = 1 + int(self.gene.max()) if len(self.gene) else 1
+        _, segment = torch.unique(self.cell * n_genes + self.gene, return_inverse=True)
+        out = self.weight.new_zeros(len(segment), self.weight.shape[1])
+        out = out.index_add(0, segment, self.weight * self.value)
+        rest = (1 - self.weight).clamp(min=1e-6)
+        return (self.weight * (out[segment] - self.value) / rest).sum(dim=1) - self.local
+
+
+class CisPath(nn.Module):
+    """What the open cCREs near a gene add to it.
+
+    Two terms: a sum of one weight per (gene, cCRE) pair over the open ones, started in closed form (`local`), and
+    attention of the gene to them, its values started at zero. Per head h,
+
+        score[i, g, p] = <a_h, gene[g] * ccre[p]> + <q_h(cell i), K ccre[p]> + bias_h[signed distance bin]
+        value[g, p]    = <b_h, gene[g] * ccre[p]>
+
+    and a null slot takes the attention that no open cCRE deserves. What depends on the pair alone is computed once
+    per distinct pair of a batch (in eval mode: once), so that an edge costs only its softmax.
+    """
+
+    def __init__(self, n_target: int, windows: Windows, model: Model) -> None:
+        super().__init__()
+        width, heads = model.emb_rank, model.dec_heads
+        self.heads = heads
+        self.gene = nn.Embedding(n_target, width)
+        self.pair_score = nn.Linear(width, heads, bias=False)
+        self.pair_value = nn.Linear(width, heads, bias=False)
+        self.cell_query = nn.Linear(width, heads * CELL_KEY_DIM, bias=False)
+        self.cell_key = nn.Linear(width, CELL_KEY_DIM, bias=False)
+        self.distance_bias = nn.Embedding(2 * len(DISTANCE_EDGES_BP) + 1, heads)
+        self.null = nn.Parameter(torch.zeros(heads))
+        self.pair_weight = nn.Parameter(torch.zeros(len(windows.gene)))
+        self.window_indptr: Tensor
+        self.window_gene: Tensor
+        self.window_ccre: Tensor
+        self.window_bin: Tensor
+        for name in ("indptr", "gene", "ccre", "distance_bin"):
+            array = torch.from_numpy(getattr(windows, name))
+            self.register_buffer(f"window_{name.removeprefix('distance_')}", array, persistent=False)
+        self._all_pairs: tuple[tuple[Any, ...], Tensor] | None = None
+        nn.init.zeros_(self.distance_bias.weight)
+        nn.init.zeros_(self.pair_value.weight)
+
+    def train(self, mode: bool = True) -> CisPath:
+        """Switch between training and eval mode; forgets what was computed for all pairs."""
+        self._all_pairs = None
+        return super().train(mode)
+
+    def forward(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> Tensor:
+        """Return cis, float [B, S]; `column` [F] gives the place of each target among the drawn ones, or −1."""
+        edges = self.edges(batch, h_BR, tokens, column)
+        place, n_columns = self._places(edges.gene, column)
+        out = edges.local.new_zeros(batch.n_cells * n_columns)
+        out = out.index_add(0, edges.cell * n_columns + place, edges.contribution)
+        return out.reshape(batch.n_cells, n_columns)
+
+    def _places(self, gene_E: Tensor, column: Tensor | None) -> tuple[Tensor, int]:
+        """Return the place of each edge's gene among the drawn ones, and the number of these."""
+        if column is None:
+            return gene_E, len(self.gene.weight)
+        return rows_of(column, gene_E), int(column.max()) + 1
+
+    def edges(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> CisAttention:
+        """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn."""
+        token_E, pair_E = self._window_edges(batch, column)
+        cell_E = rows_of(ragged_rows(batch.indptr, len(batch.index)), token_E)
+        gene_E = rows_of(self.window_gene, pair_E)
+        place_E, n_columns = self._places(gene_E, column)
+        term_WX, slot_E = self._pair_terms(pair_E, tokens)
+        score_EH, value_EH = rows_of(term_WX, slot_E).split(self.heads, dim=1)
+        weight_EH = segment_softmax(
+            score_EH + self._cell_scores(batch, h_BR, tokens, token_E),
+            cell_E * n_columns + place_E,
+            batch.n_cells * n_columns,
+            self.null,
+        )
+        return CisAttention(
+            cell_E,
+            gene_E,
+            rows_of(batch.index, token_E),
+            pair_E,
+            weight_EH,
+            value_EH,
+            rows_of(self.pair_weight, pair_E),
+        )
+
+    def _window_edges(self, batch: Batch, column: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return token number and pair number of every (open cCRE, drawn gene near it); int64 [E] each."""
+        start = rows_of(self.window_indptr, batch.index)
+        stop = rows_of(self.window_indptr, batch.index + 1)
+        drawn_pairs = None
+        if column is not None:
+            is_drawn = rows_of(column, self.window_gene) >= 0
+            drawn_pairs = is_drawn.nonzero().squeeze(1)
+            before = F.pad(torch.cumsum(is_drawn, 0), (1, 0))
+            start, stop = rows_of(before, start), rows_of(before, stop)
+        count = stop - start
+        total = int(count.sum())
+        token = torch.repeat_interleave(
+            torch.arange(len(count), device=count.device), count, output_size=total
+        )
+        first = torch.cumsum(count, 0) - count
+        pair = torch.arange(total, device=count.device) + rows_of(start - first, token)
+        return token, pair if drawn_pairs is None else rows_of(drawn_pairs, pair)
+
+    def _cell_scores(self, batch: Batch, h_BR: Tensor, tokens: Tokens, token_E: Tensor) -> Tensor:
+        """Return the share of each edge's scores that depends on the cell, float [E, H]."""
+        query_BHK = self.cell_query(h_BR).unflatten(-1, (self.heads, -1)) * CELL_KEY_DIM**-0.5
+        near_M, place_N = distinct(token_E, len(batch.index))  # tokens with a gene in reach
+        ccre_M = rows_of(tokens.place, rows_of(batch.index, near_M))
+        of_cells = rows_of(self.cell_key(tokens.embedding), ccre_M).split(
+            torch.searchsorted(near_M, batch.indptr).diff().tolist()
+        )
+        score_MH = torch.cat(
+            [key_TK @ query_HK.T for key_TK, query_HK in zip(of_cells, query_BHK, strict=True)]
+        )
+        return rows_of(score_MH, rows_of(place_N, token_E))
+
+    def _pair_terms(self, pair_E: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Return score and value of distinct pairs, float [W, 2 H], and which of them each edge is."""
+        if torch.is_grad_enabled() or self.training:
+            pair_W, place = distinct(pair_E, len(self.pair_weight))
+            slot_W = rows_of(tokens.place, rows_of(self.window_ccre, pair_W))
+            return self._score_pairs(pair_W, rows_of(tokens.embedding, slot_W)), rows_of(place, pair_E)
+        weights = (
+            tokens.table,
+            *(m.weight for m in (self.gene, self.pair_score, self.pair_value, self.distance_bias)),
+        )
+        state = tuple((w.data_ptr(), w._version, w.device) for w in weights)
+        if self._all_pairs is None or self._all_pairs[0] != state:
+            self._all_pairs = state, self._all_pair_terms(tokens.table)
+        return self._all_pairs[1], pair_E
+
+    def _all_pair_terms(self, table: Tensor) -> Tensor:
+        everything = torch.arange(len(self.pair_weight), device=table.device)
+        parts = [
+            self._score_pairs(part, rows_of(table, rows_of(self.window_ccre, part)))
+            for part in everything.split(PAIRS_AT_ONCE)
+        ]
+        return torch.cat([table.new_zeros(0, 2 * self.heads), *parts])
+
+    def _score_pairs(self, pair_W: Tensor, ccre_WR: Tensor) -> Tensor:
+        product_WR = rows_of(self.gene.weight, rows_of(self.window_gene, pair_W)) * ccre_WR
+        distance = F.pad(self.distance_bias.weight, (0, self.heads))  # adds to scores alone
+        both = torch.cat([self.pair_score.weight, self.pair_value.weight])
+        return F.linear(product_WR, both) + rows_of(distance, rows_of(self.window_bin, pair_W))
