@@ -233,6 +233,7 @@ def test_one_file_with_both_modalities_will_do(write, tiny, tmp_path):
         (["-c", "types.tsv"], "types.tsv", "tab-separated"),
         (["--epochs", "-1"], "training.epoch is -1", "greater than or equal to 0"),
         (["--seed", "-1"], "the seed is -1", "0 or more"),
+        (["--genome", "hg99"], "genome 'hg99' is not built in", "--gtf"),
         (["--gtf", "genes.gtf"], "there is no file genes.gtf", "check the path"),
         (["-r", "nothing.h5ad"], "nothing.h5ad", "path"),
     ],

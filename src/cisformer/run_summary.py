@@ -169,7 +169,12 @@ def _next_steps(journal: Journal, links: Facts, rna: str, types: str) -> list[tu
     folder = journal.folder
     steps = []
     if "skipped" in links:
-        steps.append(("give the genes coordinates, and run again", "the same command with --gtf GTF --force"))
+        steps.append(
+            (
+                "give the genes coordinates, and run again",
+                "the same command with --genome GENOME or --gtf GTF, and --force",
+            )
+        )
     elif types.startswith("no cell types"):
         steps.append(
             (

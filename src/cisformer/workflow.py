@@ -51,6 +51,8 @@ class RunOptions:
         Table of cell types without header: barcode, cell type. In place of `groupby`.
     reference
         As of `preprocess`; by default the data's own genes and peaks.
+    genome
+        Whose built-in gene coordinates ``reference="dataset"`` takes; guessed from the peaks where it is `None`.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
     preset
@@ -64,6 +66,7 @@ class RunOptions:
     groupby: str | None = None
     celltype_info: str | Path | None = None
     reference: str | Path = "dataset"
+    genome: str | None = None
     gtf: str | Path | None = None
     preset: Preset = "small"
     epochs: int | None = None
@@ -99,6 +102,7 @@ def run(
     groupby: str | None = None,
     celltype_info: str | Path | None = None,
     reference: str | Path = "dataset",
+    genome: str | None = None,
     gtf: str | Path | None = None,
     preset: Preset = "small",
     epochs: int | None = None,
@@ -123,6 +127,9 @@ def run(
     reference
         As of `preprocess`, but by default ``"dataset"``, the data's own genes and peaks: this works for any genome
         and takes least time. ``"human"`` or ``"mouse"`` make models that fit other data, too.
+    genome
+        ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: whose built-in gene coordinates ``reference="dataset"``
+        takes; guessed from the peaks by default.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
     preset
@@ -148,7 +155,7 @@ def run(
     OutputExistsError
         If `output_dir` holds results of other files or options, and `force` is not given.
     """
-    options = RunOptions(groupby, celltype_info, reference, gtf, preset, epochs, seed)
+    options = RunOptions(groupby, celltype_info, reference, genome, gtf, preset, epochs, seed)
     workflow = _Workflow(Path(rna), Path(atac), Path(output_dir), options)
     steps = list(workflow.steps())  # which looks at the files, before anything is written
     workflow.journal = Journal.open(workflow.folder, force=force)
@@ -173,7 +180,10 @@ class _Workflow:
     journal: Journal
 
     def __init__(self, rna: Path, atac: Path, folder: Path, options: RunOptions) -> None:
+        from cisformer.data.preprocess import PreprocessOptions
+
         self.rna, self.atac, self.folder, self.options = rna, atac, folder, options
+        PreprocessOptions(reference=options.reference, genome=options.genome, gtf=options.gtf)  # checked
         self.types, self.types_told = _cell_types(rna, atac, options)
         self.preset = {direction: options.config(direction) for direction in DIRECTIONS}
 
@@ -202,6 +212,7 @@ class _Workflow:
         reference = Path(options.reference)
         about = {
             "--reference": fingerprint(reference) if reference.is_dir() else str(reference),
+            "--genome": str(options.genome),
             "--seed": str(options.seed),
         }
         return about if options.gtf is None else about | {"the GTF file": fingerprint(Path(options.gtf))}
@@ -224,7 +235,8 @@ class _Workflow:
 
         stores = preprocess(
             self.rna, self.atac, self.folder / DATA, direction=direction, reference=self.options.reference,
-            config=self.preset[direction], seed=self.options.seed, gtf=self.options.gtf, manually=manually, force=True,
+            genome=self.options.genome, gtf=self.options.gtf, config=self.preset[direction], manually=manually,
+            seed=self.options.seed, force=True,
         )  # fmt: skip
         reference = next(iter(stores.values())).reference
         return {

@@ -20,6 +20,10 @@ from cisformer.cli.common import CONTEXT, LENIENT_INT
               help="In place of --groupby: a tab-separated table without header; barcode, cell type.")  # fmt: skip
 @click.option("--reference", "--species", default="dataset", show_default=True,
               help="dataset (your own genes and peaks, any genome), human, mouse, or a folder.")  # fmt: skip
+@click.option(
+    "--genome",
+    help="hg38, hg19, mm39 or mm10: whose gene coordinates --reference dataset takes; guessed by default.",
+)
 @click.option("--gtf", help="Gene annotation for the gene coordinates of --reference dataset.")
 @click.option("--preset", type=click.Choice(["small", "default"]), default="small", show_default=True,
               help="Size of the models; small trains in minutes on a laptop.")  # fmt: skip

@@ -329,7 +329,7 @@ def require_pyarrow(path: Path) -> Any:
     except ImportError as error:
         raise InputError(
             f"reading the fragments in {path} takes pyarrow, which is not installed",
-            hint='pip install "cisformer[io]"',
+            hint='pip install "cisformer-links[io]"',
         ) from error
     return pyarrow
 

@@ -104,7 +104,7 @@ def open_zarr(folder: Path) -> Any:
         import zarr
     except ImportError as error:
         raise InputError(
-            f"reading {folder} takes zarr, which is not installed", hint='pip install "cisformer[io]"'
+            f"reading {folder} takes zarr, which is not installed", hint='pip install "cisformer-links[io]"'
         ) from error
     try:
         return zarr.open_group(str(folder), mode="r")
@@ -189,7 +189,7 @@ def _require_filters(name: str, node: h5py.Dataset, label: str) -> None:
             called = called.decode(errors="replace") or f"filter {code}"
             raise InputError(
                 f"{label} is compressed with {called} ({name}), which takes hdf5plugin; that is not installed",
-                hint='pip install "cisformer[io]"',
+                hint='pip install "cisformer-links[io]"',
             )
 
 

@@ -321,7 +321,7 @@ def _aligned_blocks(
 
 
 def _n_rows(block: sp.csr_matrix) -> int:
-    return block.shape[0]
+    return int(block.shape[0])
 
 
 def _join_obs(
@@ -374,7 +374,8 @@ def _groups(obs: pd.DataFrame, column: str | None) -> NDArray[np.object_] | None
         return None
     for name in (f"{column}_rna", f"{column}_atac", column):
         if name in obs:
-            return obs[name].astype(str).to_numpy(object)
+            groups: NDArray[np.object_] = obs[name].astype(str).to_numpy(object)
+            return groups
     columns = sorted({name.rpartition("_")[0] for name in obs.columns})
     raise InputError(
         f"obs has no column {column!r} to split by", hint=f"it has {', '.join(columns) or 'none'}"

@@ -103,7 +103,8 @@ class Reference:
     def gene_labels(self) -> NDArray[np.object_]:
         """Unique display names: the gene's name, or its id where an earlier gene has that name."""
         name, gene_id = self.genes["gene_name"], self.genes["gene_id"]
-        return np.where(name.duplicated() | (name == ""), gene_id, name).astype(object)
+        labels: NDArray[np.object_] = np.where(name.duplicated() | (name == ""), gene_id, name).astype(object)
+        return labels
 
     @cached_property
     def ccre_labels(self) -> NDArray[np.object_]:
@@ -123,9 +124,9 @@ class Reference:
 
 def _column_bytes(column: pd.Series) -> bytes:
     if pd.api.types.is_integer_dtype(column):
-        return column.to_numpy("<i8").tobytes()
+        return bytes(column.to_numpy("<i8").tobytes())
     codes, names = pd.factorize(column)
-    return codes.astype("<i4").tobytes() + "\n".join(map(str, names)).encode() + b"\0"
+    return bytes(codes.astype("<i4").tobytes()) + "\n".join(map(str, names)).encode() + b"\0"
 
 
 def load_reference(source: str | Path) -> Reference:
