@@ -80,7 +80,7 @@ def test_the_same_model_gives_the_same_bytes(packed, tiny_checkpoints, tmp_path)
     assert repacked.read_bytes() == again.read_bytes()
 
 
-def test_half_stores_matrices_in_half_the_bytes_and_loads_them_as_float32(tiny_checkpoints, tmp_path):
+def test_half_stores_matrices_as_float16_and_loads_them_as_float32(tiny_checkpoints, tmp_path):
     checkpoint = tiny_checkpoints["rna2atac"]
     again = load_checkpoint(pack_model(checkpoint.folder, tmp_path / "half.zip", half=True))
     for (name, mine), other in zip(

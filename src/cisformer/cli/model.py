@@ -119,7 +119,7 @@ def export_checkpoint(model_parameters: str, output: str, force: bool) -> None:
 @click.option("--report", help="report.json of evaluate: its scores go on the card.")
 @click.option("--license", "license_", default="", help="Terms of use: a name such as MIT, or a text file.")
 @click.option("--data", default="", help="What it was trained on, in words, for the card.")
-@click.option("--half", is_flag=True, help="Store matrices as float16: half the size.")
+@click.option("--half", is_flag=True, help="Store matrices as float16; scores may move a little.")
 @_FORCE
 def pack_model(model: Path, license_: str, **options: Any) -> None:
     """Put MODEL, a checkpoint or training run, into one zip to share; -m takes it like the folder."""

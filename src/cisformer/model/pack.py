@@ -77,7 +77,7 @@ def pack_model(
     data
         What it was trained on, in words.
     half
-        Store matrices as float16, half the size; they are loaded as float32. Vectors stay as they are.
+        Store matrices as float16; they are loaded as float32. Vectors stay as they are.
     force
         Overwrite `output`.
 
