@@ -97,6 +97,12 @@ def _disjoint(
     return edges[covered], edges[covered + 1]
 
 
+def _sorted_once(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sort numbers in place and return each once; faster than `np.unique`, which hashes them first."""
+    keys.sort()
+    return keys[np.append(True, keys[1:] != keys[:-1])] if len(keys) else keys
+
+
 class PairFile:
     """Pairs (cell, piece) in an unnamed file, in sorted runs without repeats.
 
@@ -130,7 +136,7 @@ class PairFile:
     def flush(self) -> None:
         """Write what waits, as a run."""
         if self._n_waiting:
-            keys = np.unique(np.concatenate(self._waiting))
+            keys = _sorted_once(np.concatenate(self._waiting))
             self._file.write(keys.data)
             self._file.flush()
             self._ends.append(self._ends[-1] + len(keys))
@@ -146,7 +152,7 @@ class PairFile:
         for start, end in itertools.pairwise(self._ends):
             low, high = np.searchsorted(keys[start:end], bounds)
             parts.append(keys[start + low : start + high])
-        found = np.unique(np.concatenate(parts))
+        found = _sorted_once(np.concatenate(parts))
         return found // self._n_pieces, found % self._n_pieces
 
 
