@@ -62,8 +62,10 @@ def test_errors_are_one_line_and_a_hint(command: Command, tmp_path: Path):
         "data_preprocess", "-r", tmp_path / "none.h5ad", "-a", tmp_path / "none.h5ad", cwd=tmp_path
     )
     assert done.returncode == 1
+    from cisformer.data.containers import WANTED
+
     assert done.stderr.splitlines() == [
-        f"error: {tmp_path / 'none.h5ad'} does not exist; wanted an .h5ad, .h5mu or 10x .h5 file",
+        f"error: {tmp_path / 'none.h5ad'} does not exist; wanted {WANTED}",
         "  hint: check the path",
     ]
     assert list(tmp_path.iterdir()) == []

@@ -145,8 +145,8 @@ def _about_links(links: Facts) -> list[str]:
         f"{links['n_pairs']:,} pairs of gene and cCRE are scored, over all cell types",
         f"{links['n_significant']:,} of them have a false discovery rate of at most 5 %: expression and openness go "
         "together from cell to cell within the type, beyond what depth explains",
-        f"{links['n_likely']:,} have a score of at least 0.5; the score estimates the probability of a link from all "
-        "evidence: rank by it, and test what matters to you",
+        f"{links['n_likely']:,} have a score of at least 0.5. Use the score to rank pairs: it was calibrated on "
+        "screens of one cell line, and may be too high or too low on these cells. Test what matters to you",
     ]
 
 
