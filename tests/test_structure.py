@@ -33,8 +33,9 @@ ORDER = {
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
+    "analysis": ["stored", "variants", "enrichment", "annotate", "peaks"],
     "top": ["simulation", "run_summary", "workflow", "demo"],
-    "cli": ["common", "data", "model", "prediction", "links", "evaluation", "run", ""],
+    "cli": ["common", "data", "model", "prediction", "links", "annotation", "evaluation", "run", ""],
     "main": ["__main__"],
 }  # fmt: skip
 """Folder → its modules, each above those that may import it; "" and "top" are the modules beside the folders."""

@@ -28,6 +28,8 @@ _FUNCTIONS = {
     "export_links": "links.formats",
     "plot": "links.plot",
     "plot_links": "links.plot",
+    "annotate_variants": "analysis.annotate",
+    "annotate_peaks": "analysis.peaks",
     "simulate": "simulation",
     "inspect": "data.inspect",
     "build_reference": "data.reference",

@@ -26,6 +26,8 @@ COMMANDS = {
     "evaluate_links": "links",
     "export_links": "links",
     "plot_links": "links",
+    "annotate_variants": "annotation",
+    "annotate_peaks": "annotation",
     "inspect": "data",
     "build_reference": "data",
     "export_checkpoint": "model",
