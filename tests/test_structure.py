@@ -10,7 +10,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "archive", "provenance", "installation", "journal", "progress", "device"],
+    "runtime": ["files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "barcodes",
@@ -33,7 +33,7 @@ ORDER = {
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
-    "analysis": ["stored", "variants", "enrichment", "annotate", "peaks"],
+    "analysis": ["stored", "variants", "enrichment", "annotate", "peaks", "browse"],
     "top": ["simulation", "run_summary", "workflow", "demo"],
     "cli": ["common", "data", "model", "prediction", "links", "annotation", "evaluation", "run", ""],
     "main": ["__main__"],

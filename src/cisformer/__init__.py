@@ -30,6 +30,7 @@ _FUNCTIONS = {
     "plot_links": "links.plot",
     "annotate_variants": "analysis.annotate",
     "annotate_peaks": "analysis.peaks",
+    "browse": "analysis.browse",
     "simulate": "simulation",
     "inspect": "data.inspect",
     "build_reference": "data.reference",

@@ -28,6 +28,7 @@ COMMANDS = {
     "plot_links": "links",
     "annotate_variants": "annotation",
     "annotate_peaks": "annotation",
+    "browse": "annotation",
     "inspect": "data",
     "build_reference": "data",
     "export_checkpoint": "model",
