@@ -22,7 +22,7 @@ ORDER = {
         "bf16_attention", "published", "documented", "documented_task", "checkpoint",
         "pack",
     ],
-    "training": ["loss_plot", "split", "reliability", "closed_form_start", "loop"],
+    "training": ["loss_plot", "split", "reliability", "closed_form_start", "run_folder", "loop"],
     "prediction": [
         "cells", "compact", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
     ],
