@@ -30,11 +30,12 @@ ORDER = {
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
         "benchmark", "plot",
     ],
+    "analysis": ["candidates", "groups", "coupling", "moderated", "volcano", "contrasts"],
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
     "top": ["simulation", "run_summary", "workflow", "demo"],
-    "cli": ["common", "data", "model", "prediction", "links", "evaluation", "run", ""],
+    "cli": ["common", "data", "model", "prediction", "links", "contrasts", "evaluation", "run", ""],
     "main": ["__main__"],
 }  # fmt: skip
 """Folder → its modules, each above those that may import it; "" and "top" are the modules beside the folders."""

@@ -100,7 +100,9 @@ class PlacedPairs:
     pairs: Pairs
 
 
-def place_pairs(candidates: pd.DataFrame, reference: Reference, cell_types: Sequence[str] = ()) -> PlacedPairs:
+def place_pairs(
+    candidates: pd.DataFrame, reference: Reference, cell_types: Sequence[str] = ()
+) -> PlacedPairs:
     """Find the genes and cCREs of candidate links in a reference; those that it lacks are counted in a warning.
 
     Parameters

@@ -77,7 +77,8 @@ class ContrastOptions:
     def __post_init__(self) -> None:
         if len(self.groups) != 2 or self.groups[0] == self.groups[1]:
             raise InputError(
-                f"groups to compare are {' and '.join(map(repr, self.groups))}", hint="give two different ones"
+                f"groups to compare are {' and '.join(map(repr, self.groups))}",
+                hint="give two different ones",
             )
         columns = [name for name in (self.condition, self.donor, *self.covariates) if name is not None]
         twice = next((name for name in columns if columns.count(name) > 1), None)
@@ -86,7 +87,9 @@ class ContrastOptions:
                 f"column {twice!r} is named twice, as condition, donor or covariate", hint="name it once"
             )
         if self.cell_types and self.condition is None:
-            raise InputError("cell types are chosen by --groups", hint="leave --cell_type out, or add --condition")
+            raise InputError(
+                "cell types are chosen by --groups", hint="leave --cell_type out, or add --condition"
+            )
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,9 @@ class LinkContrast:
                 self.table.to_csv(handle, sep="\t", index=False, float_format="%.5g")
             draw_volcano(self.table, self.options.groups, temporary / FIGURE)
             about = {"format": FORMAT, "format_version": FORMAT_VERSION, **provenance(**self.report)}
-            (temporary / REPORT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (temporary / REPORT).write_text(
+                json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         return [folder / name for name in (TABLE, FIGURE, REPORT)]
 
 

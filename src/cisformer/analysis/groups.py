@@ -144,15 +144,15 @@ def _between_types(
         if name not in members:
             raise _unknown("cell type", name, members, "the cell types")
         if len(members[name]) == 0:
-            raise InputError(f"cell type {name!r} has no cells in this data", hint="name another, or give its cells")
+            raise InputError(
+                f"cell type {name!r} has no cells in this data", hint="name another, or give its cells"
+            )
     return _comparison("", groups, groups, (members[groups[0]], members[groups[1]]), donors, donor)
 
 
 def _unknown(what: str, name: str, known: object, where: str) -> InputError:
     names = ", ".join(sorted(map(str, pd.unique(pd.Series(list(known), dtype=object))))[:10])  # type: ignore[call-overload]
-    return InputError(
-        f"there is no {what} {name!r} in {where}", hint=f"there are: {names or 'none'}"
-    )
+    return InputError(f"there is no {what} {name!r} in {where}", hint=f"there are: {names or 'none'}")
 
 
 def _comparison(

@@ -53,7 +53,9 @@ def compare_cells(estimate: np.ndarray, variance: np.ndarray, tested: np.ndarray
     return Difference(estimate[0], estimate[1], effect, error, p, one[0], one[1])
 
 
-def compare_donors(estimate: np.ndarray, variance: np.ndarray, in_a: np.ndarray, tested: np.ndarray) -> Difference:
+def compare_donors(
+    estimate: np.ndarray, variance: np.ndarray, in_a: np.ndarray, tested: np.ndarray
+) -> Difference:
     """Compare groups whose donors differ.
 
     Parameters
@@ -78,7 +80,9 @@ def compare_donors(estimate: np.ndarray, variance: np.ndarray, in_a: np.ndarray,
     free = counts[0] + counts[1] - 2
     enough = tested & (counts[0] >= 2) & (counts[1] >= 2)
     unit = np.sqrt(_over(1.0, sums[0]) + _over(1.0, sums[1]))
-    return _moderated((means[0], means[1]), means[0] - means[1], unit, left, free, enough, (counts[0], counts[1]))
+    return _moderated(
+        (means[0], means[1]), means[0] - means[1], unit, left, free, enough, (counts[0], counts[1])
+    )
 
 
 def compare_pairs(
@@ -119,7 +123,7 @@ def _moderated(
     tested: np.ndarray,
     counts: tuple[np.ndarray, np.ndarray],
 ) -> Difference:
-    """Test effects whose standard error is `unit` times an unknown s; `left`: s² times its `free` degrees of freedom."""
+    """Test effects whose standard error is `unit` times an unknown s; `left` is s² times its degrees of freedom."""
     p, error = np.full(len(effect), np.nan), np.full(len(effect), np.nan)
     if not tested.any():
         return Difference(*means, effect, error, p, *counts)
@@ -138,12 +142,13 @@ def _moderated(
 def fit_scaled_f(variance: np.ndarray, df: np.ndarray) -> tuple[float, float]:
     """Return s₀² and d₀ of a scaled F distribution of variances with `df` degrees of freedom; by moments of the log.
 
-    d₀ is infinite where variances differ no more than their degrees of freedom make them. Smyth 2004, section 6.2.
+    d₀ is infinite where variances differ no more than their degrees of freedom make them, and 0 for one variance.
+    Smyth 2004, section 6.2.
     """
     floor = 1e-5 * max(float(np.median(variance)), 1e-12)
     log = np.log(np.maximum(variance, floor)) - special.digamma(df / 2) + np.log(df / 2)
     if len(log) < 2:
-        return float(np.exp(log.mean())), np.inf
+        return float(variance.mean()), 0.0
     excess = float(log.var(ddof=1) - special.polygamma(1, df / 2).mean())
     if excess <= 0:
         return float(np.exp(log.mean())), np.inf

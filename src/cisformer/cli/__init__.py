@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate_links": "links",
     "export_links": "links",
     "plot_links": "links",
+    "compare_links": "contrasts",
     "inspect": "data",
     "build_reference": "data",
     "export_checkpoint": "model",

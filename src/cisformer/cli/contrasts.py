@@ -6,7 +6,8 @@ from typing import Any
 
 import rich_click as click
 
-from cisformer.cli.common import CONTEXT, LENIENT_INT, Names
+from cisformer.cli.common import CONTEXT
+from cisformer.cli.links import Names
 
 _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 
@@ -16,7 +17,7 @@ _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing outpu
               help="Links to compare: the cisformer_link folder, or a table with gene and cCRE.")  # fmt: skip
 @click.option("-d", "--data_path", required=True, help="Preprocessed cells: the folder, or one .pt file.")
 @click.option("-c", "--celltype_info", required=True,
-              help="Cell types: a tab-separated table without header; barcode, cell type. Or FILE:COLUMN of obs.")  # fmt: skip
+              help="Cell types: a table without header; barcode, cell type. Or FILE:COLUMN of obs.")  # fmt: skip
 @click.option("--groups", required=True, nargs=2, metavar="A B",
               help="What to compare: two cell types, or two values of --condition.")  # fmt: skip
 @click.option("--condition", metavar="COLUMN",
