@@ -30,12 +30,17 @@ ORDER = {
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
         "benchmark", "plot",
     ],
-    "analysis": ["candidates", "groups", "coupling", "moderated", "volcano", "contrasts"],
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
+    "analysis": [
+        "stored", "variants", "enrichment", "annotate", "peaks", "candidates", "groups", "coupling", "moderated",
+        "volcano", "contrasts",
+    ],
     "top": ["simulation", "run_summary", "workflow", "demo"],
-    "cli": ["common", "data", "model", "prediction", "links", "contrasts", "evaluation", "run", ""],
+    "cli": [
+        "common", "data", "model", "prediction", "links", "annotation", "contrasts", "evaluation", "run", "",
+    ],
     "main": ["__main__"],
 }  # fmt: skip
 """Folder → its modules, each above those that may import it; "" and "top" are the modules beside the folders."""

@@ -29,6 +29,8 @@ _FUNCTIONS = {
     "plot": "links.plot",
     "plot_links": "links.plot",
     "compare_links": "analysis.contrasts",
+    "annotate_variants": "analysis.annotate",
+    "annotate_peaks": "analysis.peaks",
     "simulate": "simulation",
     "inspect": "data.inspect",
     "build_reference": "data.reference",

@@ -27,6 +27,8 @@ COMMANDS = {
     "export_links": "links",
     "plot_links": "links",
     "compare_links": "contrasts",
+    "annotate_variants": "annotation",
+    "annotate_peaks": "annotation",
     "inspect": "data",
     "build_reference": "data",
     "export_checkpoint": "model",
