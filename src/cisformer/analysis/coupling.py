@@ -52,7 +52,8 @@ class UnitSums:
 
     def cells_with_both(self, pairs: Pairs) -> np.ndarray:
         """Return the number of cells expected to have both of each pair; [E]."""
-        return self.n_open[pairs.ccre] * self.n_expressed[pairs.gene] / max(self.n_cells, 1)
+        number: np.ndarray = self.n_open[pairs.ccre] * self.n_expressed[pairs.gene] / max(self.n_cells, 1)
+        return number
 
 
 Block = tuple[np.ndarray, sp.csr_matrix, sp.csr_matrix, np.ndarray]

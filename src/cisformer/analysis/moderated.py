@@ -111,7 +111,8 @@ def compare_pairs(
 
 
 def _over(top: np.ndarray | float, bottom: np.ndarray) -> np.ndarray:
-    return np.divide(top, bottom, out=np.full(bottom.shape, np.nan), where=bottom > 0)
+    ratio: np.ndarray = np.divide(top, bottom, out=np.full(bottom.shape, np.nan), where=bottom > 0)
+    return ratio
 
 
 def _moderated(
