@@ -33,9 +33,14 @@ ORDER = {
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
-    "analysis": ["stored", "variants", "enrichment", "annotate", "peaks", "browse"],
+    "analysis": [
+        "stored", "variants", "enrichment", "annotate", "peaks", "browse", "candidates", "groups", "coupling", "moderated",
+        "volcano", "contrasts",
+    ],
     "top": ["simulation", "run_summary", "workflow", "demo"],
-    "cli": ["common", "data", "model", "prediction", "links", "annotation", "evaluation", "run", ""],
+    "cli": [
+        "common", "data", "model", "prediction", "links", "annotation", "contrasts", "evaluation", "run", "",
+    ],
     "main": ["__main__"],
 }  # fmt: skip
 """Folder → its modules, each above those that may import it; "" and "top" are the modules beside the folders."""

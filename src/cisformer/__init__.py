@@ -28,6 +28,7 @@ _FUNCTIONS = {
     "export_links": "links.formats",
     "plot": "links.plot",
     "plot_links": "links.plot",
+    "compare_links": "analysis.contrasts",
     "annotate_variants": "analysis.annotate",
     "annotate_peaks": "analysis.peaks",
     "browse": "analysis.browse",

@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate_links": "links",
     "export_links": "links",
     "plot_links": "links",
+    "compare_links": "contrasts",
     "annotate_variants": "annotation",
     "annotate_peaks": "annotation",
     "browse": "annotation",
