@@ -34,8 +34,8 @@ ORDER = {
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
     "analysis": [
-        "stored", "variants", "enrichment", "annotate", "peaks", "browse", "candidates", "groups", "coupling", "moderated",
-        "volcano", "contrasts",
+        "stored", "variants", "enrichment", "annotate", "peaks", "browse", "candidates", "groups", "coupling",
+        "moderated", "volcano", "contrasts",
     ],
     "top": ["simulation", "run_summary", "workflow", "demo"],
     "cli": [
