@@ -50,7 +50,7 @@ RANKS = (4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 
 @dataclass(frozen=True)
 class FeatureCounts:
-    """What one pass over the training cells finds.
+    """Statistics of one pass over the training cells.
 
     Attributes
     ----------
@@ -141,7 +141,7 @@ class CellRows:
 
 @dataclass(frozen=True)
 class Sums:
-    """What one sweep over cells leaves of them, RNA→ATAC.
+    """Sums of one pass over the cells, RNA→ATAC.
 
     Attributes
     ----------
@@ -307,7 +307,7 @@ def link_loss(eta: Tensor, target: Tensor, scale: Tensor, direction: str) -> Ten
 
 @dataclass(frozen=True)
 class StartOptions:
-    """Most principal components, penalty (or "auto": chosen on validation cells), and seed of the samples."""
+    """Maximum number of components, ridge penalty ("auto": chosen on validation cells), seed of the samples."""
 
     rank: int
     ridge: float | str
@@ -328,7 +328,7 @@ def fit_linear(
     counts
         What `count_features` found in `train`.
     options
-        Most components, penalty, seed.
+        Maximum number of components, penalty, seed.
     """
     rng = np.random.default_rng([options.seed, 3])
     sample = fitting_sample(train, counts, rng).read(layout)
