@@ -52,7 +52,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 STATE, LOSS_PLOT = "training_state.pt", "training.png"
-START_METRICS = ("linear_rank", "linear_ridge", "linear_unevenness", "linear_val_loss", "mean_val_loss")
+START_METRICS = (
+    *(
+        f"linear_{name}"
+        for name in ("rank", "ridge", "unevenness", "steps", "strength", "beside", "val_loss")
+    ),
+    "mean_val_loss",
+)
 """What is known of the closed-form start; stands in every epoch's record."""
 
 
@@ -291,11 +297,8 @@ class Run:
             task = FullTask.from_start(self.config, layout, store, rows, counts)
             return Checkpoint(task, self.config, store.reference, {"linear_rank": 0, "linear_ridge": 0.0})
         network, start = fit_closed_form(self.config, self.cells, layout, counts)
-        metrics = {
-            "linear_rank": start.rank,
-            "linear_ridge": start.ridge,
-            "linear_unevenness": start.unevenness,
-        }
+        metrics = {"linear_rank": start.rank, "linear_ridge": start.ridge}
+        metrics |= {} if start.penalty is None else start.penalty.to_metrics()
         return Checkpoint(network, self.config, store.reference, metrics)
 
     def _prepare(self, model: CisModel | FullTask) -> None:
