@@ -23,6 +23,7 @@ from cisformer.runtime import device
 from cisformer.training import loop
 from cisformer.training.closed_form_start import both_sides
 from cisformer.training.loop import mixed_precision, train
+from cisformer.training.run_folder import precision_of
 from cisformer.training.split import CellSplit, validation_batches
 
 DIRECTIONS = ["atac2rna", "rna2atac"]
@@ -315,9 +316,9 @@ def test_a_resumed_run_keeps_its_precision(tiny_checkpoints, tmp_path, monkeypat
     monkeypatch.setattr(device, "multiplies_bf16", lambda device: True)
     run = tmp_path / "run"
     run.mkdir()
-    assert loop._precision_of(run) is None
+    assert precision_of(run) is None
     (run / "metrics.jsonl").write_text(json.dumps({"epoch": 0, "precision": "no"}) + "\n")
-    assert mixed_precision(cpu=True, before=loop._precision_of(run)) == "no"
+    assert mixed_precision(cpu=True, before=precision_of(run)) == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert mixed_precision(cpu=True, before="no") == "bf16"
     assert history(tiny_checkpoints["rna2atac"])[-1]["precision"] in ("no", "bf16")

@@ -7,13 +7,14 @@ One place for every key: its type, default, limits and one sentence that says wh
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from cisformer.errors import ConfigError, brief
+from cisformer.errors import ConfigError, InputError, brief
 
 Modality = Literal["rna", "atac"]
 Direction = Literal["atac2rna", "rna2atac"]
@@ -182,6 +183,41 @@ def default_config(direction: Direction, preset: Preset = "default") -> Config:
         for name, values in _SMALL.items():
             sections[name] |= values
     return Config.model_validate(sections)
+
+
+@dataclass(frozen=True)
+class TrainingChoice:
+    """What commands that train for the user let them choose; checked when it is made.
+
+    Attributes
+    ----------
+    preset
+        Size of the models.
+    epochs
+        Maximum number of epochs; `None` takes the preset's.
+    seed
+        Random seed of the split and of training.
+    """
+
+    preset: Preset = "small"
+    epochs: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset not in get_args(Preset):
+            raise InputError(
+                f"there is no preset {self.preset!r}", hint=f"choose {' or '.join(get_args(Preset))}"
+            )
+        if self.seed < 0:
+            raise InputError(f"the seed is {self.seed}", hint="give a number of 0 or more")
+
+    def config(self, direction: Direction) -> Config:
+        """Return the configuration of a direction."""
+        content = default_config(direction, self.preset).model_dump()
+        content["training"]["SEED"] += self.seed
+        if self.epochs is not None:
+            content["training"]["epoch"] = self.epochs
+        return parse_config(content, direction, source="the options")
 
 
 def load_config(path: str | Path | None, direction: Direction) -> Config:

@@ -9,6 +9,7 @@ not done again; `runtime.journal` keeps the record. In the output folder:
     models/            a folder per training run
     evaluation/        a report page per direction
     cisformer_link/    the links
+    links.html         a page to look at them
     summary.txt, index.html
 """
 
@@ -20,11 +21,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from cisformer.config import DIRECTIONS, Config, Direction, Preset, default_config, parse_config
+from cisformer.config import DIRECTIONS, Direction, Preset, TrainingChoice
 from cisformer.errors import CheckpointError, InputError
-from cisformer.run_summary import ARROWS, RunSummary, summarise
+from cisformer.run_summary import ARROWS, LINKS_PAGE, RunSummary, summarise
 from cisformer.runtime.files import atomic_path
 from cisformer.runtime.journal import Facts, Journal, Step, do_steps, fingerprint, fingerprint_of_text
 
@@ -40,7 +41,7 @@ SIGNIFICANT, LIKELY = 0.05, 0.5
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(TrainingChoice):
     """What `run` was asked for; checked when it is made.
 
     Attributes
@@ -55,12 +56,8 @@ class RunOptions:
         Whose built-in gene coordinates ``reference="dataset"`` takes; guessed from the peaks where it is `None`.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
-    preset
-        Size of the models.
-    epochs
-        Maximum number of epochs; `None` takes the preset's.
-    seed
-        Random seed of the split, of training, evaluation and links.
+    preset, epochs, seed
+        As of `TrainingChoice`; the seed is also that of evaluation and links.
     """
 
     groupby: str | None = None
@@ -68,9 +65,6 @@ class RunOptions:
     reference: str | Path = "dataset"
     genome: str | None = None
     gtf: str | Path | None = None
-    preset: Preset = "small"
-    epochs: int | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.groupby is not None and self.celltype_info is not None:
@@ -78,20 +72,7 @@ class RunOptions:
                 f"cell types are given twice: column {self.groupby!r} and {self.celltype_info}",
                 hint="leave one of them out",
             )
-        if self.preset not in get_args(Preset):
-            raise InputError(
-                f"there is no preset {self.preset!r}", hint=f"choose {' or '.join(get_args(Preset))}"
-            )
-        if self.seed < 0:
-            raise InputError(f"the seed is {self.seed}", hint="give a number of 0 or more")
-
-    def config(self, direction: Direction) -> Config:
-        """Return the configuration of a direction."""
-        content = default_config(direction, self.preset).model_dump()
-        content["training"]["SEED"] += self.seed
-        if self.epochs is not None:
-            content["training"]["epoch"] = self.epochs
-        return parse_config(content, direction, source="the options")
+        super().__post_init__()
 
 
 def run(
@@ -155,7 +136,7 @@ def run(
     OutputExistsError
         If `output_dir` holds results of other files or options, and `force` is not given.
     """
-    options = RunOptions(groupby, celltype_info, reference, genome, gtf, preset, epochs, seed)
+    options = RunOptions(preset, epochs, seed, groupby, celltype_info, reference, genome, gtf)
     workflow = _Workflow(Path(rna), Path(atac), Path(output_dir), options)
     steps = list(workflow.steps())  # which looks at the files, before anything is written
     workflow.journal = Journal.open(workflow.folder, force=force)
@@ -283,16 +264,21 @@ class _Workflow:
         return self.preprocess("atac2rna", manually=True) if self._can_link else {"files": []}
 
     def link(self) -> Facts:
-        """Link cCREs to genes, or say why that cannot be."""
+        """Link cCREs to genes and make a page of it, or say why that cannot be."""
         if not self._can_link:
             return {"files": [], "skipped": "no gene has coordinates, so no cCRE is near any"}
+        from cisformer.analysis.browse import browse
         from cisformer.links.score import link
 
         cells = self.folder / self.journal.facts("gather")["files"][0]
         folder = link(
             self._model("atac2rna"), cells, self.types, self.folder, seed=self.options.seed, force=True
         )
-        return {"files": [folder.name]} | _count_links(folder / "links.tsv.gz")
+        counts = _count_links(folder / "links.tsv.gz")
+        if not counts["best_gene"]:
+            return {"files": [folder.name]} | counts
+        browse(folder, self.folder / LINKS_PAGE, min_score=0.0, title=self.folder.resolve().name)
+        return {"files": [folder.name, LINKS_PAGE]} | counts
 
     @property
     def _can_link(self) -> bool:

@@ -2,7 +2,7 @@
 
 Every function takes `predicted` and `truth` as cells × features. A prediction may be a numpy array, a
 sparse matrix (what it does not store is zero) or anything else with `shape` and slicing, `predicted[a:b,
-:]` and `predicted[:, a:b]`, such as :class:`cisformer.evaluation.baselines.Product`. `axis=0` scores each feature
+:]` and `predicted[:, a:b]`, such as a compact prediction. `axis=0` scores each feature
 across cells, `axis=1` each cell across features. A score that is not defined (no positive, no negative, a
 constant truth) is NaN.
 """
@@ -36,6 +36,42 @@ class Matrix(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, key: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows and columns of a matrix, read from it where they are sliced.
+
+    Attributes
+    ----------
+    matrix
+        Anything that can be scored.
+    rows, columns
+        Which of its rows and columns, in this order.
+    """
+
+    matrix: Matrix
+    rows: np.ndarray
+    columns: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of rows and of columns."""
+        return len(self.rows), len(self.columns)
+
+    def __getitem__(self, key: tuple[Any, Any]) -> Any:
+        return self.matrix[self.rows[key[0]], self.columns[key[1]]]
+
+
+def select(matrix: Matrix, *, rows: np.ndarray | None = None, columns: np.ndarray | None = None) -> Matrix:
+    """Return the `rows` and `columns` (positions) of a matrix; of one that is computed on demand, still on demand."""
+    if isinstance(matrix, np.ndarray) or sp.issparse(matrix):
+        matrix = matrix if rows is None else matrix[rows]
+        return matrix if columns is None else matrix[:, columns]
+    every = (np.arange(length) for length in matrix.shape)
+    return Part(
+        matrix, *(all_ if some is None else some for some, all_ in zip((rows, columns), every, strict=True))
+    )
 
 
 # ---------------------------------------------------------------------------------------------- blocks
