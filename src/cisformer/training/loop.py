@@ -47,6 +47,246 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
+START_METRICS = (
+    *(
+        f"linear_{name}"
+        for name in ("rank", "ridge", "unevenness", "steps", "strength", "beside", "val_loss")
+    ),
+    "mean_val_loss",
+)
+"""What is known of the closed-form start; stands in every epoch's record."""
+
+
+def train(
+    data: str | Path,
+    name: str = "cisformer",
+    *,
+    direction: Direction,
+    val_data: str | Path | None = None,
+    save: str | Path = "save",
+    config: Config | str | Path | None = None,
+    model_parameters: str | Path | None = None,
+    resume: str | Path | None = None,
+    cpu: bool = False,
+) -> Checkpoint:
+    """Train a model and return its best checkpoint.
+
+    Parameters
+    ----------
+    data
+        Folder that `preprocess` wrote: the one of all splits, or that of the training cells.
+    name
+        The run goes to `<save>/<date>_<name>`.
+    direction
+        "rna2atac" or "atac2rna": which modality is predicted from which.
+    val_data
+        Folder of the validation cells; by default the one beside the training cells, or a tenth of these.
+    save
+        Where runs are kept.
+    config
+        A `Config`, a YAML file, or `None` for the defaults of the direction.
+    model_parameters
+        A checkpoint to go on from, with a fresh optimizer; a given config must agree with it.
+    resume
+        The folder of an interrupted run to finish, with its own settings.
+    cpu
+        Stay on the CPU although there is an accelerator.
+
+    Returns
+    -------
+    Checkpoint
+        The epoch of lowest validation loss, as `<save>/<date>_<name>/best` holds it.
+
+    Raises
+    ------
+    StoreError, CheckpointError, ReferenceMismatchError
+        The data or the checkpoint cannot be used, or do not belong together.
+    TrainingError
+        Too few cells, or a loss that is not finite.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    settings = _settings(config, direction, resume)
+    if settings.training.compile:
+        _require_compiler(cpu=cpu)
+    cells = CellSplit.open(data, val_data, direction, settings.training.SEED)
+    for store in {cells.train.path: cells.train, cells.val.path: cells.val}.values():
+        store.verify()
+    first = None
+    if resume is not None:
+        first = last_epoch(Path(resume), direction, cells.train.reference)
+    elif model_parameters is not None:
+        given = None if config is None else settings
+        first = load_checkpoint(model_parameters, direction, config=given, reference=cells.train.reference)
+        settings = settings.model_copy(update={"model": first.config.model})
+    Processes.current(cpu=cpu)
+    tracker = None if settings.training.tracker == "none" else settings.training.tracker
+    before = None if resume is None else precision_of(Path(resume))
+    # Accelerate has one precision in a process: an earlier one stays.
+    precision = None if AcceleratorState._shared_state else mixed_precision(cpu=cpu, before=before)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=tracker, project_dir=str(save))
+    logger.info("training on %s, precision %s", accelerator.device, accelerator.mixed_precision)
+    settings = _with_total_gene(settings, cells.train.reference.n_genes)
+    folder = Path(resume) if resume is not None else new_folder(accelerator, Path(save), name, settings)
+    torch.manual_seed(settings.training.SEED)
+    start = first or closed_form_checkpoint(accelerator, cells, settings, direction, folder)
+    run = Run(accelerator, cells, settings, folder, start)
+    if resume is not None:
+        run.restore()
+    run.fit()
+    return load_checkpoint(folder / BEST, direction)
+
+
+def _require_compiler(*, cpu: bool) -> None:
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if (cpu or best_device() == "cpu") and not shutil.which(os.environ.get("CXX", usual)):
+        raise TrainingError(
+            "the configuration says compile: true, and there is no C++ compiler on this machine",
+            hint=f"install {usual}, or set training.compile to false",
+        )
+
+
+def mixed_precision(*, cpu: bool, before: str | None = None) -> str:
+    """Return "bf16", "fp16" or "no".
+
+    It is what Accelerate's environment variable or configuration asks for, else what an interrupted run had `before`,
+    else what the device multiplies fastest.
+    """
+    device = "cpu" if cpu else best_device()
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", before)
+    if asked in ("no", "bf16") or (asked == "fp16" and device == "cuda"):
+        return str(asked)
+    return fastest_precision(torch.device(device))
+
+
+def _settings(config: Config | str | Path | None, direction: Direction, resume: str | Path | None) -> Config:
+    if resume is not None:
+        if not (Path(resume) / "config.yaml").is_file():
+            raise CheckpointError(
+                f"{resume} is not the folder of a training run: it has no config.yaml",
+                hint="give --resume a folder under the save directory, such as save/<date>_<name>",
+            )
+        return load_config(Path(resume) / "config.yaml", direction)
+    if isinstance(config, Config):
+        return config
+    return default_config(direction) if config is None else load_config(config, direction)
+
+
+def _with_total_gene(config: Config, n_genes: int) -> Config:
+    if config.model.total_gene == n_genes:
+        return config
+    logger.info("total_gene set to the reference's %d genes", n_genes)
+    return config.model_copy(update={"model": config.model.model_copy(update={"total_gene": n_genes})})
+
+
+def closed_form_checkpoint(
+    accelerator: Accelerator, cells: CellSplit, config: Config, direction: Direction, folder: Path
+) -> Checkpoint:
+    """Fit the closed form in the main process and hand it to the others through the folder."""
+    handed = folder / "linear"
+    if accelerator.is_main_process:
+        save_checkpoint(_fit(cells, config, direction), handed)
+    accelerator.wait_for_everyone()
+    checkpoint = load_checkpoint(handed, direction)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(handed)
+    return checkpoint
+
+
+def _fit(cells: CellSplit, config: Config, direction: Direction) -> Checkpoint:
+    """Return what training starts from: the closed form; of architecture full the mean profile."""
+    store, rows = cells.train, cells.train_rows
+    counts = count_features(store, rows, direction)
+    layout = make_layout(counts, direction, store)
+    if config.model.architecture == "full":
+        task = FullTask.from_start(config, layout, store, rows, counts)
+        return Checkpoint(task, config, store.reference, {"linear_rank": 0, "linear_ridge": 0.0})
+    network, start = fit_closed_form(config, cells, layout, counts)
+    metrics = {"linear_rank": start.rank, "linear_ridge": start.ridge}
+    metrics |= {} if start.penalty is None else start.penalty.to_metrics()
+    return Checkpoint(network, config, store.reference, metrics)
+
+
+class Run:
+    """One training run: model, optimizer and batches, and the folder that its epochs go to.
+
+    Parameters
+    ----------
+    accelerator
+        Devices and processes.
+    cells
+        Training and validation cells.
+    config
+        All settings.
+    folder
+        Where the run is written.
+    start
+        What training starts from: the closed form, a given checkpoint, or the last epoch of an interrupted run.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, cells: CellSplit, config: Config, folder: Path, start: Checkpoint
+    ) -> None:
+        self.accelerator, self.cells, self.config, self.folder = accelerator, cells, config, folder
+        self.settings, self.start = config.training, start
+        self.history: list[dict[str, Any]] = []
+        self.start_metrics = {k: v for k, v in start.metrics.items() if k in START_METRICS}
+        optimizer = torch.optim.AdamW(
+            start.model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )  # fmt: skip
+        self.scheduler = torch.optim.lr_scheduler.StepLR(
+            optimizer, self.settings.gamma_step, self.settings.gamma
+        )
+        if self.settings.compile:
+            start.model.compile_blocks()
+        self.model, self.optimizer = accelerator.prepare(start.model, optimizer)
+        # Without Accelerate's cast around it: validation is in single precision.
+        self.network = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        # The documented architecture sees each cell `multiple` times an epoch, with new draws.
+        repeats = config.datapreprocess.multiple if config.model.architecture == "full" else 1
+        self.batches = TrainingBatches(
+            cells.train, start.layout, config, np.repeat(cells.train_rows, repeats),
+            accelerator.num_processes, accelerator.process_index,
+        )  # fmt: skip
+        if self.settings.tracker != "none":
+            accelerator.init_trackers(folder.name)
+
+    def restore(self) -> None:
+        """Take optimizer, scheduler and history from the last whole epoch of an interrupted run."""
+        path = self.folder / STATE
+        if not path.is_file():
+            return
+        state = read_state(path)
+        try:
+            self.optimizer.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            if self.accelerator.scaler and state.get("scaler"):
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} does not belong to the model of its epoch: {error}") from error
+        self.history = state["history"]
+        logger.info("resuming %s after epoch %d", self.folder, state["epoch"])
+
+    def fit(self) -> None:
+        """Train to the last epoch, or until patience runs out."""
+        if not self.history:
+            self._finish_epoch(0, train_loss=float("nan"), seconds=0.0)
+        for epoch in range(len(self.history), self.settings.epoch + 1):
+            if self._out_of_patience():
+                logger.info("no better validation loss for %d epochs: stopped", self.settings.patience)
+                break
+            started = time.perf_counter()
+            train_loss = self._train_epoch(epoch)
+            self._finish_epoch(epoch, train_loss, time.perf_counter() - started)
+        if self.accelerator.is_main_process:
+            self._finish_best()
+            title = f"{self.folder.name}, {self.start.direction}"
+            draw_losses(self.history, self.folder / LOSS_PLOT, title)
+        self.accelerator.wait_for_everyone()
+
     # ---- epochs ----------------------------------------------------------------------------------------------
 
     def _train_epoch(self, epoch: int) -> float:
