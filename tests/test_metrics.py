@@ -168,7 +168,7 @@ def test_ranks_among_cells_know_nothing_of_the_ccre_or_of_chance():
         return np.nanmean(ranking_scores(rank_among_cells(predicted, every), truth, axis=1).auroc)
 
     assert score(np.tile(mean**1.5, (300, 1))) == 0.5
-    assert score(drawn) == pytest.approx(0.5, abs=0.01)
+    assert score(drawn) == pytest.approx(0.5, abs=0.03)
     assert score(probability) > 0.6
     np.testing.assert_allclose(rank_among_cells(drawn, every[5:7]), rankdata(drawn[:, 5:7], axis=0) / 300)
 
