@@ -47,7 +47,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-START_METRICS = ("linear_rank", "linear_ridge", "linear_unevenness", "linear_val_loss", "mean_val_loss")
+START_METRICS = (
+    *(
+        f"linear_{name}"
+        for name in ("rank", "ridge", "unevenness", "steps", "strength", "beside", "val_loss")
+    ),
+    "mean_val_loss",
+)
 """Facts about the closed-form start; part of every epoch's record."""
 
 
@@ -198,11 +204,8 @@ def _fit(cells: CellSplit, config: Config, direction: Direction) -> Checkpoint:
         task = FullTask.from_start(config, layout, store, rows, counts)
         return Checkpoint(task, config, store.reference, {"linear_rank": 0, "linear_ridge": 0.0})
     network, start = fit_closed_form(config, cells, layout, counts)
-    metrics = {
-        "linear_rank": start.rank,
-        "linear_ridge": start.ridge,
-        "linear_unevenness": start.unevenness,
-    }
+    metrics = {"linear_rank": start.rank, "linear_ridge": start.ridge}
+    metrics |= {} if start.penalty is None else start.penalty.to_metrics()
     return Checkpoint(network, config, store.reference, metrics)
 
 
