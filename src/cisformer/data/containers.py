@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 
 from cisformer.config import Modality
-from cisformer.data.hdf5 import damaged
+from cisformer.data.hdf5 import damaged, told_as_damage
 from cisformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -231,10 +231,8 @@ def read_mtx(matrix: Path) -> AnnData:
     logger.info("%s: a matrix in text form, loaded whole", matrix)
     barcodes = _table_beside(matrix, prefix, ("barcodes.tsv", "barcodes.txt", "cells.tsv"))
     features = _table_beside(matrix, prefix, ("features.tsv", "genes.tsv", "peaks.bed", "features.txt"))
-    try:
+    with told_as_damage(str(matrix)):
         stored = scipy.io.mmread(matrix)
-    except Exception as error:  # scipy, gzip and zlib raise whatever they come upon
-        raise damaged(str(matrix), error) from error
     turned = stored.shape == (len(barcodes), len(features)) != (len(features), len(barcodes))
     cells = sp.csr_matrix(stored if turned else stored.T)
     if cells.shape != (len(barcodes), len(features)):
@@ -270,7 +268,5 @@ def _table_beside(matrix: Path, prefix: str, names: tuple[str, ...]) -> pd.DataF
             f"{matrix} has no {prefix}{names[0]} beside it",
             hint=f"put {prefix}barcodes.tsv and {prefix}features.tsv into the same folder",
         )
-    try:
+    with told_as_damage(str(path)):
         return pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
-    except Exception as error:  # pandas, gzip and zlib raise whatever they come upon
-        raise damaged(str(path), error) from error

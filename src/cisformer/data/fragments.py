@@ -89,7 +89,7 @@ class Pieces:
 def _disjoint(
     start: NDArray[np.int64], end: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    edges = np.unique(np.concatenate([start, end]))
+    edges = _sorted_once(np.concatenate([start, end]))
     depth = np.bincount(np.searchsorted(edges, start), minlength=len(edges)) - np.bincount(
         np.searchsorted(edges, end), minlength=len(edges)
     )
@@ -304,7 +304,8 @@ def _head(path: Path, start: bytes) -> Iterator[str]:
             yield from stream.read(1 << 16).decode("utf-8", "replace").split("\n")[:-1]
         return
     opener: Any = gzip.open if _compression(start) == "gzip" else open
-    with contextlib.suppress(OSError, EOFError, UnicodeDecodeError, zlib.error), opener(path, "rt") as handle:
+    no_text = (OSError, EOFError, UnicodeDecodeError, zlib.error)
+    with contextlib.suppress(*no_text), opener(path, "rt", encoding="utf-8") as handle:
         for _ in range(1000):
             line = handle.readline(1 << 14)
             if not line:

@@ -217,7 +217,7 @@ def save_reference(reference: Reference, folder: str | Path) -> None:
         "n_ccres": reference.n_ccres,
         "fingerprint": reference.fingerprint,
     }
-    (folder / "reference.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "reference.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def _load_folder(folder: Path) -> Reference:

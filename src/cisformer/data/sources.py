@@ -23,10 +23,10 @@ from cisformer.config import Modality
 from cisformer.data.containers import locate, read_mtx
 from cisformer.data.features import are_row_numbers
 from cisformer.data.fragments import FragmentOptions, count_fragments
-from cisformer.data.hdf5 import check_claims, damaged, kind_of, open_hdf5, open_zarr
+from cisformer.data.hdf5 import check_claims, damaged, kind_of, open_hdf5, open_zarr, told_as_damage
 from cisformer.data.matrices import Reader, Transposed, first_bad, row_reader
 from cisformer.data.slots import Slot, choose_slot, slot_names
-from cisformer.errors import CisformerError, InputError
+from cisformer.errors import InputError
 
 if TYPE_CHECKING:
     import h5py
@@ -124,12 +124,8 @@ class Source:
 
     def read(self, start: int, end: int) -> sp.csr_matrix:
         """Return cells as `rows` does, unchecked."""
-        try:
+        with told_as_damage(self.label):
             block = self._read(start, end)
-        except MemoryError:
-            raise
-        except Exception as error:  # HDF5 and scipy raise whatever they come upon in a damaged file
-            raise damaged(self.label, error) from error
         if block.indices.size and not 0 <= block.indices.min() <= block.indices.max() < block.shape[1]:
             raise damaged(self.label, f"its matrix holds features outside 0 to {block.shape[1] - 1}")
         return block if self._columns is None else sp.csr_matrix(block[:, self._columns])
@@ -246,7 +242,9 @@ def _announce(source: Source) -> None:
 
 def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> Source:
     """Open an HDF5 file, or a zarr group, whose AnnData is laid out in the same way."""
-    try:
+    import anndata  # noqa: F401  # here, so that what its import raises is not told as damage
+
+    with told_as_damage(label):
         kind = kind_of(file, label)
         check_claims(file, label)
         if kind == "10x h5":
@@ -255,10 +253,6 @@ def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> S
             return _of_loom(file, modality, label, strict)
         group = file["mod"][modality_name(list(file["mod"]), modality, label)] if kind == "h5mu" else file
         return _of_group(group, kind, modality, label, strict)
-    except (CisformerError, MemoryError):
-        raise
-    except Exception as error:  # of a damaged file, h5py and anndata raise whatever they come upon
-        raise damaged(label, error) from error
 
 
 def modality_name(names: list[str], modality: Modality, label: str) -> str:

@@ -363,4 +363,4 @@ def write_split(
     numbers = cells.obs.select_dtypes(["number", "bool", "boolean"]).columns
     text = {"text_columns": [name for name in cells.obs.columns if name not in numbers]}
     manifest = new_manifest(direction, reference, shards, tables) | text | about
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
