@@ -106,6 +106,8 @@ def load_h5ad(data: str | Path | AnnData, *, backed: bool = False) -> AnnData:
         return data
     import anndata
 
+    if not Path(data).is_file():
+        raise InputError(f"there is no file {data}", hint="check the path")
     with open_hdf5(data) as (file, _), told_as_damage(str(data)):
         if (kind := kind_of(file, str(data))) != "h5ad":
             raise InputError(f"{data} is {kind}; wanted an .h5ad", hint="give one AnnData in an .h5ad")

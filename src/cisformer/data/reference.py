@@ -150,9 +150,15 @@ def load_reference(source: str | Path) -> Reference:
     ReferenceMismatchError
         If the tables in the folder are not those it was saved with.
     """
-    if str(source) in BUILT_IN:
-        return _load_built_in(str(source))
     folder = Path(source)
+    if str(source) in BUILT_IN and not (isinstance(source, Path) and folder.is_dir()):
+        if (folder / "reference.json").is_file():
+            logger.warning(
+                "the built-in reference %s is taken, not the folder of that name; ./%s names the folder",
+                source,
+                source,
+            )
+        return _load_built_in(str(source))
     if not folder.is_dir():
         raise InputError(
             f"there is no reference {str(source)!r}: wanted human, mouse, dataset, or a folder",

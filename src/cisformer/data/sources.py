@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -50,6 +50,8 @@ _MODALITY_WORDS = {
     "atac": re.compile(r"atac|peak|chromatin|accessib", re.IGNORECASE),
 }
 _REGION_NAME = r"^(chr)?[^\s:]+[:_-]\d+[_-]\d+$"
+_FEW = 0.02
+"""Fewer features than this share do not tell that a file holds genes and peaks."""
 _FEATURE_NAME = r"^ENS[A-Z]*G\d{11}|^chr[^\s:]+[:_-]\d+[_-]\d+$"
 _BARCODE_NAME = r"^(.*[#_])?[ACGT]{12,}([-_.].*)?$"
 _CONTROL = r"[\x00-\x1f\x7f\ud800-\udfff]"
@@ -120,6 +122,8 @@ class Source:
         """
         block = self.read(start, end)
         self._check_counts(block, start)
+        if self.modality == "rna" and block.data.dtype.kind == "f":
+            block.data = np.rint(block.data)
         return block
 
     def read(self, start: int, end: int) -> sp.csr_matrix:
@@ -183,6 +187,11 @@ def open_rows(
     with contextlib.ExitStack() as stack:
         if isinstance(data, str | Path):
             source = _of_path(data, modality, strict, fragments, stack)
+        elif not (hasattr(data, "obs") and hasattr(data, "var_names")):
+            raise InputError(
+                f"{modality.upper()} is given as {type(data).__name__}; wanted a path, an AnnData or a MuData",
+                hint="of a table of cells x features: anndata.AnnData(table)",
+            )
         elif hasattr(data, "mod"):
             name = modality_name(list(data.mod), modality, label or "the MuData")
             shared = _with_shared_obs(data.mod[name].obs, data.obs)
@@ -287,12 +296,17 @@ def _of_group(group: h5py.Group, kind: Kind, modality: Modality, label: str, str
     obs, var = read_elem(group["obs"]), read_elem(group["var"])
     if strict:
         refuse_peaks(var, modality, label)
-    slot = choose_slot(nodes, modality, label, strict)
+    slot = choose_slot(nodes, modality, label, strict, _others(group.get("layers", ()), names))
     if slot.name == "raw/X":
         var = _raw_var(read_elem(group["raw/var"]), var)
     if kind == "h5mu":
         obs = _with_shared_obs(obs, read_elem(group.file["obs"]))
     return _source(label, kind, modality, obs, var, slot)
+
+
+def _others(layers: Iterable[str], names: list[str]) -> tuple[str, ...]:
+    """Return the layers that are not looked at, for messages."""
+    return tuple(f"layers/{name}" for name in layers if f"layers/{name}" not in names)
 
 
 def _raw_var(raw: pd.DataFrame, var: pd.DataFrame) -> pd.DataFrame:
@@ -324,7 +338,7 @@ def _of_anndata(adata: AnnData, modality: Modality, label: str, strict: bool) ->
     nodes = {name: stored[name] for name in names if stored.get(name) is not None}
     if strict:
         refuse_peaks(adata.var, modality, label)
-    slot = choose_slot(nodes, modality, label, strict)
+    slot = choose_slot(nodes, modality, label, strict, _others(adata.layers, names))
     var = _raw_var(raw.var, adata.var) if slot.name == "raw/X" else adata.var
     return _source(label, "AnnData", modality, adata.obs, var, slot)
 
@@ -455,11 +469,23 @@ def _plain_columns(table: pd.DataFrame) -> pd.DataFrame:
     return named.loc[:, ~named.columns.duplicated()]
 
 
+def _by_their_names(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np.int64] | None:
+    """Return which features are of this modality where genes and peaks stand together and nothing tells their types."""
+    peaks = pd.Series(var.index.astype(str)).str.match(_REGION_NAME).to_numpy()
+    if not _FEW < peaks.mean() < 1 - _FEW:
+        return None
+    logger.warning(
+        "%s holds genes and peaks without feature_types; by their names %d of %d features are peaks",
+        label, peaks.sum(), len(peaks),
+    )  # fmt: skip
+    return np.flatnonzero(peaks == (modality == "atac"))
+
+
 def _columns_of(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np.int64] | None:
     """Return which features are of this modality; `None` for all."""
     name = next((name for name in FEATURE_TYPE_COLUMNS if name in var), None)
     if name is None:
-        return None
+        return _by_their_names(var, modality, label)
     types = var[name].astype(str).str.lower()
     mine = types.isin(FEATURE_TYPES[modality]).to_numpy()
     if mine.all() or not types.isin(set.union(*FEATURE_TYPES.values())).any():

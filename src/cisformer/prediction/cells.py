@@ -69,7 +69,7 @@ class InputCells:
             check_reference(reference, store.reference, f"the checkpoint for {data}")
             yield cls(store.cell_info, partial(read_modality, store, modality=modality), str(data))
             return
-        fragments = FragmentOptions(reference.ccres, min_fragments=min_fragments)
+        fragments = FragmentOptions(reference.ccres, min_fragments=min_fragments, genome=reference.genome)
         with open_rows(data, modality, fragments=fragments) as source:
             find = map_genes if modality == "rna" else map_peaks
             found = find(source.var, reference)
