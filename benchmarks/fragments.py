@@ -3,9 +3,9 @@
     python benchmarks/fragments.py [N_FRAGMENTS]
 
 Half of the fragments lie around cCREs, 80 % belong to 8,000 cells and the rest to 100,000 barcodes of background.
-Prints, for a tenth of `N_FRAGMENTS` and for all, fragments per second of wall-clock and of CPU time with and without what
-every file costs (cutting a million cCREs into pieces), the seconds of decompression alone, and the largest resident set of
-the process that counts: each size is counted in a process of its own, which the making of the file is no part of.
+Prints, for a tenth of `N_FRAGMENTS` and for all, fragments per second of wall-clock and of CPU time, the latter also
+without what every file costs (cutting a million cCREs into pieces); CPU seconds of decompression alone; and the largest
+resident set of the process that counts. Each size is counted in a process of its own, which did not make the file.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def count(path: Path, size: int) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(
         f"{size:,} fragments: {size / took / 1e6:.2f} million a second, {size / spent / 1e6:.2f} a CPU second, "
-        f"{size / (spent - pieces) / 1e6:.2f} without {pieces:.2f} CPU s for the cCREs; unpacking {unpacking:.2f} CPU s; "
+        f"{size / (spent - pieces) / 1e6:.2f} without {pieces:.2f} CPU s for the cCREs; "
+        f"unpacking {unpacking:.2f} CPU s; "
         f"{n_open:,} pairs read back in {read_back:.2f} CPU s; {peak:.2f} GB, {before:.2f} before"
     )
 
