@@ -313,19 +313,13 @@ class Steps:
         import tempfile
 
         from cisformer.training.loop import Run as TrainingRun
+        from cisformer.training.loop import closed_form_checkpoint
         from cisformer.training.split import CellSplit
 
+        cells = CellSplit.open(folder / "data", None, direction, 0)
         with tempfile.TemporaryDirectory() as save:
-            run = TrainingRun(
-                accelerator,
-                CellSplit.open(folder / "data", None, direction, 0),
-                config,
-                direction,
-                Path(save),
-            )
-            checkpoint = run._linear_checkpoint()
-        run.layout, run.reference = checkpoint.layout, checkpoint.reference
-        run._prepare(checkpoint.model)
+            start = closed_form_checkpoint(accelerator, cells, config, direction, Path(save))
+            run = TrainingRun(accelerator, cells, config, Path(save), start)
         run.model.train()
         batches = run.batches.epoch(1, accelerator.device)
         made = list(zip(range(n_steps + 1), batches, strict=False))

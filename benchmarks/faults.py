@@ -353,14 +353,14 @@ def readers(workplace: Path) -> dict[str, tuple[Path, Callable[[], object]]]:
     """Return files with checksums, and how each is read: into something that is the same only if nothing changed."""
     from cisformer.data.store import CellStore
     from cisformer.model.checkpoint import load_checkpoint
-    from cisformer.training.loop import _read_state
+    from cisformer.training.run_folder import read_state
 
     store, model = workplace / "data/atac2rna_train", workplace / "model"
     state = next((workplace / "save").iterdir()) / "training_state.pt"
     return {
         "shard": (store / "atac2rna_0.pt", lambda: (CellStore.open(store).verify(), object())),
         "checkpoint": (model / "model.safetensors", lambda: load_checkpoint(model)),
-        "training state": (state, lambda: summary(_read_state(state))),
+        "training state": (state, lambda: summary(read_state(state))),
     }
 
 

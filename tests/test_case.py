@@ -6,9 +6,12 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
+from cisformer.data.store import find_split
 from cisformer.errors import InputError
 from cisformer.evaluation.baselines import log_normalise
 from cisformer.evaluation.case import case_of_files, case_of_store
+from cisformer.evaluation.metrics import dense, select
+from cisformer.prediction.predict import predict
 
 
 @pytest.fixture
@@ -168,3 +171,32 @@ def test_a_store_gives_the_cells_that_it_holds(direction, tiny, tiny_data, tiny_
     columns = names.get_indexer(case.features)
     np.testing.assert_allclose(case.truth.toarray(), target[rows][:, columns].toarray(), rtol=1e-6)
     assert list(case.labels) == list(tiny.rna.obs["cell_type"].iloc[rows].astype(str))
+
+
+def test_accessibility_of_a_store_is_computed_on_demand_and_as_predict_gives_it(tiny_data, tiny_checkpoints):
+    checkpoint = tiny_checkpoints["rna2atac"]
+    case = case_of_store(tiny_data["rna2atac"], checkpoint, num_workers=0)
+    assert not isinstance(case.predicted, np.ndarray | sp.spmatrix | sp.sparray)
+    whole = predict(checkpoint, find_split(tiny_data["rna2atac"], "test"), num_workers=0)
+    columns = whole.var_names.get_indexer(case.features)
+    full = whole.X.toarray()[:, columns]
+    np.testing.assert_allclose(case.predicted[:, :], full, atol=1e-6)
+    some = case.with_features(np.array([5, 2])).with_cells(np.array([7, 0, 3]))
+    np.testing.assert_allclose(some.predicted[1:, :1], full[[0, 3]][:, [5]], atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["rna2atac", "atac2rna"])
+def test_many_cells_are_sampled_and_the_report_says_so(direction, tiny_data, tiny_checkpoints):
+    whole, some = (
+        case_of_store(tiny_data[direction], tiny_checkpoints[direction], num_workers=0, max_cells=n)
+        for n in (32, 10)
+    )
+    assert not any("sample" in note for note in whole.notes)
+    assert {"10 of 32 test cells scored: a random sample",
+            "50 of 128 training cells given to baselines: a random sample"} <= set(some.notes)  # fmt: skip
+    assert some.train_input.shape[0] == some.train_target.shape[0] == len(some.train_labels) == 50
+    place = list(np.flatnonzero(np.isin(whole.barcodes, some.barcodes)))
+    kept = np.flatnonzero(np.isin(whole.features, some.features))
+    for name in ("predicted", "truth"):
+        cells = dense(select(getattr(whole, name), rows=np.array(place), columns=kept)[:, :])
+        np.testing.assert_allclose(cells, dense(getattr(some, name)[:, :]), atol=1e-5)

@@ -225,12 +225,12 @@ def test_two_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_pat
     from accelerate import Accelerator
 
     from cisformer.config import default_config
-    from cisformer.training.loop import _new_folder
+    from cisformer.training.run_folder import new_folder
 
     folders: list[Path] = []
     accelerator, config = Accelerator(cpu=True), default_config("atac2rna")
     starts = [
-        threading.Thread(target=lambda: folders.append(_new_folder(accelerator, tmp_path, "x", config)))
+        threading.Thread(target=lambda: folders.append(new_folder(accelerator, tmp_path, "x", config)))
         for _ in range(8)
     ]
     for thread in starts:

@@ -39,7 +39,7 @@ from cisformer.links.formats import export_links, read_links
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.published import read_tensors
 from cisformer.parallel.launch import n_usable_processes, read_accelerate_config
-from cisformer.training.loop import _read_state
+from cisformer.training.run_folder import read_state
 
 THOROUGH = 10 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 1
 
@@ -457,7 +457,7 @@ DAMAGED = {
     "model/checkpoint.json": (lambda ours: load_checkpoint(ours / "model"), 20),
     "model/config.yaml": (lambda ours: load_checkpoint(ours / "model"), 20),
     "model/model.safetensors": (lambda ours: load_checkpoint(ours / "model"), 20),
-    "training_state.pt": (lambda ours: _read_state(ours / "training_state.pt"), 30),
+    "training_state.pt": (lambda ours: read_state(ours / "training_state.pt"), 30),
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from cisformer.links.score import link
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.published import read_tensors
 from cisformer.runtime.files import sha256_file
-from cisformer.training.loop import _new_folder, _read_state
+from cisformer.training.run_folder import new_folder, read_state
 
 HUGE = 10**15
 HOSTILE_TYPES = [
@@ -153,7 +153,7 @@ def test_files_that_carry_code_are_refused(
         tmp_path / "training_state.pt",
     )
     with pytest.raises(CheckpointError, match="more than a training state"):
-        _read_state(tmp_path / "training_state.pt")
+        read_state(tmp_path / "training_state.pt")
     for options in ({}, {"_use_new_zipfile_serialization": False}):
         torch.save({"weight": Code(marker)}, tmp_path / "pytorch_model.bin", **options)
         with pytest.raises(CheckpointError, match=r"may run code|cannot be read"):
@@ -204,7 +204,7 @@ def test_the_name_of_a_run_stays_under_save(tmp_path: Path):
     from cisformer.config import default_config
 
     for name in ["../../out", "/etc/x", "a\0b", "T" * 400, "", "..", "\U0001f9ec"]:
-        folder = _new_folder(Accelerator(cpu=True), tmp_path / "save", name, default_config("atac2rna"))
+        folder = new_folder(Accelerator(cpu=True), tmp_path / "save", name, default_config("atac2rna"))
         assert folder.parent == tmp_path / "save"
         assert (folder / "config.yaml").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["save"]

@@ -10,19 +10,19 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "archive", "provenance", "installation", "journal", "progress", "device"],
+    "runtime": ["files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
-        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "barcodes",
+        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "tables", "barcodes",
         "fragments", "containers", "sources", "io", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
         "batches",
     ],
     "model": [
-        "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cell_encoder", "cis_path", "cis",
-        "bf16_attention", "published", "documented", "documented_task", "checkpoint",
+        "attention", "projection", "target_states", "cell_rows", "closed_form_atac", "closed_form", "closed_form_cis",
+        "cell_encoder", "cis_path", "cis", "bf16_attention", "published", "documented", "documented_task", "checkpoint",
         "pack",
     ],
-    "training": ["loss_plot", "split", "reliability", "closed_form_start", "loop"],
+    "training": ["loss_plot", "split", "reliability", "closed_form_start", "run_folder", "loop"],
     "prediction": [
         "cells", "compact", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
     ],
@@ -33,8 +33,14 @@ ORDER = {
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
+    "analysis": [
+        "stored", "variants", "enrichment", "annotate", "peaks", "browse", "candidates", "groups", "coupling",
+        "moderated", "volcano", "contrasts",
+    ],
     "top": ["simulation", "run_summary", "workflow", "demo"],
-    "cli": ["common", "data", "model", "prediction", "links", "evaluation", "run", ""],
+    "cli": [
+        "common", "data", "model", "prediction", "links", "annotation", "contrasts", "evaluation", "run", "",
+    ],
     "main": ["__main__"],
 }  # fmt: skip
 """Folder → its modules, each above those that may import it; "" and "top" are the modules beside the folders."""

@@ -1,4 +1,4 @@
-"""From two files to links in one call: inspect, preprocess, train, evaluate, link, and say what came out.
+"""From two files to links in one call: inspect, preprocess, train, evaluate, link, summarise.
 
 Each step calls the public function of that name. What is done, and made from the same files and options as now, is
 not done again; `runtime.journal` keeps the record. In the output folder:
@@ -9,6 +9,7 @@ not done again; `runtime.journal` keeps the record. In the output folder:
     models/            a folder per training run
     evaluation/        a report page per direction
     cisformer_link/    the links
+    links.html         a page to look at them
     summary.txt, index.html
 """
 
@@ -20,11 +21,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from cisformer.config import DIRECTIONS, Config, Direction, Preset, default_config, parse_config
+from cisformer.config import DIRECTIONS, Direction, Preset, TrainingChoice
 from cisformer.errors import CheckpointError, InputError
-from cisformer.run_summary import ARROWS, RunSummary, summarise
+from cisformer.run_summary import ARROWS, LINKS_PAGE, RunSummary, summarise
 from cisformer.runtime.files import atomic_path
 from cisformer.runtime.journal import Facts, Journal, Step, do_steps, fingerprint, fingerprint_of_text
 
@@ -40,8 +41,8 @@ SIGNIFICANT, LIKELY = 0.05, 0.5
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """What `run` was asked for; checked when it is made.
+class RunOptions(TrainingChoice):
+    """Options of `run`; checked when the record is made.
 
     Attributes
     ----------
@@ -52,15 +53,11 @@ class RunOptions:
     reference
         As of `preprocess`; by default the data's own genes and peaks.
     genome
-        Whose built-in gene coordinates ``reference="dataset"`` takes; guessed from the peaks where it is `None`.
+        Assembly of the built-in gene coordinates that ``reference="dataset"`` uses; `None` guesses it from the peaks.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
-    preset
-        Size of the models.
-    epochs
-        Maximum number of epochs; `None` takes the preset's.
-    seed
-        Random seed of the split, of training, evaluation and links.
+    preset, epochs, seed
+        As of `TrainingChoice`; the seed is also that of evaluation and links.
     """
 
     groupby: str | None = None
@@ -68,9 +65,6 @@ class RunOptions:
     reference: str | Path = "dataset"
     genome: str | None = None
     gtf: str | Path | None = None
-    preset: Preset = "small"
-    epochs: int | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.groupby is not None and self.celltype_info is not None:
@@ -78,20 +72,7 @@ class RunOptions:
                 f"cell types are given twice: column {self.groupby!r} and {self.celltype_info}",
                 hint="leave one of them out",
             )
-        if self.preset not in get_args(Preset):
-            raise InputError(
-                f"there is no preset {self.preset!r}", hint=f"choose {' or '.join(get_args(Preset))}"
-            )
-        if self.seed < 0:
-            raise InputError(f"the seed is {self.seed}", hint="give a number of 0 or more")
-
-    def config(self, direction: Direction) -> Config:
-        """Return the configuration of a direction."""
-        content = default_config(direction, self.preset).model_dump()
-        content["training"]["SEED"] += self.seed
-        if self.epochs is not None:
-            content["training"]["epoch"] = self.epochs
-        return parse_config(content, direction, source="the options")
+        super().__post_init__()
 
 
 def run(
@@ -109,10 +90,10 @@ def run(
     seed: int = 0,
     force: bool = False,
 ) -> RunSummary:
-    """Do everything that leads from a multiome to links: inspect, preprocess, train, evaluate, link.
+    """Go from a multiome to links: inspect, preprocess, train, evaluate, link.
 
     Models of both directions are trained, so that one modality can be predicted from the other as well. A second
-    call with the same files and options goes on where the first one stopped.
+    call with the same files and options does only the steps that are missing.
 
     Parameters
     ----------
@@ -130,8 +111,8 @@ def run(
         As of `preprocess`, but by default ``"dataset"``, the data's own genes and peaks: this works for any genome
         and takes least time. ``"human"`` or ``"mouse"`` make models that fit other data, too.
     genome
-        ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: whose built-in gene coordinates ``reference="dataset"``
-        takes; guessed from the peaks by default.
+        ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: assembly of the built-in gene coordinates that
+        ``reference="dataset"`` uses; guessed from the peaks by default.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
     preset
@@ -157,7 +138,7 @@ def run(
     OutputExistsError
         If `output_dir` holds results of other files or options, and `force` is not given.
     """
-    options = RunOptions(groupby, celltype_info, reference, genome, gtf, preset, epochs, seed)
+    options = RunOptions(preset, epochs, seed, groupby, celltype_info, reference, genome, gtf)
     workflow = _Workflow(Path(rna), Path(atac), Path(output_dir), options)
     steps = list(workflow.steps())  # which looks at the files, before anything is written
     workflow.journal = Journal.open(workflow.folder, force=force)
@@ -289,16 +270,21 @@ class _Workflow:
         return self.preprocess("atac2rna", manually=True) if self._can_link else {"files": []}
 
     def link(self) -> Facts:
-        """Link cCREs to genes, or say why that cannot be."""
+        """Link cCREs to genes and make a page of it, or say why that cannot be."""
         if not self._can_link:
             return {"files": [], "skipped": "no gene has coordinates, so no cCRE is near any"}
+        from cisformer.analysis.browse import browse
         from cisformer.links.score import link
 
         cells = self.folder / self.journal.facts("gather")["files"][0]
         folder = link(
             self._model("atac2rna"), cells, self.types, self.folder, seed=self.options.seed, force=True
         )
-        return {"files": [folder.name]} | _count_links(folder / "links.tsv.gz")
+        counts = _count_links(folder / "links.tsv.gz")
+        if not counts["best_gene"]:
+            return {"files": [folder.name]} | counts
+        browse(folder, self.folder / LINKS_PAGE, min_score=0.0, title=self.folder.resolve().name)
+        return {"files": [folder.name, LINKS_PAGE]} | counts
 
     @property
     def _can_link(self) -> bool:

@@ -35,7 +35,16 @@ if TYPE_CHECKING:
 )
 @click.option("--cell_type", help="Column of obs with cell types.  [default: cell_type, where there is one]")
 @click.option("--training_log", help="metrics.jsonl of the training run, for its curves.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the bootstrap and of the baselines.")
+@click.option(
+    "--max_cells",
+    type=click.IntRange(min=1),
+    default=20_000,
+    show_default=True,
+    help="With --data: maximum number of cells to score; more are sampled.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, help="Random seed of the bootstrap and of the baselines."
+)
 @click.option(
     "-o",
     "--output_dir",
@@ -61,7 +70,12 @@ def evaluate(output_dir: str, force: bool, **options: Any) -> None:
 
 
 def _evaluate(
-    data: str | None, model_parameters: str | None, split: str, training_log: str | None, **options: Any
+    data: str | None,
+    model_parameters: str | None,
+    split: str,
+    training_log: str | None,
+    max_cells: int,
+    **options: Any,
 ) -> EvaluationReport:
     """Evaluate either files or a model on a data set."""
     from cisformer.errors import InputError
@@ -79,7 +93,8 @@ def _evaluate(
         )
     if data is not None and model_parameters is not None:
         common = {name: options[name] for name in ("direction", "cell_type", "seed")}
-        return evaluate_model(data, model_parameters, split=split, training_log=training_log, **common)
+        common |= {"split": split, "training_log": training_log, "max_cells": max_cells}
+        return evaluate_model(data, model_parameters, **common)
     missing = [f"--{name}" for name in ("predicted", "truth") if options[name] is None]
     if missing:
         raise InputError(f"evaluate lacks {' and '.join(missing)}", hint="see `cisformer evaluate --help`")

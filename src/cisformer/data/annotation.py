@@ -33,7 +33,7 @@ _SAME_LOCUS_BP = 100_000
 def read_bed(path: str | Path) -> pd.DataFrame:
     """Read the regions of a BED file, plain or gzipped: ``chrom, start, end``; duplicates kept once."""
     rows = []
-    with _open_text(path) as handle:
+    with open_text(path) as handle:
         for number, line in enumerate(handle, start=1):
             fields = line.split()
             if not fields or fields[0] in ("browser", "track") or fields[0].startswith("#"):
@@ -107,7 +107,7 @@ def one_locus(lines: pd.DataFrame, label: str) -> pd.DataFrame:
 
 def _no_gtf(path: str | Path) -> InputError:
     """Return the error of a file without a GTF line, with the reason where it can be seen."""
-    with _open_text(path) as handle:
+    with open_text(path) as handle:
         lines = [line for line in itertools.islice(handle, 1000) if line.strip() and not line.startswith("#")]
     first = lines[0] if lines else ""
     gff3 = bool(re.search(r"\t(ID|Parent)=", first)) or str(path).removesuffix(".gz").endswith(
@@ -126,7 +126,7 @@ def _no_gtf(path: str | Path) -> InputError:
 
 def _gtf_lines(path: str | Path) -> Iterator[tuple[str, str, str, str, str, int, int, str]]:
     genes_are_lines = False
-    with _open_text(path) as handle:
+    with open_text(path) as handle:
         for number, line in enumerate(handle, start=1):
             fields = line.rstrip("\r\n").split("\t")
             if line.startswith("#") or len(fields) < 9 or (genes_are_lines and fields[2] != "gene"):
@@ -149,7 +149,7 @@ def _gtf_lines(path: str | Path) -> Iterator[tuple[str, str, str, str, str, int,
 
 
 @contextlib.contextmanager
-def _open_text(path: str | Path) -> Iterator[IO[str]]:
+def open_text(path: str | Path) -> Iterator[IO[str]]:
     """Open a plain or gzipped text file, whatever its name; `InputError` where it is neither."""
     try:
         with open(path, "rb") as handle:

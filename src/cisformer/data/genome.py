@@ -218,6 +218,40 @@ def signed_distance(
     return np.where(genes["strand"].to_numpy()[gene_row] == "-", -distance, distance)
 
 
+def nearest_tss(regions: pd.DataFrame, genes: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Find the gene whose TSS is nearest to the middle of each region.
+
+    Parameters
+    ----------
+    regions
+        Columns ``chrom, start, end``.
+    genes
+        Columns ``chrom, start, end, strand``; those with unknown coordinates are nearest to nothing.
+
+    Returns
+    -------
+    Gene rows, -1 where a chromosome has no gene; and signed distances as `signed_distance` gives them, 0 there.
+    """
+    known = np.flatnonzero(genes["end"].to_numpy() > 0)
+    region_code, gene_code = _shared_codes(regions["chrom"], genes["chrom"].iloc[known])
+    site = gene_code * _STRIDE + tss(genes)[known]
+    order = np.argsort(site, kind="stable")
+    site, known, gene_code = site[order], known[order], gene_code[order]
+    middle = (regions["start"].to_numpy(np.int64) + regions["end"].to_numpy(np.int64)) // 2
+    place = region_code * _STRIDE + middle
+    row = np.full(len(regions), -1, dtype=np.int64)
+    if len(known) == 0:
+        return row, np.zeros(len(regions), dtype=np.int64)
+    after = np.searchsorted(site, place)
+    best = np.full(len(regions), np.inf)
+    for candidate in (np.maximum(after - 1, 0), np.minimum(after, len(site) - 1)):
+        apart = np.where(gene_code[candidate] == region_code, np.abs(site[candidate] - place), np.inf)
+        row = np.where(apart < best, known[candidate], row)
+        best = np.minimum(apart, best)
+    distance = signed_distance(genes, regions, np.maximum(row, 0), np.arange(len(regions)))
+    return row, np.where(row >= 0, distance, 0)
+
+
 def rename_chroms(chrom: pd.Series, known: Iterable[str], genome: str = "") -> pd.Series:
     """Spell chromosomes as `known` does, where only the spelling differs.
 

@@ -18,8 +18,9 @@ from cisformer.data.fragments import first_fragments
 from cisformer.data.genome import CCRE_COLUMNS, parse_regions
 from cisformer.data.hdf5 import open_hdf5
 from cisformer.data.reference import BUILT_IN, GENOMES, Reference, coverage, guess_genome, load_reference
-from cisformer.data.sources import FEATURE_TYPE_COLUMNS, Source, open_rows
+from cisformer.data.sources import Source, open_rows
 from cisformer.data.store import CellStore
+from cisformer.data.tables import FEATURE_TYPE_COLUMNS
 from cisformer.errors import CheckpointError, InputError
 from cisformer.runtime.archive import is_archive, read_card, unpacked
 from cisformer.runtime.files import read_json, sha256_file

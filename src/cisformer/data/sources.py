@@ -21,11 +21,20 @@ from numpy.typing import NDArray
 
 from cisformer.config import Modality
 from cisformer.data.containers import locate, read_mtx
-from cisformer.data.features import are_row_numbers
 from cisformer.data.fragments import FragmentOptions, count_fragments
 from cisformer.data.hdf5 import check_claims, damaged, kind_of, open_hdf5, open_zarr, told_as_damage
 from cisformer.data.matrices import Reader, Transposed, first_bad, row_reader
 from cisformer.data.slots import Slot, choose_slot, slot_names
+from cisformer.data.tables import (
+    FEATURE_TYPE_COLUMNS,
+    FEATURE_TYPES,
+    check_barcodes,
+    check_orientation,
+    columns_of,
+    plain_columns,
+    refuse_peaks,
+    with_barcodes,
+)
 from cisformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,39 +45,10 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["h5ad", "h5mu", "10x h5", "loom", "zarr", "mtx", "fragments", "AnnData", "MuData"]
 
-FEATURE_TYPES = {
-    "rna": {"gene expression", "gex", "rna"},
-    "atac": {"peaks", "atac", "chromatin accessibility"},
-}
-"""What feature types and the modalities of an h5mu are called, in lower case."""
-
-FEATURE_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
-"""Columns of `var` that may tell genes from peaks."""
-
 _MODALITY_WORDS = {
     "rna": re.compile(r"rna|gex|gene|expression", re.IGNORECASE),
     "atac": re.compile(r"atac|peak|chromatin|accessib", re.IGNORECASE),
 }
-_REGION_NAME = r"^(chr)?[^\s:]+[:_-]\d+[_-]\d+$"
-_FEW = 0.02
-"""Fewer features than this share do not tell that a file holds genes and peaks."""
-_FEATURE_NAME = r"^ENS[A-Z]*G\d{11}|^chr[^\s:]+[:_-]\d+[_-]\d+$"
-_BARCODE_NAME = r"^(.*[#_])?[ACGT]{12,}([-_.].*)?$"
-_CONTROL = r"[\x00-\x1f\x7f\ud800-\udfff]"
-"""What no line of a text file can hold."""
-
-BARCODE_COLUMNS = (
-    "barcode",
-    "barcodes",
-    "cell_barcode",
-    "cb",
-    "cell_id",
-    "cellid",
-    "cell",
-    "cellnames",
-    "index",
-)
-"""Columns of `obs` that may hold the barcodes, in lower case, where the names only count rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,22 +376,11 @@ def _source(
     label: str, kind: Kind, modality: Modality, obs: pd.DataFrame, var: pd.DataFrame, slot: Slot
 ) -> Source:
     """Make a `Source` of checked barcodes and of this modality's features only."""
-    obs, var = _plain_columns(obs), _plain_columns(var)
-    obs = _with_barcodes(obs.set_axis(obs.index.astype(str)), label)
-    unfit = obs.index[obs.index.str.contains(_CONTROL) | (obs.index == "")]
-    if len(unfit):
-        raise InputError(
-            f"{label} has {len(unfit):,} barcodes that are empty or hold control characters, such as {unfit[0]!r}",
-            hint="rename these cells",
-        )
-    repeated = obs.index[obs.index.duplicated()].unique()
-    if len(repeated):
-        raise InputError(
-            f"{label} has {len(repeated):,} barcodes more than once, such as {', '.join(repeated[:3])}",
-            hint="make them unique, for instance by adding the sample to each, in RNA and ATAC alike",
-        )
+    obs, var = plain_columns(obs), plain_columns(var)
+    obs = with_barcodes(obs.set_axis(obs.index.astype(str)), label)
+    check_barcodes(obs, label)
     check_orientation(obs, var, label)
-    columns = _columns_of(var, modality, label)
+    columns = columns_of(var, modality, label)
     chosen = var if columns is None else var.iloc[columns]
     if not len(obs) or not len(chosen):
         raise InputError(
@@ -422,84 +391,3 @@ def _source(
         )
     layout, read = row_reader(slot.node, (len(obs), len(var)), label)
     return Source(label, kind, modality, obs, chosen, slot.name, layout, slot.holds, read, columns)
-
-
-def _with_barcodes(obs: pd.DataFrame, label: str) -> pd.DataFrame:
-    """Name cells by the column of barcodes where their names only count rows."""
-    if not are_row_numbers(obs.index):
-        return obs
-    columns = {name.lower(): name for name in obs.columns[::-1]}
-    for column in (columns[name] for name in BARCODE_COLUMNS if name in columns):
-        barcodes = obs[column].astype(str)
-        if barcodes.is_unique and not are_row_numbers(pd.Index(barcodes)):
-            logger.warning(
-                "%s: cells are named by row numbers; their barcodes are read from obs[%r]", label, column
-            )
-            return obs.set_axis(pd.Index(barcodes.to_numpy()))
-    return obs
-
-
-def refuse_peaks(var: pd.DataFrame, modality: Modality, label: str) -> None:
-    """Raise `InputError` where RNA is wanted and all features are peaks."""
-    names = pd.Series(var.index[:50].astype(str))
-    told = any(name in var for name in FEATURE_TYPE_COLUMNS)
-    if modality == "rna" and not told and len(names) and names.str.match(_REGION_NAME).all():
-        raise InputError(
-            f"{label} holds peaks, such as {names[0]}; wanted RNA counts of genes",
-            hint="give the RNA file with -r and the ATAC file with -a",
-        )
-
-
-def check_orientation(obs: pd.DataFrame, var: pd.DataFrame, label: str) -> None:
-    """Raise `InputError` where cells are named as features are, and features as cells."""
-    few = [pd.Series(table.index[:50].astype(str)) for table in (obs, var)]
-    features, barcodes = few[0].str.match(_FEATURE_NAME).mean(), few[1].str.match(_BARCODE_NAME).mean()
-    if (features > 0.5 and len(obs) > 1) or (barcodes > 0.9 and len(var) > 1):
-        raise InputError(
-            f"{label} is transposed: its obs are {', '.join(few[0][:2])}, …, its var {', '.join(few[1][:2])}, …; "
-            "wanted cells in obs and features in var",
-            hint='turn it: adata.T.write_h5ad("turned.h5ad")',
-        )
-
-
-def _plain_columns(table: pd.DataFrame) -> pd.DataFrame:
-    """Return an annotation with text for column names, each once: of several of a name, the first."""
-    columns = ["index" if name == "_index" else str(name) for name in table.columns]  # h5ad reserves _index
-    named = table.set_axis(columns, axis=1)
-    return named.loc[:, ~named.columns.duplicated()]
-
-
-def _by_their_names(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np.int64] | None:
-    """Return which features are of this modality where genes and peaks stand together and nothing tells their types."""
-    peaks = pd.Series(var.index.astype(str)).str.match(_REGION_NAME).to_numpy()
-    if not _FEW < peaks.mean() < 1 - _FEW:
-        return None
-    logger.warning(
-        "%s holds genes and peaks without feature_types; by their names %d of %d features are peaks",
-        label, peaks.sum(), len(peaks),
-    )  # fmt: skip
-    return np.flatnonzero(peaks == (modality == "atac"))
-
-
-def _columns_of(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np.int64] | None:
-    """Return which features are of this modality; `None` for all."""
-    name = next((name for name in FEATURE_TYPE_COLUMNS if name in var), None)
-    if name is None:
-        return _by_their_names(var, modality, label)
-    types = var[name].astype(str).str.lower()
-    mine = types.isin(FEATURE_TYPES[modality]).to_numpy()
-    if mine.all() or not types.isin(set.union(*FEATURE_TYPES.values())).any():
-        return None
-    if mine.any():
-        return np.flatnonzero(mine)
-    regions = pd.Series(var.index[:50].astype(str)).str.match(_REGION_NAME).mean() > 0.9
-    if regions and modality == "atac":
-        logger.warning(
-            "%s: %s calls peaks %s; they are read as peaks by their names", label, name, types.iloc[0]
-        )
-        return None
-    option = {"rna": "-r", "atac": "-a"}
-    raise InputError(
-        f"{label} has no {modality.upper()} features: {name} holds {', '.join(map(str, var[name].unique()[:3]))}",
-        hint=f"give the RNA file with {option['rna']} and the ATAC file with {option['atac']}",
-    )

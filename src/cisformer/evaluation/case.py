@@ -25,7 +25,12 @@ from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, StoreError
 from cisformer.evaluation.baselines import log_normalise
-from cisformer.evaluation.metrics import PROBABILITY_FLOOR, Matrix
+from cisformer.evaluation.metrics import PROBABILITY_FLOOR, Matrix, select
+from cisformer.model.checkpoint import check_reference
+from cisformer.model.cis import CisModel
+from cisformer.prediction.cells import StoreRows
+from cisformer.prediction.compact import compact_of, is_compact
+from cisformer.prediction.predict import predict
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -36,6 +41,11 @@ logger = logging.getLogger(__name__)
 
 CELL_TYPE = "cell_type"
 """The column of `obs` that holds cell types, unless another is named."""
+MAX_CELLS, BASELINE_CELLS = 20_000, 5
+"""Maximum number of test cells that are scored, and of training cells per test cell that baselines learn from."""
+MANY_VALUES = 200_000_000
+"""Architecture full: up to this many probabilities are kept down to the floor of the scores; of more those under
+0.001 are left out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +88,7 @@ class Case:
         target = self.train_target
         return replace(
             self,
-            predicted=self.predicted[:, kept],
+            predicted=select(self.predicted, columns=kept),
             truth=self.truth[:, kept],
             features=self.features[kept],
             train_target=None if target is None else target[:, kept],
@@ -88,7 +98,7 @@ class Case:
         """Return the case with the test cells `kept` alone."""
         return replace(
             self,
-            predicted=self.predicted[kept, :],
+            predicted=select(self.predicted, rows=kept),
             truth=self.truth[kept],
             barcodes=self.barcodes[kept],
             labels=None if self.labels is None else self.labels[kept],
@@ -118,7 +128,7 @@ def case_of_files(
     aligned, covered = _align_target(measured, prediction.var, target, _label(truth, "the truth"))
     case = Case(
         direction,
-        sp.csr_matrix(_values(prediction, label), dtype=np.float32)[rows],
+        select(_values(prediction, label), rows=rows),
         aligned[test_rows],
         measured.obs_names.to_numpy(dtype=object)[test_rows],
         prediction.var_names.to_numpy(dtype=object),
@@ -200,6 +210,8 @@ def case_of_store(
     *,
     split: str = "test",
     cell_type: str | None = None,
+    max_cells: int = MAX_CELLS,
+    seed: int = 0,
     **options: Any,
 ) -> Case:
     """Predict a split of a preprocessed data set and match it.
@@ -214,53 +226,61 @@ def case_of_store(
         "test", or "val".
     cell_type
         Column of the cells' annotation.
+    max_cells
+        Maximum number of cells to score; more are sampled. Baselines learn from at most `BASELINE_CELLS` times as many.
+    seed
+        Random seed of the samples.
     options
         For `cisformer.predict`.
     """
-    from cisformer.model.checkpoint import check_reference
-    from cisformer.prediction.predict import predict
-
-    direction = checkpoint.direction
-    store = _open_split(data, split, direction)
+    if max_cells < 1:
+        raise InputError(f"max_cells is {max_cells}", hint="give at least 1")
+    store = _open_split(data, split, checkpoint.direction)
     if store is None:
         raise StoreError(f"{data} holds no {split} cells", hint="run data_preprocess without --manually")
     check_reference(store.reference, checkpoint.reference, f"data {store.path}")
-    test = Rows.of(store)
-    n_values = len(test.rows) * len(checkpoint.layout.target_index)
-    floor = PROBABILITY_FLOOR if n_values <= MANY_VALUES else 10 * PROBABILITY_FLOOR
-    result = predict(checkpoint, store.path, min_prob=floor, **options)
     # Baselines get the validation cells as well: they too choose their settings.
-    others = (
-        _open_split(data, name, direction) for name in (("train",) if split == "val" else ("train", "val"))
+    names = ("train",) if split == "val" else ("train", "val")
+    others = [found for name in names if (found := _open_split(data, name, checkpoint.direction))]
+    (test,), noted = _sample([store], max_cells, seed, f"{split} cells scored")
+    learned, noted_learned = _sample(
+        others, BASELINE_CELLS * max_cells, seed, "training cells given to baselines"
     )
-    return _case_of_rows(checkpoint, result, test, [Rows.of(other) for other in others if other], cell_type)
+    case = _case_of_rows(checkpoint, _predicted(checkpoint, test, options), test, learned, cell_type)
+    return replace(case, notes=(*noted, *noted_learned, *case.notes))
 
 
-MANY_VALUES = 200_000_000
-"""Up to this many probabilities are kept down to the floor of the scores; of more those under 0.001 are left out."""
+def _sample(
+    stores: list[CellStore], most: int, seed: int, what: str
+) -> tuple[list[StoreRows], tuple[str, ...]]:
+    """Return the cells of some stores, at most `most` of them, drawn at random, and a note if cells are left out."""
+    sizes = np.array([store.n_cells for store in stores], dtype=np.int64)
+    n_cells = int(sizes.sum())
+    if n_cells <= most:
+        return [StoreRows.of(store) for store in stores], ()
+    chosen = np.sort(np.random.default_rng(seed).choice(n_cells, most, replace=False))
+    starts = np.cumsum(sizes) - sizes
+    parts = np.split(chosen, np.searchsorted(chosen, starts[1:]))
+    rows = [StoreRows(store, part - start) for store, part, start in zip(stores, parts, starts, strict=True)]
+    return rows, (f"{most:,} of {n_cells:,} {what}: a random sample",)
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Some cells of a store."""
+def _predicted(checkpoint: Checkpoint, test: StoreRows, options: dict[str, Any]) -> Matrix:
+    """Predict cells: accessibility as a product that is computed on demand, where the architecture allows it."""
+    if checkpoint.direction == "rna2atac":
+        n_values = len(test.rows) * len(checkpoint.layout.target_index)
+        floor = PROBABILITY_FLOOR if n_values <= MANY_VALUES else 10 * PROBABILITY_FLOOR
+        by_cis = isinstance(checkpoint.model, CisModel)
+        options = options | ({"compact": True} if by_cis else {"min_prob": floor})
+    result = predict(checkpoint, test, **options)
+    assert not isinstance(result, Path)
+    return _values(result, "the prediction")
 
-    store: CellStore
-    rows: np.ndarray
 
-    @classmethod
-    def of(cls, store: CellStore) -> Rows:
-        """Return all cells of a store."""
-        return cls(store, np.arange(store.n_cells))
-
-    def read(self, direction: Direction) -> tuple[sp.csr_matrix, sp.csr_matrix]:
-        """Return (raw input, target in the units of the task)."""
-        rna, atac = self.store.rna(self.rows), self.store.atac(self.rows)
-        return (rna, atac) if direction == "rna2atac" else (atac, log_normalise(rna))
-
-    @property
-    def info(self) -> pd.DataFrame:
-        """Annotation of the cells."""
-        return self.store.cell_info.iloc[self.rows]
+def _read_pair(cells: StoreRows, direction: Direction) -> tuple[sp.csr_matrix, sp.csr_matrix]:
+    """Return (raw input, target in the units of the task) of some cells of a store."""
+    rna, atac = cells.store.rna(cells.rows), cells.store.atac(cells.rows)
+    return (rna, atac) if direction == "rna2atac" else (atac, log_normalise(rna))
 
 
 def _open_split(data: str | Path, split: Any, direction: Direction) -> CellStore | None:
@@ -269,21 +289,25 @@ def _open_split(data: str | Path, split: Any, direction: Direction) -> CellStore
 
 
 def _case_of_rows(
-    checkpoint: Checkpoint, result: Any, test: Rows, learned: list[Rows], cell_type: str | None
+    checkpoint: Checkpoint,
+    predicted: Matrix,
+    test: StoreRows,
+    learned: list[StoreRows],
+    cell_type: str | None,
 ) -> Case:
     """Match predictions of cells of a store with the cells that were learned from."""
     direction, reference = checkpoint.direction, checkpoint.reference
-    test_input, truth = test.read(direction)
+    test_input, truth = _read_pair(test, direction)
     case = Case(
         direction,
-        result.X,
+        predicted,
         truth,
         test.store.barcodes[test.rows],
         reference.ccre_labels if direction == "rna2atac" else reference.gene_labels,
         _labels((test.info,), cell_type),
     )
     if learned:
-        pairs = [part.read(direction) for part in learned]
+        pairs = [_read_pair(part, direction) for part in learned]
         case = replace(
             case,
             train_input=sp.vstack([pair[0] for pair in pairs], format="csr"),
@@ -291,7 +315,7 @@ def _case_of_rows(
             train_labels=_labels((pd.concat([part.info for part in learned]),), cell_type),
             test_input=test_input,
         )
-    seen = np.zeros(result.shape[1], dtype=np.bool_)
+    seen = np.zeros(predicted.shape[1], dtype=np.bool_)
     seen[checkpoint.layout.target_index] = True
     return _scored(case, seen)
 
@@ -316,11 +340,11 @@ def _open(data: Any) -> AnnData:
         ) from error
 
 
-def _values(prediction: AnnData, label: str) -> Any:
-    """Return what was predicted, cells × features, whichever form the file has."""
-    from cisformer.prediction.compact import compact_of, is_compact
-
-    return compact_of(prediction, label).toarray() if is_compact(prediction) else prediction.X
+def _values(prediction: AnnData, label: str) -> Matrix:
+    """Return what was predicted, cells × features; what a compact prediction holds is computed on demand."""
+    if is_compact(prediction):
+        return compact_of(prediction, label)
+    return sp.csr_matrix(prediction.X, dtype=np.float32)
 
 
 def _label(data: Any, otherwise: str) -> str:
@@ -422,7 +446,9 @@ def _labels(tables: tuple[pd.DataFrame, ...], key: str | None) -> np.ndarray | N
 
 def _check_range(case: Case, label: str) -> None:
     """Refuse values that are not in the units of the task."""
-    values = case.predicted.data  # type: ignore[attr-defined]
+    if not sp.issparse(case.predicted):
+        return  # a compact prediction: probabilities as they are computed
+    values = sp.csr_matrix(case.predicted).data
     if len(values) and not np.isfinite(values).all():
         raise InputError(f"{label} holds NaN or infinite values", hint="look for the cells that they are in")
     if case.direction == "rna2atac" and len(values) and (values.min() < 0 or values.max() > 1):

@@ -16,7 +16,7 @@ import numpy as np
 
 from cisformer.config import Direction
 from cisformer.evaluation.baselines import ORACLE, Baselines, fit_baselines, mask_oracle
-from cisformer.evaluation.case import Case, case_of_files, case_of_store
+from cisformer.evaluation.case import MAX_CELLS, Case, case_of_files, case_of_store
 from cisformer.evaluation.figures import figure_data
 from cisformer.evaluation.metrics import Matrix
 from cisformer.evaluation.scores import METRICS, Comparison, Measured, Truth, compare, measure
@@ -156,6 +156,7 @@ def evaluate_model(
     cell_type: str | None = None,
     direction: Direction | None = None,
     training_log: str | Path | None = None,
+    max_cells: int = MAX_CELLS,
     seed: int = 0,
     **options: Any,
 ) -> EvaluationReport:
@@ -175,8 +176,11 @@ def evaluate_model(
         What the checkpoint has to be for, where given.
     training_log
         `metrics.jsonl` of the training run; looked for beside the checkpoint unless given.
+    max_cells
+        Maximum number of cells to score; of a larger split a random sample of this size is scored, and baselines learn
+        from at most 5 times as many training cells. The report says so.
     seed
-        Random seed of the bootstrap and of the baselines' choices.
+        Random seed of the bootstrap, of the samples and of the baselines' choices.
     **options
         For `predict`, such as `device`.
 
@@ -194,7 +198,9 @@ def evaluate_model(
 
     started = time.perf_counter()
     checkpoint = model if isinstance(model, Checkpoint) else load_checkpoint(model, direction)
-    case = case_of_store(data, checkpoint, split=split, cell_type=cell_type, **options)
+    case = case_of_store(
+        data, checkpoint, split=split, cell_type=cell_type, max_cells=max_cells, seed=seed, **options
+    )
     if split == "val":
         case = replace(case, notes=(*case.notes, "validation cells flatter the model: it was chosen on them"))
     facts: dict[str, Any] = {"data": str(data), "split": split, "checkpoint": str(checkpoint.folder)}

@@ -238,6 +238,7 @@ class LinkWriter:
             "n_cells": links.n_cells,
             "window_bp": self.window_bp,
             "reference": self.reference.name,
+            "genome": self.reference.genome,
             "reference_fingerprint": self.reference.fingerprint,
         }
 

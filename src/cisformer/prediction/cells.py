@@ -29,6 +29,28 @@ if TYPE_CHECKING:
 READ_CELLS = 256
 
 
+@dataclass(frozen=True, eq=False)
+class StoreRows:
+    """Some cells of a preprocessed store: row numbers of it, in order."""
+
+    store: CellStore
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, store: CellStore) -> StoreRows:
+        """Return all cells of a store."""
+        return cls(store, np.arange(store.n_cells))
+
+    @property
+    def info(self) -> pd.DataFrame:
+        """Annotation of the cells, indexed by barcode."""
+        return self.store.cell_info.iloc[self.rows]
+
+    def read(self, part: np.ndarray, modality: Modality) -> sp.csr_matrix:
+        """Return normalised cells, positions in `rows`, [len(part), whole reference]."""
+        return read_modality(self.store, self.rows[part], modality=modality)
+
+
 @dataclass(frozen=True)
 class InputCells:
     """Cells of one modality, read on demand.
@@ -54,20 +76,21 @@ class InputCells:
     @contextmanager
     def open(
         cls,
-        data: AnnData | str | Path,
+        data: AnnData | StoreRows | str | Path,
         modality: Modality,
         reference: Reference,
         min_fragments: int = MIN_FRAGMENTS,
     ) -> Iterator[InputCells]:
-        """Open an AnnData, a file or folder of cells, a `.pt` shard, or a folder of shards.
+        """Open an AnnData, a file or folder of cells, a `.pt` shard, a folder of shards, or some cells of a store.
 
         Of a fragments file, barcodes with `min_fragments` are the cells.
         """
         if isinstance(data, str | Path) and (Path(data).suffix in (".pt", ".json") or _is_store(Path(data))):
-            store = CellStore.open(data)
-            store.verify()
-            check_reference(reference, store.reference, f"the checkpoint for {data}")
-            yield cls(store.cell_info, partial(read_modality, store, modality=modality), str(data))
+            data = StoreRows.of(CellStore.open(data))
+        if isinstance(data, StoreRows):
+            data.store.verify()
+            check_reference(reference, data.store.reference, f"the checkpoint for {data.store.path}")
+            yield cls(data.info, partial(data.read, modality=modality), str(data.store.path))
             return
         fragments = FragmentOptions(reference.ccres, min_fragments=min_fragments, genome=reference.genome)
         with open_rows(data, modality, fragments=fragments) as source:

@@ -31,7 +31,7 @@ from cisformer.data.batches import row_blocks
 from cisformer.data.genome import CCRE_COLUMNS, overlap_pairs, parse_regions, rename_chroms
 from cisformer.data.io import H5adWriter, MatrixLayout, load_h5ad
 from cisformer.errors import InputError
-from cisformer.model.closed_form import change_of_log_odds
+from cisformer.model.closed_form_atac import change_of_log_odds
 from cisformer.runtime.files import refuse_existing
 from cisformer.runtime.progress import progress
 from cisformer.runtime.provenance import provenance

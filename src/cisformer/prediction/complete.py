@@ -5,7 +5,7 @@ In the output folder:
     completed.h5mu                            all cells, measured and predicted apart; see `mosaic`
     predicted_rna.h5ad, predicted_atac.h5ad   the predictions alone
     data/, models/                            what the models were trained on, and the models
-    run.json                                  which steps are done: a second call goes on where the first stopped
+    run.json                                  which steps are done: a second call does only the steps that are missing
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from cisformer.config import Config, Direction, Modality, Preset, default_config, parse_config
+from cisformer.config import Direction, Modality, Preset, TrainingChoice
 from cisformer.data.preprocess import preprocess
-from cisformer.errors import InputError
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.prediction.mosaic import (
     MODALITIES,
@@ -44,30 +43,11 @@ DIRECTION: dict[Modality, Direction] = {"rna": "atac2rna", "atac": "rna2atac"}
 
 
 @dataclass(frozen=True)
-class CompletionOptions:
-    """What `complete` was asked for; see there."""
+class CompletionOptions(TrainingChoice):
+    """Options of `complete`; see there."""
 
     groupby: str | None = None
     gtf: str | Path | None = None
-    preset: Preset = "small"
-    epochs: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.preset not in get_args(Preset):
-            raise InputError(
-                f"there is no preset {self.preset!r}", hint=f"choose {' or '.join(get_args(Preset))}"
-            )
-        if self.seed < 0:
-            raise InputError(f"the seed is {self.seed}", hint="give a number of 0 or more")
-
-    def config(self, direction: Direction) -> Config:
-        """Return the configuration of a direction."""
-        content = default_config(direction, self.preset).model_dump()
-        content["training"]["SEED"] += self.seed
-        if self.epochs is not None:
-            content["training"]["epoch"] = self.epochs
-        return parse_config(content, direction, source="the options")
 
 
 def complete(
@@ -100,9 +80,9 @@ def complete(
     preset
         Size of the models; see `default_config`.
     epochs
-        Most epochs of training; as the preset says by default.
+        Maximum number of epochs; by default the preset's.
     seed
-        Of the split and of training.
+        Random seed of the split and of training.
     force
         Do everything again where the file or the options have changed; write into a folder that holds something
         else.
@@ -122,7 +102,7 @@ def complete(
     OutputExistsError
         `output_dir` holds results of another file or other options, and `force` is not given.
     """
-    options = CompletionOptions(groupby, gtf, preset, epochs, seed)
+    options = CompletionOptions(preset, epochs, seed, groupby, gtf)
     made_from = {
         "the file": fingerprint(Path(data)),
         "--gtf": "None" if gtf is None else fingerprint(Path(gtf)),

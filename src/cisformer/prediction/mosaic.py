@@ -26,7 +26,8 @@ from cisformer.data.alignment import map_genes, map_peaks
 from cisformer.data.hdf5 import told_as_damage
 from cisformer.data.io import storable, storable_frame
 from cisformer.data.reference import Reference
-from cisformer.data.sources import FEATURE_TYPES, open_rows
+from cisformer.data.sources import open_rows
+from cisformer.data.tables import FEATURE_TYPES
 from cisformer.errors import InputError
 from cisformer.prediction.compact import INTERCEPT, LOADINGS, PRIOR, STATES
 from cisformer.runtime.files import atomic_path

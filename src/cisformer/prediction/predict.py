@@ -21,7 +21,7 @@ from cisformer.model.checkpoint import Checkpoint, load_checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.documented_task import FullTask, choose_genes
 from cisformer.parallel.processes import Processes
-from cisformer.prediction.cells import InputCells
+from cisformer.prediction.cells import InputCells, StoreRows
 from cisformer.prediction.predictor import PredictionOptions, Predictor
 from cisformer.runtime.device import best_device
 from cisformer.runtime.files import refuse_existing
@@ -36,7 +36,7 @@ COMPACT_ABOVE_BYTES = 2_000_000_000
 
 def predict(
     checkpoint: Checkpoint | str | Path,
-    data: AnnData | str | Path,
+    data: AnnData | StoreRows | str | Path,
     *,
     output: str | Path | None = None,
     direction: Direction | None = None,
@@ -60,7 +60,7 @@ def predict(
         A `Checkpoint`, or where one is.
     data
         Cells of the input modality: AnnData with counts (RNA) or peaks (ATAC), a file of one, or a preprocessed
-        store. In a store only the input modality is read.
+        store, or some rows of one. In a store only the input modality is read.
     output
         Write to this `.h5ad` in blocks instead of returning an AnnData.
     direction

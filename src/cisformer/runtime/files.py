@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cisformer.errors import CisformerError, OutputExistsError, WriteError
+from cisformer.errors import CisformerError, InputError, OutputExistsError, WriteError
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ _DISK = {
 
 
 _TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected pos")
-"""What `torch.save` says of a disk that takes no more; it keeps the reason to itself."""
+"""The message of `torch.save` where writing fails; it does not give the reason."""
 
 
 @contextlib.contextmanager
@@ -196,6 +196,12 @@ def refuse_existing(path: str | Path, *, force: bool) -> None:
         raise OutputExistsError(
             f"{path} exists already", hint="choose another output, or overwrite it with --force"
         )
+
+
+def refuse_file_name(folder: str | Path) -> None:
+    """Raise `InputError` where what should be a folder is named like a table, or is a file."""
+    if Path(folder).is_file() or re.search(r"\.(?:tsv|csv|txt|json|html)(?:\.gz)?$", str(folder)):
+        raise InputError(f"{folder} is the name of a file", hint="give a folder; several files go into it")
 
 
 def sha256_file(path: str | Path) -> str:

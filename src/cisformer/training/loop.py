@@ -2,37 +2,23 @@
 
 Epoch 0 is the closed-form linear model. It is evaluated and saved like every other epoch, and `best` is the epoch of
 lowest validation loss, so that a trained model is never worse than linear on the validation cells.
-
-    save/<date>_<name>/
-        config.yaml           the resolved configuration
-        metrics.jsonl         one line per epoch
-        training.png          the losses drawn
-        epoch0/ epoch1/ …     checkpoints
-        best/                 the best of them
-        training_state.pt     optimizer and scheduler after the last whole epoch, for --resume
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
 import os
-import re
 import shutil
 import sys
 import time
-import zipfile
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from cisformer.config import Config, Direction, default_config, dump_config, load_config
+from cisformer.config import Config, Direction, default_config, load_config
 from cisformer.data.batches import Batch, TrainingBatches
-from cisformer.data.reference import Reference
 from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
@@ -40,20 +26,35 @@ from cisformer.model.closed_form import count_features
 from cisformer.model.documented_task import FullTask
 from cisformer.parallel.processes import Processes
 from cisformer.runtime.device import best_device, fastest_precision
-from cisformer.runtime.files import atomic_path, make_folder
 from cisformer.runtime.progress import progress
 from cisformer.training.closed_form_start import fit_closed_form, fold_in, make_layout
 from cisformer.training.loss_plot import draw_losses
 from cisformer.training.reliability import validation_correlations
+from cisformer.training.run_folder import (
+    BEST,
+    LOSS_PLOT,
+    STATE,
+    best_epoch,
+    last_epoch,
+    new_folder,
+    precision_of,
+    read_state,
+    write_epoch,
+)
 from cisformer.training.split import CellSplit, validation_batches
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-STATE, LOSS_PLOT = "training_state.pt", "training.png"
-START_METRICS = ("linear_rank", "linear_ridge", "linear_unevenness", "linear_val_loss", "mean_val_loss")
-"""What is known of the closed-form start; stands in every epoch's record."""
+START_METRICS = (
+    *(
+        f"linear_{name}"
+        for name in ("rank", "ridge", "unevenness", "steps", "strength", "beside", "val_loss")
+    ),
+    "mean_val_loss",
+)
+"""Facts about the closed-form start; part of every epoch's record."""
 
 
 def train(
@@ -81,15 +82,15 @@ def train(
     val_data
         Folder of the validation cells; by default the one beside the training cells, or a tenth of these.
     save
-        Where runs are kept.
+        Folder for training runs.
     config
         A `Config`, a YAML file, or `None` for the defaults of the direction.
     model_parameters
-        A checkpoint to go on from, with a fresh optimizer; a given config must agree with it.
+        A checkpoint to start from, with a new optimizer; a given config must agree with it.
     resume
         The folder of an interrupted run to finish, with its own settings.
     cpu
-        Stay on the CPU although there is an accelerator.
+        Use the CPU, also where there is a GPU.
 
     Returns
     -------
@@ -114,23 +115,27 @@ def train(
         store.verify()
     first = None
     if resume is not None:
-        first = _last_epoch(Path(resume), direction, cells.train.reference)
+        first = last_epoch(Path(resume), direction, cells.train.reference)
     elif model_parameters is not None:
         given = None if config is None else settings
         first = load_checkpoint(model_parameters, direction, config=given, reference=cells.train.reference)
         settings = settings.model_copy(update={"model": first.config.model})
     Processes.current(cpu=cpu)
     tracker = None if settings.training.tracker == "none" else settings.training.tracker
-    before = None if resume is None else _precision_of(Path(resume))
+    before = None if resume is None else precision_of(Path(resume))
     # Accelerate has one precision in a process: an earlier one stays.
     precision = None if AcceleratorState._shared_state else mixed_precision(cpu=cpu, before=before)
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=tracker, project_dir=str(save))
     logger.info("training on %s, precision %s", accelerator.device, accelerator.mixed_precision)
     settings = _with_total_gene(settings, cells.train.reference.n_genes)
-    folder = Path(resume) if resume is not None else _new_folder(accelerator, Path(save), name, settings)
-    run = Run(accelerator, cells, settings, direction, folder)
-    run.fit(first, resumed=resume is not None)
-    return load_checkpoint(folder / "best", direction)
+    folder = Path(resume) if resume is not None else new_folder(accelerator, Path(save), name, settings)
+    torch.manual_seed(settings.training.SEED)
+    start = first or closed_form_checkpoint(accelerator, cells, settings, direction, folder)
+    run = Run(accelerator, cells, settings, folder, start)
+    if resume is not None:
+        run.restore()
+    run.fit()
+    return load_checkpoint(folder / BEST, direction)
 
 
 def _require_compiler(*, cpu: bool) -> None:
@@ -155,16 +160,6 @@ def mixed_precision(*, cpu: bool, before: str | None = None) -> str:
     return fastest_precision(torch.device(device))
 
 
-def _precision_of(run: Path) -> str | None:
-    """Return the precision of an interrupted run, if it has come to an epoch."""
-    try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        precision: str | None = json.loads(lines[-1]).get("precision")
-        return precision
-    except (OSError, ValueError, IndexError):
-        return None  # nothing was done yet; a damaged state is told where it is read
-
-
 def _settings(config: Config | str | Path | None, direction: Direction, resume: str | Path | None) -> Config:
     if resume is not None:
         if not (Path(resume) / "config.yaml").is_file():
@@ -185,76 +180,98 @@ def _with_total_gene(config: Config, n_genes: int) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"total_gene": n_genes})})
 
 
-def _new_folder(accelerator: Accelerator, save: Path, name: str, config: Config) -> Path:
-    """Make `<save>/<date>_<name>`, the same for all processes; characters that no file name takes become `_`."""
-    from accelerate.utils import broadcast_object_list
-
-    safe = re.sub(r"[^\w.+-]+", "_", name).strip("._")[:100] or "cisformer"
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    chosen = [save / f"{stamp}_{safe}"]
+def closed_form_checkpoint(
+    accelerator: Accelerator, cells: CellSplit, config: Config, direction: Direction, folder: Path
+) -> Checkpoint:
+    """Fit the closed form in the main process and hand it to the others through the folder."""
+    handed = folder / "linear"
     if accelerator.is_main_process:
-        make_folder(save)
-        for attempt in itertools.count(2):  # making it is claiming it: no two runs write to one folder
-            try:
-                chosen[0].mkdir()
-                break
-            except FileExistsError:
-                chosen = [save / f"{stamp}_{safe}_{attempt}"]
-    broadcast_object_list(chosen)
-    if accelerator.is_main_process:
-        with atomic_path(chosen[0] / "config.yaml") as path:
-            path.write_text(dump_config(config), encoding="utf-8")
+        save_checkpoint(_fit(cells, config, direction), handed)
     accelerator.wait_for_everyone()
-    return chosen[0]
+    checkpoint = load_checkpoint(handed, direction)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(handed)
+    return checkpoint
 
 
-def _last_epoch(folder: Path, direction: Direction, reference: Reference) -> Checkpoint | None:
-    """Return the checkpoint that `training_state.pt` belongs to, epoch 0, or `None` where nothing was done yet."""
-    epoch = _read_state(folder / STATE)["epoch"] if (folder / STATE).is_file() else 0
-    if not (folder / f"epoch{epoch}").is_dir():
-        if epoch == 0:
-            return None
-        raise CheckpointError(f"{folder} holds no epoch{epoch} to resume from", hint="start a new run")
-    return load_checkpoint(folder / f"epoch{epoch}", direction, reference=reference)
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """Read a `training_state.pt`; nothing in it is run, and its checksums (of the archive) are compared."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums of its archives
-            if (part := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {part} differs")
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        if int(state["epoch"]) < 0 or not {"optimizer", "scheduler", "history"} <= state.keys():
-            raise ValueError("it lacks a part")
-        return state | {"history": json.loads(state["history"])}
-    except Exception as error:  # damaged archives raise whatever torch, zipfile or pickle come upon
-        raise CheckpointError(
-            f"{path} is damaged, or holds more than a training state: {' '.join(str(error).split())[:200]}",
-            hint="restore it, or go on from the best epoch in a new run: -m FOLDER",
-        ) from error
+def _fit(cells: CellSplit, config: Config, direction: Direction) -> Checkpoint:
+    """Return what training starts from: the closed form; of architecture full the mean profile."""
+    store, rows = cells.train, cells.train_rows
+    counts = count_features(store, rows, direction)
+    layout = make_layout(counts, direction, store)
+    if config.model.architecture == "full":
+        task = FullTask.from_start(config, layout, store, rows, counts)
+        return Checkpoint(task, config, store.reference, {"linear_rank": 0, "linear_ridge": 0.0})
+    network, start = fit_closed_form(config, cells, layout, counts)
+    metrics = {"linear_rank": start.rank, "linear_ridge": start.ridge}
+    metrics |= {} if start.penalty is None else start.penalty.to_metrics()
+    return Checkpoint(network, config, store.reference, metrics)
 
 
 class Run:
-    """One training run: the model, its data, and where it is written."""
+    """One training run: model, optimizer and batches, and the folder that its epochs go to.
+
+    Parameters
+    ----------
+    accelerator
+        Devices and processes.
+    cells
+        Training and validation cells.
+    config
+        All settings.
+    folder
+        Where the run is written.
+    start
+        What training starts from: the closed form, a given checkpoint, or the last epoch of an interrupted run.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, cells: CellSplit, config: Config, direction: Direction, folder: Path
+        self, accelerator: Accelerator, cells: CellSplit, config: Config, folder: Path, start: Checkpoint
     ) -> None:
-        self.accelerator, self.cells, self.config = accelerator, cells, config
-        self.direction, self.folder = direction, folder
-        self.settings = config.training
+        self.accelerator, self.cells, self.config, self.folder = accelerator, cells, config, folder
+        self.settings, self.start = config.training, start
         self.history: list[dict[str, Any]] = []
+        self.start_metrics = {k: v for k, v in start.metrics.items() if k in START_METRICS}
+        optimizer = torch.optim.AdamW(
+            start.model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )  # fmt: skip
+        self.scheduler = torch.optim.lr_scheduler.StepLR(
+            optimizer, self.settings.gamma_step, self.settings.gamma
+        )
+        if self.settings.compile:
+            start.model.compile_blocks()
+        self.model, self.optimizer = accelerator.prepare(start.model, optimizer)
+        # Without Accelerate's cast around it: validation is in single precision.
+        self.network = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        # The documented architecture sees each cell `multiple` times an epoch, with new draws.
+        repeats = config.datapreprocess.multiple if config.model.architecture == "full" else 1
+        self.batches = TrainingBatches(
+            cells.train, start.layout, config, np.repeat(cells.train_rows, repeats),
+            accelerator.num_processes, accelerator.process_index,
+        )  # fmt: skip
+        if self.settings.tracker != "none":
+            accelerator.init_trackers(folder.name)
 
-    def fit(self, first: Checkpoint | None, *, resumed: bool) -> None:
+    def restore(self) -> None:
+        """Take optimizer, scheduler and history from the last whole epoch of an interrupted run."""
+        path = self.folder / STATE
+        if not path.is_file():
+            return
+        state = read_state(path)
+        try:
+            self.optimizer.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            if self.accelerator.scaler and state.get("scaler"):
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} does not belong to the model of its epoch: {error}") from error
+        self.history = state["history"]
+        logger.info("resuming %s after epoch %d", self.folder, state["epoch"])
+
+    def fit(self) -> None:
         """Train to the last epoch, or until patience runs out."""
-        torch.manual_seed(self.settings.SEED)
-        checkpoint = first or self._linear_checkpoint()
-        self.layout, self.reference = checkpoint.layout, checkpoint.reference
-        self.start_metrics = {k: v for k, v in checkpoint.metrics.items() if k in START_METRICS}
-        self._prepare(checkpoint.model)
-        if resumed:
-            self._restore()
         if not self.history:
             self._finish_epoch(0, train_loss=float("nan"), seconds=0.0)
         for epoch in range(len(self.history), self.settings.epoch + 1):
@@ -266,59 +283,9 @@ class Run:
             self._finish_epoch(epoch, train_loss, time.perf_counter() - started)
         if self.accelerator.is_main_process:
             self._finish_best()
-            draw_losses(self.history, self.folder / LOSS_PLOT, f"{self.folder.name}, {self.direction}")
+            title = f"{self.folder.name}, {self.start.direction}"
+            draw_losses(self.history, self.folder / LOSS_PLOT, title)
         self.accelerator.wait_for_everyone()
-
-    # ---- start -----------------------------------------------------------------------------------------------
-
-    def _linear_checkpoint(self) -> Checkpoint:
-        """Fit the closed form in the main process and hand it to the others through the folder."""
-        folder = self.folder / "linear"
-        if self.accelerator.is_main_process:
-            save_checkpoint(self._fit_linear(), folder)
-        self.accelerator.wait_for_everyone()
-        checkpoint = load_checkpoint(folder, self.direction)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            shutil.rmtree(folder)
-        return checkpoint
-
-    def _fit_linear(self) -> Checkpoint:
-        store, rows = self.cells.train, self.cells.train_rows
-        counts = count_features(store, rows, self.direction)
-        layout = make_layout(counts, self.direction, store)
-        if self.config.model.architecture == "full":
-            task = FullTask.from_start(self.config, layout, store, rows, counts)
-            return Checkpoint(task, self.config, store.reference, {"linear_rank": 0, "linear_ridge": 0.0})
-        network, start = fit_closed_form(self.config, self.cells, layout, counts)
-        metrics = {
-            "linear_rank": start.rank,
-            "linear_ridge": start.ridge,
-            "linear_unevenness": start.unevenness,
-        }
-        return Checkpoint(network, self.config, store.reference, metrics)
-
-    def _prepare(self, model: CisModel | FullTask) -> None:
-        fused = self.accelerator.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay, fused=fused
-        )
-        self.scheduler = torch.optim.lr_scheduler.StepLR(
-            optimizer, self.settings.gamma_step, self.settings.gamma
-        )
-        if self.settings.compile:
-            model.compile_blocks()
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        # Without Accelerate's cast around it: validation is in single precision.
-        self.network = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        # The documented architecture sees each cell `multiple` times an epoch, with new draws.
-        repeats = self.config.datapreprocess.multiple if self.config.model.architecture == "full" else 1
-        self.batches = TrainingBatches(
-            self.cells.train, self.layout, self.config, np.repeat(self.cells.train_rows, repeats),
-            self.accelerator.num_processes, self.accelerator.process_index,
-        )  # fmt: skip
-        if self.settings.tracker != "none":
-            self.accelerator.init_trackers(self.folder.name)
 
     # ---- epochs ----------------------------------------------------------------------------------------------
 
@@ -391,7 +358,7 @@ class Run:
         device = self.accelerator.device
         rows = self.cells.val_rows[self.accelerator.process_index :: self.accelerator.num_processes]
         sums = torch.zeros(2, dtype=torch.float64)
-        for batch in validation_batches(self.cells.val, rows, self.layout, self.config, device):
+        for batch in validation_batches(self.cells.val, rows, self.start.layout, self.config, device):
             both = torch.stack([self.network(batch).float(), self.network.mean_loss(batch).float()])
             sums += both.cpu().double().sum(dim=1)  # Apple's GPUs have no float64
         total = self.accelerator.reduce(sums.float().to(device), "sum").cpu().double()
@@ -413,7 +380,7 @@ class Run:
                 record["val_loss"], record["mean_val_loss"],
             )  # fmt: skip
             return
-        best = min(self.history, key=lambda r: r["val_loss"])["epoch"]
+        best = best_epoch(self.history)
         logger.info(
             "epoch %d: training loss %.5f, validation loss %.5f%s, %.0f cells/s",
             record["epoch"], record["train_loss"], record["val_loss"],
@@ -421,28 +388,18 @@ class Run:
         )  # fmt: skip
 
     def _save(self, record: dict[str, Any]) -> None:
-        """Write the checkpoint, `best` if it is, the optimizer's state, and the line of metrics, in this order."""
-        epoch = record["epoch"]
-        checkpoint = Checkpoint(self.network, self.config, self.reference, record)
-        folder = save_checkpoint(checkpoint, self.folder / f"epoch{epoch}")
-        if min(self.history, key=lambda r: r["val_loss"])["epoch"] == epoch:
-            save_checkpoint(checkpoint, self.folder / "best")
+        scaler = self.accelerator.scaler
         state = {
-            "epoch": epoch,
             "optimizer": self.optimizer.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-            "history": json.dumps(self.history),
+            "scaler": scaler.state_dict() if scaler else {},
         }
-        with atomic_path(self.folder / STATE) as path:
-            torch.save(state, path)
-        with atomic_path(self.folder / "metrics.jsonl") as path:
-            path.write_text("".join(json.dumps(r) + "\n" for r in self.history), encoding="utf-8")
-        self._forget_old_epochs(folder)
+        checkpoint = Checkpoint(self.network, self.config, self.start.reference, record)
+        write_epoch(self.folder, checkpoint, self.history, state)
 
     def _finish_best(self) -> None:
         """Note how well validation cells are predicted, then let `best` learn from them."""
-        best = load_checkpoint(self.folder / "best", self.direction)
+        best = load_checkpoint(self.folder / BEST, self.start.direction)
         if not isinstance(best.model, CisModel) or "n_validation_cells_folded_in" in best.metrics:
             return
         found, n_cells = validation_correlations(best, self.cells)
@@ -450,26 +407,4 @@ class Run:
         best.model.n_validation.fill_(n_cells)
         if self.settings.fold_in and "linear_rank" in best.metrics:
             best = fold_in(best, self.cells)
-        save_checkpoint(best, self.folder / "best")
-
-    def _forget_old_epochs(self, newest: Path) -> None:
-        keep = self.settings.keep_epochs
-        old = int(newest.name.removeprefix("epoch")) - keep
-        if keep and old >= 0:
-            shutil.rmtree(self.folder / f"epoch{old}", ignore_errors=True)
-
-    def _restore(self) -> None:
-        """Take optimizer, scheduler and history from the last whole epoch of an interrupted run."""
-        path = self.folder / STATE
-        if not path.is_file():
-            return
-        state = _read_state(path)
-        try:
-            self.optimizer.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            if self.accelerator.scaler and state.get("scaler"):
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} does not belong to the model of its epoch: {error}") from error
-        self.history = state["history"]
-        logger.info("resuming %s after epoch %d", self.folder, state["epoch"])
+        save_checkpoint(best, self.folder / BEST)
