@@ -348,9 +348,18 @@ def dataset_reference(
         logger.warning(
             "%d of %d genes have no coordinates and get no cis window, such as %s%s",
             len(unknown), len(genes), _few(unknown["gene_name"]),
-            "" if gtf or genome else f"; --gtf can give them, or --genome {'|'.join(GENOMES)}",
+            "" if gtf else _who_has_them(genome),
         )  # fmt: skip
     return Reference("dataset", genome, genes, ccres)
+
+
+def _who_has_them(genome: str) -> str:
+    """Say where the coordinates of genes can be had that are missing."""
+    if not genome:
+        return f"; --gtf can give them, or --genome {'|'.join(GENOMES)}"
+    if genome in BUILT_IN.values():
+        return ""
+    return f"; the built-in genes of {genome} are RefSeq's, by name: --gtf gives others, such as Ensembl's lncRNAs"
 
 
 def _gene_coordinates(
