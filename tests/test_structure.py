@@ -35,7 +35,7 @@ ORDER = {
     ],
     "analysis": [
         "stored", "variants", "enrichment", "annotate", "peaks", "candidates", "groups", "coupling", "moderated",
-        "volcano", "contrasts",
+        "volcano", "contrasts", "sequences", "motifs", "drivers", "networks", "regulon",
     ],
     "top": ["simulation", "run_summary", "workflow", "demo"],
     "cli": [
