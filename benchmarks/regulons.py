@@ -198,13 +198,16 @@ def judge(found, cells, drivers: Drivers, rna, expression: pd.DataFrame, names: 
     row = {name: n for n, name in enumerate(ccre_names)}
     factor = triplets["tf"].map(number).to_numpy()
     true = drivers.follows[factor, triplets["ccre"].map(row).to_numpy()]
-    true &= pd.MultiIndex.from_frame(triplets[["gene_name", "ccre", "cell_type"]]).isin(works)
+    linked = pd.MultiIndex.from_frame(triplets[["gene_name", "ccre", "cell_type"]]).isin(works)
     up = np.array([level.loc[k, t] > 0 for k, t in zip(triplets["cell_type"], triplets["tf"], strict=True)])
-    tenth = pd.cut(triplets["score"], [0.05, 0.1, 0.2, 0.3, 0.5, 1])
-    table = pd.DataFrame({"score": triplets["score"], "true": true & up}).groupby(tenth, observed=True)
-    print("| score | triplets | mean score | planted |\n|---|---|---|---|")
-    for bin_, part in table:
-        print(f"| {bin_} | {len(part):,} | {part['score'].mean():.2f} | {part['true'].mean():.2f} |")
+    print("| | range | triplets | mean | planted |\n|---|---|---|---|---|")
+    for name, truth in (("score", true & up & linked), ("site", true & up), ("link_score", linked)):
+        bins = pd.cut(triplets[name], [0.05, 0.1, 0.2, 0.3, 0.5, 1])
+        table = pd.DataFrame({"value": triplets[name], "true": truth}).groupby(bins, observed=True)
+        for range_, part in table:
+            print(
+                f"| {name} | {range_} | {len(part):,} | {part['value'].mean():.2f} | {part['true'].mean():.2f} |"
+            )
     links = cells.links[["gene_name", "ccre"]].drop_duplicates()
     follows = pd.DataFrame(drivers.follows, index=drivers.names, columns=ccre_names)
     edges = pd.DataFrame(0, index=drivers.names, columns=rna.var_names)
@@ -229,7 +232,7 @@ def judge(found, cells, drivers: Drivers, rna, expression: pd.DataFrame, names: 
     }  # fmt: skip
     for label, values in scores.items():
         print(
-            f"| {label} | {average_precision_score(truth, np.nan_to_num(values.to_numpy()).ravel()):.3f} |",
+            f"| {label} | {average_precision_score(truth, values.to_numpy().ravel()):.3f} |",
             flush=True,
         )
     active = found.activity[(found.activity["fdr"] < 0.05) & (found.activity["activity"] > 0)]
@@ -240,6 +243,12 @@ def judge(found, cells, drivers: Drivers, rna, expression: pd.DataFrame, names: 
         for name in np.unique(kind)
     }
     print(f"\nactive (FDR < 0.05) in a type in which they are expressed above the mean: {counts}")
+
+
+def correlation(values: pd.DataFrame) -> pd.DataFrame:
+    """Return Pearson correlations of columns, 0 of those that do not vary."""
+    scores = _standard(values.to_numpy())
+    return pd.DataFrame(scores.T @ scores / len(values), index=values.columns, columns=values.columns)
 
 
 if __name__ == "__main__":

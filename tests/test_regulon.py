@@ -305,7 +305,8 @@ def test_the_planted_driver_is_found_in_its_type_and_no_other(regulon, drivers):
     assert driven[row].mean() > 0.8
     assert len(np.unique(row)) > 0.7 * driven.sum()
     shared = triplets[(triplets["tf"] == "SAMESITE") & (triplets["cell_type"] == "a")]
-    assert shared["score"].max() < best["score"].max() / 3
+    assert shared.empty  # it has the motif, but is expressed elsewhere
+    assert activity.loc[("SAMESITE", "a"), "agreement"] == 0
     assert (triplets["score"] <= triplets["link_score"]).all()
 
 

@@ -162,3 +162,24 @@ def _growth(
         alpha = np.clip(alpha + (bb * gradient[0] - ab * gradient[1]) / determinant, -3, 3)
         beta = np.clip(beta + (aa * gradient[1] - ab * gradient[0]) / determinant, 0, 5)
     return beta
+
+
+def agreement(activity: np.ndarray, expression: np.ndarray) -> np.ndarray:
+    """Return how well each factor's expression follows its activity over types: their correlation, at least 0; [T].
+
+    It tells factors that share a motif apart. 1 where there is one type, or nothing is known of expression. Factors
+    that close chromatin where they are expressed get 0.
+
+    Parameters
+    ----------
+    activity, expression
+        z and log expression of factors in types; [T, K] each.
+    """
+    if activity.shape[1] == 1 or not np.ptp(expression):
+        return np.ones(len(activity))
+    parts = [values - values.mean(axis=1, keepdims=True) for values in (np.nan_to_num(activity), expression)]
+    length = np.sqrt(np.square(parts[0]).sum(axis=1) * np.square(parts[1]).sum(axis=1))
+    product = (parts[0] * parts[1]).sum(axis=1)
+    share: np.ndarray = np.divide(product, length, out=np.zeros_like(product), where=length > 1e-9)
+    at_least: np.ndarray = np.maximum(share, 0)
+    return at_least

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cisformer.analysis.drivers import Activity, measure_activity, relative_accessibility, strata
+from cisformer.analysis.drivers import Activity, agreement, measure_activity, relative_accessibility, strata
 from cisformer.analysis.motifs import Hits, factors_of, find_motifs, read_motifs
 from cisformer.analysis.networks import BaseGrn, network_of, write_base_grn
 from cisformer.analysis.sequences import read_sequences
@@ -150,8 +150,8 @@ def link_tfs(
     -------
     Regulon
         The score of a triplet is the chance that the link works in the type, times the chance that the match is one
-        of those beyond what cCREs alike have, times that of the factor by its expression; `score_fdr` is the mean of
-        1 − score of the type's triplets at least as strong.
+        of those beyond what cCREs alike have, times that it is this factor's, by its expression in the type and over
+        types; `score_fdr` is the mean of 1 − score of the type's triplets at least as strong.
 
     Raises
     ------
@@ -331,11 +331,11 @@ def _triplets(
     links = stored.of_type(name)
     links = links[links["score"] >= options.min_score].reset_index(drop=True)
     ccre, link_score = links["ccre"].to_numpy(), links["score"].to_numpy(np.float64)
-    expressed = np.exp(np.minimum(works(expression), 0))
+    chosen = np.exp(np.minimum(works(expression), 0)) * agreement(activity.z, cells.expression)
     kept = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0))]
     for link, factor in sites.join(ccre):
         site = activity.site(sites.place[ccre[link]], factor, k)
-        score = link_score[link] * site * expressed[factor]
+        score = link_score[link] * site * chosen[factor]
         enough = score >= options.min_triplet
         kept.append((link[enough], factor[enough], site[enough], score[enough]))
     link, factor, site, score = (np.concatenate(parts) for parts in zip(*kept, strict=True))
@@ -364,6 +364,7 @@ def _activity_table(
     stored: StoredLinks, factors: _Factors, cells: _Types, sites: _Sites, triplets: pd.DataFrame
 ) -> pd.DataFrame:
     activity, n_ccres = sites.activity, np.asarray(sites.matches.sum(axis=0)).ravel().astype(np.int64)
+    agree = agreement(activity.z, cells.expression)
     n_targets = triplets.groupby(["cell_type", "tf"])["gene_id"].nunique()
     tables = []
     for k, name in enumerate(stored.cell_types):
@@ -380,6 +381,7 @@ def _activity_table(
                     "p_value": activity.p_value[:, k],
                     "fdr": activity.fdr[:, k],
                     "slope": activity.slope[:, k],
+                    "agreement": agree,
                     "n_targets": n_targets.reindex(own).fillna(0).to_numpy(np.int64),
                 }
             )
