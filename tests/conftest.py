@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,5 +106,25 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
             [sys.executable, "-m", "cisformer", *map(str, arguments)],
             cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def browse(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[str, list[str]]]:
+    """A function that opens a page in headless Chromium: (DOM as text, what the console said)."""
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if binary is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+
+    def run(path: Path, width: int, *more: str) -> tuple[str, list[str]]:
+        arguments = [
+            binary, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--enable-logging=stderr", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+            f"--window-size={width},1000", "--dump-dom", *more, path.as_uri(),
+        ]  # fmt: skip
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     return run

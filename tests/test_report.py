@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -120,26 +118,6 @@ def test_a_report_without_baselines_or_figures_renders(reports):
     html = render(replace(report, standing="alone", scores=alone, comparisons=[], figures={}))
     assert "no baseline" in html
     assert "<figure>" not in html
-
-
-@pytest.fixture(scope="session")
-def browse(tmp_path_factory):
-    """A function that opens a page in headless Chromium: (DOM as text, what the console said)."""
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if binary is None:
-        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
-
-    def run(path, width, *more):
-        arguments = [
-            binary, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--enable-logging=stderr", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-            f"--window-size={width},1000", "--dump-dom", *more, path.as_uri(),
-        ]  # fmt: skip
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True)
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    return run
 
 
 def _measured(page, browse, width, *more):

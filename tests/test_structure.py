@@ -10,7 +10,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "archive", "provenance", "installation", "journal", "progress", "device"],
+    "runtime": ["files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "barcodes",
@@ -34,8 +34,8 @@ ORDER = {
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
     "analysis": [
-        "stored", "variants", "enrichment", "annotate", "peaks", "candidates", "groups", "coupling", "moderated",
-        "volcano", "contrasts", "sequences", "motifs", "drivers", "networks", "regulon",
+        "stored", "variants", "enrichment", "annotate", "peaks", "browse", "candidates", "groups", "coupling",
+        "moderated", "volcano", "contrasts", "sequences", "motifs", "drivers", "networks", "regulon",
     ],
     "top": ["simulation", "run_summary", "workflow", "demo"],
     "cli": [

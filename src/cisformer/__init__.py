@@ -32,6 +32,7 @@ _FUNCTIONS = {
     "link_tfs": "analysis.regulon",
     "annotate_variants": "analysis.annotate",
     "annotate_peaks": "analysis.peaks",
+    "browse": "analysis.browse",
     "simulate": "simulation",
     "inspect": "data.inspect",
     "build_reference": "data.reference",

@@ -9,9 +9,10 @@ from pathlib import Path
 from cisformer.config import DIRECTIONS, Direction
 from cisformer.runtime.files import atomic_path
 from cisformer.runtime.journal import Facts, Journal
+from cisformer.runtime.pages import render_page
 
 ARROWS: dict[Direction, str] = {"rna2atac": "RNA→ATAC", "atac2rna": "ATAC→RNA"}
-TEXT, PAGE = "summary.txt", "index.html"
+TEXT, PAGE, LINKS_PAGE = "summary.txt", "index.html", "links.html"
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,10 @@ class RunSummary:
         return text, page
 
     def _render(self) -> str:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-
-        environment = Environment(
-            loader=PackageLoader("cisformer", "resources"), autoescape=True, undefined=StrictUndefined,
-            trim_blocks=True, lstrip_blocks=True,
+        return render_page(
+            "cisformer", "run.html", within="resources",
+            summary=self, took=_duration(self.seconds), folder=self.folder.resolve().name,
         )  # fmt: skip
-        return environment.get_template("run.html").render(
-            summary=self, took=_duration(self.seconds), folder=self.folder.resolve().name
-        )
 
 
 def _duration(seconds: float) -> str:
@@ -152,6 +148,8 @@ def _about_links(links: Facts) -> list[str]:
 
 def _files(journal: Journal, links: Facts) -> list[tuple[str, str]]:
     files = [(PAGE, "this summary as a page, with links to the reports")]
+    if LINKS_PAGE in links["files"]:
+        files.append((LINKS_PAGE, "the links to look at: search a gene, sort, filter, download"))
     if "skipped" not in links:
         files.append(
             ("cisformer_link/links.tsv.gz", "one row per cell type and pair: score, effect, p-value, FDR")

@@ -9,6 +9,7 @@ not done again; `runtime.journal` keeps the record. In the output folder:
     models/            a folder per training run
     evaluation/        a report page per direction
     cisformer_link/    the links
+    links.html         a page to look at them
     summary.txt, index.html
 """
 
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from cisformer.config import DIRECTIONS, Direction, Preset, TrainingChoice
 from cisformer.errors import CheckpointError, InputError
-from cisformer.run_summary import ARROWS, RunSummary, summarise
+from cisformer.run_summary import ARROWS, LINKS_PAGE, RunSummary, summarise
 from cisformer.runtime.files import atomic_path
 from cisformer.runtime.journal import Facts, Journal, Step, do_steps, fingerprint, fingerprint_of_text
 
@@ -263,16 +264,21 @@ class _Workflow:
         return self.preprocess("atac2rna", manually=True) if self._can_link else {"files": []}
 
     def link(self) -> Facts:
-        """Link cCREs to genes, or say why that cannot be."""
+        """Link cCREs to genes and make a page of it, or say why that cannot be."""
         if not self._can_link:
             return {"files": [], "skipped": "no gene has coordinates, so no cCRE is near any"}
+        from cisformer.analysis.browse import browse
         from cisformer.links.score import link
 
         cells = self.folder / self.journal.facts("gather")["files"][0]
         folder = link(
             self._model("atac2rna"), cells, self.types, self.folder, seed=self.options.seed, force=True
         )
-        return {"files": [folder.name]} | _count_links(folder / "links.tsv.gz")
+        counts = _count_links(folder / "links.tsv.gz")
+        if not counts["best_gene"]:
+            return {"files": [folder.name]} | counts
+        browse(folder, self.folder / LINKS_PAGE, min_score=0.0, title=self.folder.resolve().name)
+        return {"files": [folder.name, LINKS_PAGE]} | counts
 
     @property
     def _can_link(self) -> bool:

@@ -30,6 +30,7 @@ COMMANDS = {
     "link_tfs": "contrasts",
     "annotate_variants": "annotation",
     "annotate_peaks": "annotation",
+    "browse": "annotation",
     "inspect": "data",
     "build_reference": "data",
     "export_checkpoint": "model",

@@ -70,3 +70,21 @@ def annotate_peaks(output: str, force: bool, **options: Any) -> None:
         table.to_csv(handle, sep="\t", index=False, float_format="%.5g")
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in table["kind"].value_counts().items())
     click.echo(f"wrote {output} ({len(table):,} peaks: {kinds})")
+
+
+@click.command("browse", context_settings=CONTEXT)
+@click.option("-l", "--links", required=True, help=_LINKS)
+@click.option("-o", "--output", required=True, help="Page to write: .html.")
+@click.option("--max_links", type=LENIENT_INT, default=50_000, show_default=True,
+              help="Show at most so many links: the strongest.")  # fmt: skip
+@click.option("--min_score", default=0.05, show_default=True, help="Smallest score of a link that is shown.")
+@click.option("--title", default="", help="Heading of the page.  [default: the name of the links' folder]")
+@_FORCE
+def browse(links: str, output: str, force: bool, **options: Any) -> None:
+    """Write one page to look at links with: search a gene, see its locus, sort, filter, download."""
+    from cisformer.analysis.browse import browse as write_page
+    from cisformer.runtime.files import refuse_existing
+
+    refuse_existing(output, force=force)
+    path = write_page(links, output, **options)
+    click.echo(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -13,6 +13,7 @@ from cisformer.evaluation.scores import METRICS, Metric
 from cisformer.evaluation.svg import Chart, Scale
 from cisformer.evaluation.verdict import MODEL, score_text
 from cisformer.runtime.files import atomic_path, refuse_existing
+from cisformer.runtime.pages import render_page
 
 STYLES = {
     MODEL: "c0",
@@ -64,16 +65,13 @@ def write_report(report: EvaluationReport, folder: str | Path, *, force: bool = 
 
 def render(report: EvaluationReport) -> str:
     """Return the page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("cisformer.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     plain = report.to_dict()
     figures = [figure | {"svgs": [Markup(svg) for svg in figure["svgs"]]} for figure in _figures(plain)]
-    return environment.get_template("report.html").render(
+    return render_page(
+        "cisformer.evaluation",
+        "report.html",
         heading=HEADINGS[report.direction],
         verdict=report.verdict.partition(". "),
         standing=report.standing,
