@@ -215,7 +215,7 @@ def judge(found, cells, drivers: Drivers, rna, expression: pd.DataFrame, names: 
         edges.loc[follows[ccre].to_numpy(), gene] = 1
     ours = found.network().pivot_table(index="source", columns="target", values="weight")
     ours = ours.reindex(index=edges.index, columns=edges.columns).fillna(0)
-    log = np.log1p(rna.X.toarray() / rna.X.sum(axis=1).reshape(-1, 1) * 1e4)
+    log = np.log1p(rna.X.toarray() / np.maximum(rna.X.sum(axis=1), 1).reshape(-1, 1) * 1e4)
     cell = pd.DataFrame(np.corrcoef(np.asarray(log).T), index=rna.var_names, columns=rna.var_names).loc[
         edges.index
     ]
