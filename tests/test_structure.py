@@ -18,8 +18,8 @@ ORDER = {
         "batches",
     ],
     "model": [
-        "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cell_encoder", "cis_path", "cis",
-        "bf16_attention", "published", "documented", "documented_task", "checkpoint",
+        "attention", "projection", "target_states", "cell_rows", "closed_form_atac", "closed_form", "closed_form_cis",
+        "cell_encoder", "cis_path", "cis", "bf16_attention", "published", "documented", "documented_task", "checkpoint",
         "pack",
     ],
     "training": ["loss_plot", "split", "reliability", "closed_form_start", "run_folder", "loop"],

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 CELL_TYPE = "cell_type"
 """The column of `obs` that holds cell types, unless another is named."""
 MAX_CELLS, BASELINE_CELLS = 20_000, 5
-"""Of a preprocessed data set: how many test cells are scored, and how many times as many baselines learn from."""
+"""Maximum number of test cells that are scored, and of training cells per test cell that baselines learn from."""
 MANY_VALUES = 200_000_000
 """Architecture full: up to this many probabilities are kept down to the floor of the scores; of more those under
 0.001 are left out."""
