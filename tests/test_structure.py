@@ -36,7 +36,7 @@ ORDER = {
     ],
     "analysis": [
         "stored", "variants", "enrichment", "annotate", "peaks", "browse", "candidates", "groups", "coupling",
-        "moderated", "volcano", "contrasts",
+        "moderated", "volcano", "contrasts", "sequences", "motifs", "drivers", "networks", "regulon",
     ],
     "top": ["simulation", "run_summary", "workflow", "demo"],
     "cli": [
