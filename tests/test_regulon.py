@@ -370,7 +370,7 @@ def test_links_genome_and_motifs_have_to_fit(drivers, tmp_path):
     folder, _ = drivers
     links, genome, motifs = folder / "links.tsv", folder / "genome.fa", folder / "motifs.meme"
     (tmp_path / "alien.meme").write_text(meme({"MA1 MARTIAN": certain("ACGTACGT")}))
-    with pytest.raises(InputError, match=r"no motif of .* is named like a gene"):
+    with pytest.raises(InputError, match=r"no motif of .* has the name of a gene"):
         link_tfs(links, genome, tmp_path / "alien.meme")
     with pytest.raises(InputError, match=r"no link of .* has a score of 0\.9"):
         link_tfs(links, genome, motifs, min_score=0.9)

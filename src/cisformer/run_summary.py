@@ -162,7 +162,11 @@ def _files(journal: Journal, links: Facts) -> list[tuple[str, str]]:
         files.append((report, f"{ARROWS[direction]} compared with simple methods"))
     for direction in DIRECTIONS:
         files.append((journal.facts(f"train_{direction}")["model"], f"model {ARROWS[direction]}"))
-    return [*files, ("data", "preprocessed cells"), ("run.json", "finished steps, with their input files and options")]
+    return [
+        *files,
+        ("data", "preprocessed cells"),
+        ("run.json", "finished steps, with their input files and options"),
+    ]
 
 
 def _next_steps(journal: Journal, links: Facts, rna: str, types: str) -> list[tuple[str, str]]:

@@ -203,14 +203,17 @@ def _factors(named: dict[str, np.ndarray], stored: StoredLinks, source: str) -> 
     found, unknown = factors_of(named, names)
     if not found:
         raise InputError(
-            f"no motif of {source} is named like a gene of the links: {', '.join(list(named)[:3])} against "
+            f"no motif of {source} has the name of a gene of the links: {', '.join(list(named)[:3])} against "
             f"{', '.join(names[:3])}",
             hint="give motifs whose names hold gene symbols, such as MA0139.1 CTCF",
         )
     if unknown:
         some = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
         logger.warning(
-            "%d of %d motifs are of no gene of the links: left out (%s)", len(unknown), len(named), some
+            "%d of %d motifs belong to no gene of the links and are left out (%s)",
+            len(unknown),
+            len(named),
+            some,
         )
     factors = sorted({"::".join(genes) for genes in found.values()})
     number = {name: n for n, name in enumerate(factors)}
@@ -264,9 +267,7 @@ class _Types:
 def _of_factors(expression: np.ndarray, factors: _Factors) -> np.ndarray:
     """Return the expression of factors: of dimers the lower one; where a gene is not listed in a type, the least."""
     if np.isnan(expression).all():
-        logger.warning(
-            "the links do not say how genes are expressed: factors count as expressed in all types"
-        )
+        logger.warning("the links hold no expression of genes, so factors count as expressed in all types")
         return np.zeros((len(factors.names), expression.shape[1]))
     known = np.where(np.isnan(expression), -MOST_EXPRESSION, expression)
     return np.stack([known[rows].min(axis=0) for rows in factors.rows])

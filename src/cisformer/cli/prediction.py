@@ -93,10 +93,12 @@ def atac2rna_predict(
 @click.option("--min_prob", default=0.0, show_default=True,
               help="Full matrix: leave out probabilities below this.")  # fmt: skip
 @click.option(
-    "--binarize", is_flag=True, help="Write open or closed: in each cell the most probable cCREs are open, as many as expected."
+    "--binarize",
+    is_flag=True,
+    help="Write 1 for each cell's most probable cCREs, as many as expected, and 0 for others.",
 )
 @click.option("--chunk", type=LENIENT_INT,
-              help="architecture full: number of cCREs decoded at once; fewer need less memory.  [default: 8192]")  # fmt: skip
+              help="architecture full: cCREs decoded at once; fewer need less memory.  [default: 8192]")  # fmt: skip
 @shared_options
 @_FORCE
 def rna2atac_predict(
