@@ -62,7 +62,7 @@ class RegulonOptions:
 
 @dataclass(frozen=True)
 class Regulon:
-    """Factors, the cCREs they bind, and the genes these drive.
+    """Transcription factors, the cCREs with their motifs, and the linked genes.
 
     Attributes
     ----------
@@ -138,7 +138,7 @@ def link_tfs(
     fasta
         The genome of the links, plain or gzipped.
     motifs
-        Motifs in MEME's text format; their names say which genes they belong to.
+        Motifs in MEME's text format; their names contain the symbols of their genes.
     min_score
         Smallest score of a link.
     max_p
@@ -149,14 +149,14 @@ def link_tfs(
     Returns
     -------
     Regulon
-        The score of a triplet is the chance that the link works in the type, times the chance that the match is one
-        of those beyond what cCREs alike have, times that it is this factor's, by its expression in the type and over
-        types; `score_fdr` is the mean of 1 − score of the type's triplets at least as strong.
+        The score of a triplet is the product of three probabilities: that the link works in the type; that the motif
+        match is not a chance match, as similar cCREs have; and that the site is this factor's, from its expression in
+        the type and over types. `score_fdr` is the mean of 1 − score over the type's triplets with at least this score.
 
     Raises
     ------
     InputError
-        If a file is not what it should be, they are of different genomes, or no motif is of a gene of the links.
+        If a file cannot be read, the genomes differ, or no motif has the name of a gene of the links.
     """
     options = RegulonOptions(min_score, max_p, min_triplet)
     named = read_motifs(motifs)
