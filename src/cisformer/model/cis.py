@@ -33,7 +33,7 @@ from cisformer.model.projection import Projection
 from cisformer.model.target_states import TargetStates
 
 LOADING_STD = 0.05
-"""Of loadings beyond the linear start, where only h reaches them."""
+"""Standard deviation of the first loadings that the closed form does not set."""
 MOST_LEVERAGE = 0.5
 """Of a training cell in the closed form of a cCRE."""
 

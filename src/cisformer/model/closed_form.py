@@ -41,7 +41,7 @@ LEAST_PACE = 0.01
 
 @dataclass(frozen=True)
 class FeatureCounts:
-    """What one pass over the training cells finds.
+    """Statistics of one pass over the training cells.
 
     Attributes
     ----------
@@ -151,7 +151,7 @@ def link_loss(eta: Tensor, target: Tensor, scale: Tensor, direction: str) -> Ten
 
 @dataclass(frozen=True)
 class StartOptions:
-    """Most principal components, penalty (or "auto": chosen on validation cells), and seed of the samples."""
+    """Maximum number of components, ridge penalty ("auto": chosen on validation cells), seed of the samples."""
 
     rank: int
     ridge: float | str
@@ -172,7 +172,7 @@ def fit_linear(
     counts
         What `count_features` found in `train`.
     options
-        Most components, penalty, seed.
+        Maximum number of components, penalty, seed.
     """
     rng = np.random.default_rng([options.seed, 3])
     sample = fitting_sample(train, counts, rng).read(layout)

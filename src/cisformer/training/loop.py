@@ -54,7 +54,7 @@ START_METRICS = (
     ),
     "mean_val_loss",
 )
-"""What is known of the closed-form start; stands in every epoch's record."""
+"""Facts about the closed-form start; part of every epoch's record."""
 
 
 def train(
@@ -82,15 +82,15 @@ def train(
     val_data
         Folder of the validation cells; by default the one beside the training cells, or a tenth of these.
     save
-        Where runs are kept.
+        Folder for training runs.
     config
         A `Config`, a YAML file, or `None` for the defaults of the direction.
     model_parameters
-        A checkpoint to go on from, with a fresh optimizer; a given config must agree with it.
+        A checkpoint to start from, with a new optimizer; a given config must agree with it.
     resume
         The folder of an interrupted run to finish, with its own settings.
     cpu
-        Stay on the CPU although there is an accelerator.
+        Use the CPU, also where there is a GPU.
 
     Returns
     -------
