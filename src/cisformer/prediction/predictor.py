@@ -184,10 +184,9 @@ class Predictor:
     def _with_distances(self, obs: pd.DataFrame, blocks: Sequence[Predicted]) -> pd.DataFrame:
         """Return `obs` with how unlike the training cells each cell is; warn where many are."""
         found = [(b.distance, b.depth) for b in blocks if b.distance is not None and b.depth is not None]
-        if not found:
+        if not found or not isinstance(self.model, CisModel):
             return obs.copy()
         distance, depth = (np.concatenate(values) for values in zip(*found, strict=True))
-        assert isinstance(self.model, CisModel)
         if len(distance) == len(self.cells.obs):  # once, where several processes share the cells
             warn_if_unlike(self.model.likeness, distance, depth)
         return obs.assign(**{DISTANCE: distance.astype(np.float32), DEPTH: depth, UNLIKE: distance > 1})
