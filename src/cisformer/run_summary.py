@@ -1,4 +1,4 @@
-"""What came out of a run, in plain words: for the terminal, a text file and a page."""
+"""The summary of a run in plain words: for the terminal, a text file and a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From two files to links in one call: inspect, preprocess, train, evaluate, link, and say what came out.
+"""From two files to links in one call: inspect, preprocess, train, evaluate, link, summarise.
 
 Each step calls the public function of that name. What is done, and made from the same files and options as now, is
 not done again; `runtime.journal` keeps the record. In the output folder:
@@ -42,7 +42,7 @@ SIGNIFICANT, LIKELY = 0.05, 0.5
 
 @dataclass(frozen=True)
 class RunOptions(TrainingChoice):
-    """What `run` was asked for; checked when it is made.
+    """Options of `run`; checked when the record is made.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class RunOptions(TrainingChoice):
     reference
         As of `preprocess`; by default the data's own genes and peaks.
     genome
-        Whose built-in gene coordinates ``reference="dataset"`` takes; guessed from the peaks where it is `None`.
+        Assembly of the built-in gene coordinates that ``reference="dataset"`` uses; `None` guesses it from the peaks.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
     preset, epochs, seed
@@ -90,10 +90,10 @@ def run(
     seed: int = 0,
     force: bool = False,
 ) -> RunSummary:
-    """Do everything that leads from a multiome to links: inspect, preprocess, train, evaluate, link.
+    """Go from a multiome to links: inspect, preprocess, train, evaluate, link.
 
     Models of both directions are trained, so that one modality can be predicted from the other as well. A second
-    call with the same files and options goes on where the first one stopped.
+    call with the same files and options does only the steps that are missing.
 
     Parameters
     ----------
@@ -109,8 +109,8 @@ def run(
         As of `preprocess`, but by default ``"dataset"``, the data's own genes and peaks: this works for any genome
         and takes least time. ``"human"`` or ``"mouse"`` make models that fit other data, too.
     genome
-        ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: whose built-in gene coordinates ``reference="dataset"``
-        takes; guessed from the peaks by default.
+        ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: assembly of the built-in gene coordinates that
+        ``reference="dataset"`` uses; guessed from the peaks by default.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
     preset

@@ -342,10 +342,11 @@ def write_split(
     direction: Direction,
     cnt: int | None,
     about: dict[str, Any],
-    *,
-    cell_info: bool,
 ) -> None:
-    """Fill the empty `folder` of a split, one shard where `cnt` is `None`; `about` goes into its manifest."""
+    """Fill the empty `folder` of a split, one shard where `cnt` is `None`; `about` goes into its manifest.
+
+    Shuffled cells (`about["shuffle"]`) are not pairs any more: no annotation is written of them.
+    """
     n_cells = len(cells.obs)
     cnt = cnt or max(n_cells, 1)
     shards = []
@@ -355,7 +356,7 @@ def write_split(
         sizes = write_shard(path, part.rna, part.atac, part.rna_rows, part.atac_rows)
         shards.append({"file": path.name, **sizes, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
     (folder / BARCODES).write_bytes("".join(f"{barcode}\n" for barcode in cells.obs.index).encode())
-    if cell_info:
+    if not about["shuffle"]:
         cells.obs.to_csv(folder / CELL_INFO, sep="\t", index_label="barcode")
     if not reference.is_built_in:
         save_reference(reference, folder / "reference")

@@ -32,7 +32,7 @@ from cisformer.data.genome import CCRE_COLUMNS, overlap_pairs, parse_regions, re
 from cisformer.data.hdf5 import damaged
 from cisformer.data.io import H5adWriter, MatrixLayout
 from cisformer.errors import InputError
-from cisformer.model.closed_form import change_of_log_odds
+from cisformer.model.closed_form_atac import change_of_log_odds
 from cisformer.runtime.files import refuse_existing
 from cisformer.runtime.progress import progress
 from cisformer.runtime.provenance import provenance
