@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 FORMAT, FORMAT_VERSION = "cisformer-variants", 1
 LINKS, VARIANTS, ENRICHMENT, REPORT = "variant_links.tsv", "variants.tsv", "enrichment.tsv", "report.json"
 FILES = (LINKS, VARIANTS, ENRICHMENT, REPORT)
+SIGNIFICANT = 0.05
 EVIDENCE = ("score_fdr", "specificity", "p_value", "fdr")
 """What of the links is carried over, beside the score."""
 
@@ -98,10 +99,11 @@ class VariantAnnotation:
         tested = self.enrichment.dropna(subset=["p_value"])
         if tested.empty:
             lines.append("enrichment is not tested: too few loci")
-        for row in tested.head(3).itertuples():
+        elif not (tested["fdr"] <= SIGNIFICANT).any():
+            lines.append(f"no cell type stands out: the smallest FDR is {tested['fdr'].min():.2g}")
+        for row in tested[tested["fdr"] <= SIGNIFICANT].itertuples():
             lines.append(
-                f"{row.cell_type}: {row.fold:.2f} times as linked as matched cCREs, p {row.p_value:.2g}, "
-                f"FDR {row.fdr:.2g}"
+                f"{row.cell_type}: {row.fold:.2f} times as linked as matched cCREs, FDR {row.fdr:.2g}"
             )
         return "\n".join(lines)
 
