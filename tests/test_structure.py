@@ -14,7 +14,7 @@ ORDER = {
     "runtime": ["files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
-        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "barcodes",
+        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "tables", "barcodes",
         "fragments", "containers", "sources", "io", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
         "batches",
     ],
@@ -36,7 +36,7 @@ ORDER = {
     ],
     "analysis": [
         "stored", "variants", "enrichment", "annotate", "peaks", "browse", "candidates", "groups", "coupling",
-        "moderated", "volcano", "contrasts",
+        "moderated", "volcano", "contrasts", "sequences", "motifs", "drivers", "networks", "regulon",
     ],
     "top": ["simulation", "run_summary", "workflow", "demo"],
     "cli": [
