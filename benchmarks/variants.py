@@ -89,17 +89,11 @@ def compare(answers: pd.DataFrame, distance: np.ndarray) -> None:
 def simulated(work: Path, mode: str, seed: int) -> None:
     """Make links of simulated cells, plant variants in cCREs with distal links, and ask for their genes."""
     folder = work / f"{mode}{seed}"
-    cells = simulate(1500, 1200, 10_000, n_types=6, mode=mode, seed=seed)
-    cells.write(folder)
     if not (folder / "cisformer_link").is_dir():
-        options = {"direction": "atac2rna", "reference": "dataset", "force": True}
-        preprocess(cells.rna, cells.atac, folder / "data", **options)
-        small = default_config("atac2rna", "small")
-        best = train(folder / "data", "v", direction="atac2rna", save=folder / "save", cpu=True, config=small)
-        store = preprocess(cells.rna, cells.atac, folder / "all", manually=True, **options)["all"]
-        link(best, store.path, cells.rna.obs["cell_type"], folder)
-    nearest = cells.links.assign(far=cells.links["distance"].abs()).groupby("ccre")["far"].min()
-    distal = cells.links[cells.links["ccre"].isin(nearest.index[nearest > DISTAL_BP])]
+        make_links(folder, mode, seed)
+    planted = pd.read_csv(folder / "true_links.tsv", sep="\t", keep_default_na=False)
+    nearest = planted.assign(far=planted["distance"].abs()).groupby("ccre")["far"].min()
+    distal = planted[planted["ccre"].isin(nearest.index[nearest > DISTAL_BP])]
     genes_of = distal.groupby("ccre")["gene_name"].agg(set).to_dict()
     ends = pd.Series(list(genes_of)).str.extract(r"(.+):(\d+)-(\d+)").astype({1: int, 2: int})
     rng = np.random.default_rng(seed)
@@ -110,6 +104,18 @@ def simulated(work: Path, mode: str, seed: int) -> None:
     near = distal.assign(far=distal["distance"].abs()).groupby("ccre")["far"].min().reindex(table["variant"])
     print(f"\n{mode}, seed {seed}:\n")
     compare(right(table, genes_of), near.to_numpy())
+
+
+def make_links(folder: Path, mode: str, seed: int) -> None:
+    """Simulate cells, train, and link all of them."""
+    cells = simulate(1500, 1200, 10_000, n_types=6, mode=mode, seed=seed)
+    cells.write(folder)
+    options = {"direction": "atac2rna", "reference": "dataset", "force": True}
+    preprocess(cells.rna, cells.atac, folder / "data", **options)
+    small = default_config("atac2rna", "small")
+    best = train(folder / "data", "v", direction="atac2rna", save=folder / "save", cpu=True, config=small)
+    store = preprocess(cells.rna, cells.atac, folder / "all", manually=True, **options)["all"]
+    link(best, store.path, cells.rna.obs["cell_type"], folder)
 
 
 def enrichment(work: Path, mode: str, seed: int) -> None:
