@@ -336,7 +336,7 @@ def open_prediction(path: str | Path) -> CompactPrediction:
     adata = load_h5ad(path)
     if not is_compact(adata):
         raise InputError(
-            f"{path} is no compact prediction: it has no obsm['{STATES}'] beside varm['{LOADINGS}']",
+            f"{path} is no compact prediction: it has no obsm['{STATES}'] and varm['{LOADINGS}']",
             hint="give a file of rna2atac_predict --compact; a full matrix is read by anndata.read_h5ad",
         )
     return compact_of(adata, str(path))
