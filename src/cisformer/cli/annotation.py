@@ -12,11 +12,7 @@ from cisformer.cli.common import CONTEXT, LENIENT_INT
 _LINKS = "The cisformer_link folder, or a links.tsv.gz."
 _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 _MIN_SCORE = click.option(
-<<<<<<< HEAD
-    "--min_score", default=0.1, show_default=True, help="Smallest score of a link to use."
-=======
-    "--min_score", default=0.5, show_default=True, help="Smallest score of a link that counts."
->>>>>>> main
+    "--min_score", default=0.5, show_default=True, help="Smallest score of a link to use."
 )
 
 

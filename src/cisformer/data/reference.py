@@ -294,7 +294,7 @@ def require_shared_chroms(genes: pd.DataFrame, ccres: pd.DataFrame, gtf: str, pe
     shared = genes["chrom"].isin(set(ccres["chrom"]))
     if placed.any() and not shared.any():
         spelt = _few(genes["chrom"][placed])
-        accession = "; these are accession numbers: use the GTF of GENCODE, Ensembl or UCSC" if "NC" in spelt else ""
+        accession = "; these are accessions: use the GTF of GENCODE, Ensembl or UCSC" if "NC" in spelt else ""
         raise InputError(
             f"{gtf} and {peaks} share no chromosome: {spelt} and {_few(ccres['chrom'])}",
             hint=f"use files of the same genome, with the same chromosome names{accession}",
