@@ -360,7 +360,7 @@ def test_the_command(drivers, tmp_path, command):
     done = command("link_tfs", "-l", folder / "links.tsv", *given)
     assert done.returncode == 0, done.stderr
     assert "factors with most target genes: DRIVER" in done.stdout
-    assert "1 of 4 motifs are of no gene of the links" in done.stderr
+    assert "1 of 4 motifs belong to no gene of the links" in done.stderr
     again = command("link_tfs", "-l", folder / "links.tsv", *given)
     assert again.returncode == 1
     assert "--force" in again.stderr
