@@ -15,7 +15,7 @@ $(VENV)/run: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/run
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[io,tracks,dask,tensorboard,dev,docs]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[io,tracks,motifs,dask,tensorboard,dev,docs]"
 	touch $@
 
 demo: $(VENV)/run ## everything on simulated cells, under cisformer_demo/

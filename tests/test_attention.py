@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cisformer.model.attention import BLOCK, Dropout, LatentPool, ragged_attention, segment_softmax
+from cisformer.model.attention import LatentPool, ragged_attention, segment_softmax
 
 
 def ragged(lengths, width, seed=0):
@@ -40,9 +40,9 @@ def test_segment_softmax_survives_large_scores():
 
 @pytest.fixture
 def shared_tokens():
-    """Cells of none, one, a block less one, a block, two blocks and one tokens, some tokens in several of them."""
+    """Cells of none, one, some and many tokens, some tokens in several of them."""
     generator = torch.Generator().manual_seed(5)
-    lengths = [3, 0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 1, 0]
+    lengths = [3, 0, 1, 255, 256, 513, 0]
     indptr = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]))
     token = torch.randn(50, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     query = 3 * torch.randn(5, 6, generator=generator, dtype=torch.float64)
@@ -75,15 +75,6 @@ def test_ragged_attention_has_the_gradient_of_attention_written_out(shared_token
         gradients.append(torch.autograd.grad(loss + mean.square().sum(), (query, token)))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-def test_a_gradient_of_a_gradient_is_refused_not_wrong(shared_tokens):
-    query = shared_tokens[0]
-    (gradient,) = torch.autograd.grad(
-        ragged_attention(*shared_tokens)[0].square().sum(), query, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 def test_ragged_attention_is_in_single_precision_under_autocast_too(shared_tokens):
@@ -142,16 +133,3 @@ def test_in_training_a_share_of_the_tokens_is_hidden():
     assert np.mean(means) == pytest.approx(0.5, abs=0.01)
     assert len(set(means)) > 10
     assert float(pool.eval()(*cell)[1]) == 0.5
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.999999])
-def test_dropout_keeps_the_mean_and_drops_the_share(p):
-    torch.manual_seed(1)
-    dropout, x = Dropout(p), torch.ones(701, 1001)
-    assert torch.equal(dropout.eval()(x), x)
-    dropped = dropout.train()(x)
-    assert torch.isfinite(dropped).all()
-    assert float((dropped == 0).float().mean()) == pytest.approx(p, abs=3e-3)
-    if p < 0.9:
-        assert float(dropped.mean()) == pytest.approx(1, abs=5e-3)
-        assert len(dropped.unique()) <= 2

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from cisformer.data.store import find_split
 from cisformer.errors import InputError
 from cisformer.evaluation.baselines import log_normalise
-from cisformer.evaluation.case import case_of_files, case_of_store
+from cisformer.evaluation.case import TrainingFiles, case_of_files, case_of_store
 from cisformer.evaluation.metrics import dense, select
 from cisformer.prediction.predict import predict
 
@@ -78,9 +78,7 @@ def test_features_that_training_never_showed_are_not_scored(cells):
     rna, atac, predicted = cells
     hidden = atac.copy()
     hidden.X = sp.csr_matrix(hidden.X.toarray() * (np.arange(atac.n_vars) >= 5))
-    case = case_of_files(
-        predicted, atac, train_input=rna[:120].copy(), train_target=hidden[:120].copy(), test_input=rna
-    )
+    case = case_of_files(predicted, atac, TrainingFiles(rna[:120].copy(), hidden[:120].copy(), rna))
     assert not set(atac.var_names[:5]) & set(case.features)
     assert (np.asarray(case.train_target.sum(axis=0)) > 0).all()
     assert case.test_input.shape == (40, rna.n_vars)
@@ -96,9 +94,7 @@ def test_features_that_the_checkpoint_marks_unseen_are_not_scored(cells):
 def test_test_cells_among_training_cells_are_refused(cells):
     rna, atac, predicted = cells
     with pytest.raises(InputError, match="10 test cells are among the training cells"):
-        case_of_files(
-            predicted, atac, train_input=rna[:130].copy(), train_target=atac[:130].copy(), test_input=rna
-        )
+        case_of_files(predicted, atac, TrainingFiles(rna[:130].copy(), atac[:130].copy(), rna))
 
 
 def test_no_shared_barcode_is_refused(cells):
@@ -129,13 +125,7 @@ def test_values_out_of_range_are_refused(cells, change, message):
 def test_missing_test_input_cells_are_named(cells):
     rna, atac, predicted = cells
     with pytest.raises(InputError, match="lacks 40 of the 40 test cells"):
-        case_of_files(
-            predicted,
-            atac,
-            train_input=rna[:120].copy(),
-            train_target=atac[:120].copy(),
-            test_input=rna[:50].copy(),
-        )
+        case_of_files(predicted, atac, TrainingFiles(rna[:120].copy(), atac[:120].copy(), rna[:50].copy()))
 
 
 def test_an_unknown_cell_type_column_is_named_with_those_there_are(cells):

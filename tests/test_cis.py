@@ -8,18 +8,10 @@ import torch
 
 from cisformer.data.batches import add_targets, encode_input, read_modality
 from cisformer.data.store import CellStore, find_split
+from cisformer.model.cell_rows import CellRows
 from cisformer.model.cis import CisModel
-from cisformer.model.closed_form import (
-    CellRows,
-    Hat,
-    Penalty,
-    StartOptions,
-    Sums,
-    change_of_log_odds,
-    count_features,
-    fit_linear,
-    pace_of,
-)
+from cisformer.model.closed_form import StartOptions, count_features, fit_linear, pace_of
+from cisformer.model.closed_form_atac import Hat, Sums, change_of_log_odds
 from cisformer.model.closed_form_cis import Windows, fit_local
 from cisformer.model.projection import states
 from cisformer.training.closed_form_start import make_layout
@@ -260,14 +252,13 @@ def test_training_sees_accessibility_as_of_cells_that_were_not_fitted_to(tiny_da
     store, layout, start, _, model = started("rna2atac", tiny_data, tiny_config("rna2atac"))
     rows = np.arange(store.n_cells)
     sd = start.projection.sd.double().numpy()
-    penalty = Penalty(start.rank, start.ridge, start.unevenness)
     whole = Sums.over(CellRows.of(store, rows), start.projection, layout)
     y = read_modality(store, rows, "atac").toarray()[:, layout.target_index]
     p = 1 / (1 + np.exp(-start.prior.astype(np.float64)))
     z = states(start.projection, store, rows, layout).astype(np.float64)
     batch = batch_of(store, layout, rows[:6], targets=True)
     change = model.held_out_change(batch, torch.from_numpy(z[:6].astype(np.float32))).numpy()
-    inverse = Hat.of(whole, sd, penalty)
+    inverse = Hat.of(whole, sd, start.penalty)
     for f in (3, 17, 40):
         for cell in range(6):
             others = np.delete(rows, cell)

@@ -1,6 +1,7 @@
 """The closed-form start against scikit-learn and against matrices written out."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
@@ -9,18 +10,24 @@ from sklearn.linear_model import Ridge
 
 from cisformer.data.batches import encode_input, read_modality
 from cisformer.data.store import CellStore, find_split
-from cisformer.model import closed_form
+from cisformer.model import closed_form_atac
+from cisformer.model.cell_rows import CellRows
 from cisformer.model.closed_form import (
     LEAST_PACE,
-    CellRows,
-    Penalty,
     StartOptions,
-    Sums,
-    change_of_log_odds,
     count_features,
     fit_linear,
     link_loss,
     pace_of,
+)
+from cisformer.model.closed_form_atac import (
+    BESIDE_SPREAD,
+    Hat,
+    Penalty,
+    Sums,
+    beside,
+    change_of_log_odds,
+    learn_covariance,
     solve,
 )
 from cisformer.model.projection import fit_projection, states
@@ -171,6 +178,54 @@ def test_accessibility_without_unevenness_is_ridge_regression(accessibility):
     np.testing.assert_array_equal(start.loadings, solve(sums, sd, Penalty(5, 1.0, 0.5)))
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_loadings_drawn_to_their_neighbours_are_the_posterior_mean(accessibility, steps):
+    """Of a normal model written out with dense matrices, one cCRE at a time."""
+    store, layout, start = accessibility
+    sd = start.projection.sd.double().numpy()
+    sums = Sums.over(CellRows.of(store, np.arange(store.n_cells)), start.projection, layout)
+    near = beside(store.reference.ccres.iloc[layout.target_index])
+    penalty = Penalty(5, 0.7, 0.5, steps=steps, strength=0.5, beside=True)
+    loadings = solve(sums, sd, penalty, near)
+    hat, p = Hat.of(sums, sd, penalty), sums.frequency()
+    w, precision = p * (1 - p), np.linalg.inv(hat.basis @ hat.basis.T)
+    score = sums.cross - np.outer(sums.z, p)
+    for f in (0, 11, 40):
+        row = near[f].toarray().ravel()
+        own = precision * w[f] ** -0.5  # of M_f: V⁻¹ w^(1 - a), of neighbours of weight w: V⁻¹ w^(1 - a) too
+        pooled = np.linalg.solve((row @ w) * sums.gram + BESIDE_SPREAD * w[f] * own, score @ row)
+        wanted = pooled + np.linalg.solve(sums.gram + own, score[:, f] / w[f] - sums.gram @ pooled)
+        np.testing.assert_allclose(loadings[f], wanted, rtol=1e-4, atol=1e-5)
+    assert np.abs(loadings - solve(sums, sd, Penalty(5, 0.7, 0.5, steps=steps, strength=0.5))).max() > 0.01
+
+
+def test_cells_say_how_loadings_vary():
+    """Scores of loadings with a planted covariance, not diagonal: that is learnt, and then nothing more."""
+    rng, gram = np.random.default_rng(0), np.diag([900.0, 1000, 1100])
+    planted = np.array([[4.0, 1.5, 0], [1.5, 1, 0], [0, 0, 0.01]])
+    weight = rng.uniform(0.01, 0.1, 4000)
+    loadings = rng.multivariate_normal(np.zeros(3), planted, 4000) * weight[:, None] ** -0.25
+    noise = rng.normal(size=(4000, 3)) * np.sqrt(np.outer(weight, np.diag(gram)))
+    score = gram @ (loadings * weight[:, None]).T + noise.T
+    learnt = np.eye(3)
+    for _ in range(100):
+        learnt = learn_covariance(learnt, gram, score, weight, 0.5)
+    np.testing.assert_allclose(learnt, planted, atol=0.2)
+    again = learn_covariance(learnt, gram, score, weight, 0.5)
+    np.testing.assert_allclose(again, learnt, atol=1e-3)
+
+
+def test_neighbours_on_the_genome():
+    ccres = pd.DataFrame(
+        {"chrom": ["chr1", "chr2", "chr1", "chr1"], "start": [20_000, 0, 10_000, 900_000]}
+    ).assign(end=lambda x: x["start"] + 200)
+    wanted = np.zeros((4, 4))
+    wanted[0, 2] = wanted[2, 0] = 0.5
+    np.testing.assert_allclose(beside(ccres).toarray(), wanted)
+    assert beside(ccres[:1]).shape == (1, 1)
+    assert beside(ccres[:1]).nnz == 0
+
+
 def test_full_unevenness_is_one_newton_step_from_the_prior(accessibility):
     """Gradient and Hessian of the ridge-penalised log-likelihood by automatic differentiation."""
     store, layout, start = accessibility
@@ -274,13 +329,14 @@ def test_some_targets_choose_for_all(tiny_data, monkeypatch):
     """Rank and penalty are those that the drawn targets would choose alone; loadings are of every target."""
     store = CellStore.open(find_split(tiny_data["rna2atac"], "train"))
     rows = np.arange(store.n_cells)
-    monkeypatch.setattr(closed_form, "SELECTION_VALUES", 40 * (len(rows) - 120))
+    monkeypatch.setattr(closed_form_atac, "SELECTION_VALUES", 40 * (len(rows) - 120))
     layout, start = fit(
         store, rows[:120], CellRows.of(store, rows[120:]), direction="rna2atac", ridge="auto"
     )  # fmt: skip
     sums = Sums.over(CellRows.of(store, rows[:120]), start.projection, layout)
-    penalty = Penalty(start.rank, start.ridge, start.unevenness)
-    np.testing.assert_array_equal(start.loadings, solve(sums, start.projection.sd.double().numpy(), penalty))
+    near = beside(store.reference.ccres.iloc[layout.target_index])
+    sd = start.projection.sd.double().numpy()
+    np.testing.assert_array_equal(start.loadings, solve(sums, sd, start.penalty, near))
     assert start.loadings.shape == (len(layout.target_index), 5)
     assert not start.loadings[:, start.rank :].any()
 

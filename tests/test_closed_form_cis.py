@@ -8,7 +8,8 @@ from sklearn.linear_model import Ridge
 from cisformer.data.batches import read_modality
 from cisformer.data.store import CellStore, find_split
 from cisformer.model import closed_form_cis
-from cisformer.model.closed_form import CellRows, StartOptions, count_features, fit_linear
+from cisformer.model.cell_rows import CellRows
+from cisformer.model.closed_form import StartOptions, count_features, fit_linear
 from cisformer.model.closed_form_cis import Windows, fit_local, weight_variance
 from cisformer.model.projection import states
 from cisformer.model.target_states import axis_scores, held_out_states

@@ -5,17 +5,17 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr, rankdata, spearmanr
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
 from cisformer.evaluation import metrics
 from cisformer.evaluation.bootstrap import Interval, resample_cells, resampled_correlation, resampled_mean
 from cisformer.evaluation.metrics import (
-    OddsOverMean,
     correlation,
     log_fold_changes,
     probability_scores,
     pseudobulk,
+    rank_among_cells,
     ranking_scores,
     squared_errors,
 )
@@ -147,23 +147,30 @@ def test_constant_predictions_score_zero_and_constant_truths_nothing():
     np.testing.assert_array_equal(correlation(predicted, truth), [np.nan, 0.0])
 
 
-def test_mean_removed_scores_of_the_mean_itself_are_chance():
+def test_mean_removed_correlation_of_the_mean_itself_is_none():
     rng = np.random.default_rng(4)
     truth = sp.csr_matrix(rng.random((20, 60)) < 0.3)
     mean = rng.random(60).astype(np.float32)
-    profile = np.tile(mean, (20, 1))
-    np.testing.assert_array_equal(ranking_scores(OddsOverMean(profile, mean), truth, axis=1).auroc, 0.5)
-    np.testing.assert_array_equal(correlation(profile, truth, axis=1, minus=mean), 0.0)
+    np.testing.assert_array_equal(correlation(np.tile(mean, (20, 1)), truth, axis=1, minus=mean), 0.0)
 
 
-def test_depth_alone_is_chance_once_the_mean_is_removed():
+def test_ranks_among_cells_know_nothing_of_the_ccre_or_of_chance():
+    """A tilted mean profile, and the mean of randomly drawn cells, are chance; the truth is not."""
     rng = np.random.default_rng(9)
-    odds, depth = rng.normal(-2, 1, 300), rng.normal(0, 1, (40, 1))
-    deep = 1 / (1 + np.exp(-odds - depth))
-    truth = sp.csr_matrix(rng.random(deep.shape) < deep)
-    left = OddsOverMean(deep, 1 / (1 + np.exp(-odds)))[:, :]
-    np.testing.assert_allclose(left, np.broadcast_to(depth, left.shape), atol=1e-3)
-    assert (ranking_scores(deep, truth, axis=1).auroc > 0.6).all()
+    mean = rng.beta(0.5, 20, 400)
+    probability = mean * rng.lognormal(0, 1, (300, 400)) / np.exp(0.5)
+    truth = sp.csr_matrix(rng.random(probability.shape) < probability)
+    others = rng.random(probability.shape) < mean
+    drawn = rng.multinomial(40, np.full(300, 1 / 300), 300) @ others / 80 + mean / 2
+    every = np.arange(400)
+
+    def score(predicted):
+        return np.nanmean(ranking_scores(rank_among_cells(predicted, every), truth, axis=1).auroc)
+
+    assert score(np.tile(mean**1.5, (300, 1))) == 0.5
+    assert score(drawn) == pytest.approx(0.5, abs=0.03)
+    assert score(probability) > 0.6
+    np.testing.assert_allclose(rank_among_cells(drawn, every[5:7]), rankdata(drawn[:, 5:7], axis=0) / 300)
 
 
 def test_squared_errors_give_r_squared():

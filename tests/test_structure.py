@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import cisformer
@@ -13,13 +14,13 @@ ORDER = {
     "runtime": ["files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
-        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "barcodes",
+        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "tables", "barcodes",
         "fragments", "containers", "sources", "io", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
         "batches",
     ],
     "model": [
-        "attention", "projection", "target_states", "closed_form", "closed_form_cis", "cell_encoder", "cis_path", "cis",
-        "bf16_attention", "published", "documented", "documented_task", "checkpoint",
+        "attention", "projection", "target_states", "cell_rows", "closed_form_atac", "closed_form", "closed_form_cis",
+        "cell_encoder", "cis_path", "cis", "bf16_attention", "published", "documented", "documented_task", "checkpoint",
         "pack",
     ],
     "training": ["loss_plot", "split", "reliability", "closed_form_start", "run_folder", "loop"],
@@ -35,7 +36,7 @@ ORDER = {
     ],
     "analysis": [
         "stored", "variants", "enrichment", "annotate", "peaks", "browse", "candidates", "groups", "coupling",
-        "moderated", "volcano", "contrasts",
+        "moderated", "volcano", "contrasts", "sequences", "motifs", "drivers", "networks", "regulon",
     ],
     "top": ["simulation", "run_summary", "workflow", "demo"],
     "cli": [
@@ -90,3 +91,33 @@ def test_importing_the_package_and_the_command_line_loads_nothing_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+MOST_PARAMETERS = 6
+PUBLIC_CLASSES = {"H5adWriter"}
+"""Classes whose constructors people call with keywords, as they call the public functions."""
+
+
+def parameters(node: ast.FunctionDef) -> int:
+    given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+    return len([name for name in given if name.arg not in ("self", "cls")])
+
+
+def inner_functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield functions that are neither part of the Python API nor commands, and their number of parameters."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    public = {
+        part
+        for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name in PUBLIC_CLASSES
+        for part in node.body if getattr(part, "name", "") == "__init__"
+    }  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name not in cisformer.__all__ and node not in public:
+            yield f"{path.relative_to(ROOT)}: {node.name}", parameters(node)
+
+
+def test_inner_functions_have_few_parameters():
+    paths = [path for path in ROOT.rglob("*.py") if path.parent.name != "cli"]
+    found = dict(one for path in paths for one in inner_functions(path))
+    assert len(found) > 500
+    assert {name: n for name, n in found.items() if n > MOST_PARAMETERS} == {}

@@ -17,7 +17,7 @@ from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
 from cisformer.evaluation.metrics import correlation
 from cisformer.model.checkpoint import load_checkpoint
-from cisformer.model.closed_form import Penalty, Sums, solve
+from cisformer.model.closed_form_atac import Penalty, Sums, beside, solve
 from cisformer.model.projection import states
 from cisformer.runtime import device
 from cisformer.training import loop
@@ -69,14 +69,15 @@ def test_best_is_its_epoch_with_the_closed_form_of_all_cells(direction, tiny_che
     train, val = both_sides(cells)
     if direction == "rna2atac":
         sd = epoch.model.projection.sd.double().numpy()
-        penalty = Penalty(*(best.metrics[f"linear_{key}"] for key in ("rank", "ridge", "unevenness")))
+        penalty = Penalty.from_metrics(best.metrics)
+        near = beside(best.reference.ccres.iloc[best.layout.target_index])
         before, after = (
             Sums.over(part, epoch.model.projection, epoch.layout) for part in (train, train + val)
         )  # fmt: skip
         np.testing.assert_allclose(best.model.prior, after.prior(), atol=1e-6)
         np.testing.assert_allclose(
             best.model.state_loadings() - epoch.model.state_loadings(),
-            solve(after, sd, penalty) - solve(before, sd, penalty),
+            solve(after, sd, penalty, near) - solve(before, sd, penalty, near),
             atol=1e-5,
         )
     untouched = [n for n, p in epoch.model.named_parameters() if n != "loadings"]

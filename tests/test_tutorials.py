@@ -35,7 +35,14 @@ def test_a_tutorial_runs_and_prints_what_it_shows(page):
 
 
 def test_there_is_a_tutorial_for_each_kind_of_user_and_it_shows_small_figures(runner):
-    assert {page.stem for page in PAGES} == {"links", "rna_only", "atac_only", "own_genome", "conditions"}
+    assert {page.stem for page in PAGES} == {
+        "links",
+        "rna_only",
+        "atac_only",
+        "own_genome",
+        "conditions",
+        "regulon",
+    }
     for page in PAGES:
         shown = runner.FIGURE.findall(page.read_text())
         assert shown, f"{page.name} shows no figure"

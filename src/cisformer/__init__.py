@@ -29,6 +29,7 @@ _FUNCTIONS = {
     "plot": "links.plot",
     "plot_links": "links.plot",
     "compare_links": "analysis.contrasts",
+    "link_tfs": "analysis.regulon",
     "annotate_variants": "analysis.annotate",
     "annotate_peaks": "analysis.peaks",
     "browse": "analysis.browse",

@@ -43,17 +43,18 @@ class Section(BaseModel):
 
 
 class DataPreprocess(Section):
-    """How much of a cell one training example shows. Applied when a batch is drawn, not on disk."""
+    """How many tokens and targets of a cell one training example holds. Sampled when a batch is made, not on disk."""
 
     enc_max_len: WholeNumber | Literal["whole"] = Field(
-        description="Most input tokens (open cCREs or expressed genes) a cell shows to attention; 'whole' = all. "
-        "Drawn afresh in every epoch. The linear path always sees all."
+        description="Maximum number of input tokens (open cCREs or expressed genes) per cell that attention "
+        "sees; 'whole' = all. They are sampled again in every epoch. The linear path always sees all."
     )
     dec_max_len: WholeNumber | Literal["whole"] = Field(
-        description="Targets (genes or cCREs) drawn per cell, times `multiple`; 'whole' = all. Prediction gives all."
+        description="Number of targets (genes or cCREs) sampled per cell, times `multiple`; 'whole' = all. "
+        "Prediction gives all."
     )
     multiple: WholeNumber = Field(
-        description="Multiplies dec_max_len: how many draws of targets a cell gives in one epoch."
+        description="Multiplies dec_max_len: how many samples of targets a cell gives in one epoch."
     )
 
 
@@ -64,12 +65,12 @@ class Model(Section):
         38244, description="Number of reference genes. Set from the data for references other than human."
     )
     max_express: Positive = Field(
-        description="Bins of an expression value (log1p, relative to the cell's maximum). "
-        "architecture cis reads RNA through them; architecture full predicts them."
+        description="Number of bins of an expression value (log1p, relative to the cell's maximum). "
+        "Architecture cis reads RNA in these bins; architecture full predicts them."
     )
-    dim: Positive = Field(description="Width of the latent tokens. architecture full: a multiple of 7.")
+    dim: Positive = Field(description="Width of the latent tokens. Architecture full: a multiple of 7.")
     dec_depth: Annotated[int, Field(ge=0, le=1000)] = Field(description="Number of attention blocks.")
-    dec_heads: Positive = Field(description="Attention heads.")
+    dec_heads: Positive = Field(description="Number of attention heads.")
     dec_ff_mult: Positive = Field(description="Width of the feed-forward layer, in multiples of dim.")
     dec_dim_head: Positive = Field(description="Width of one attention head.")
     dec_emb_dropout: Share = Field(0.1, description="Dropout on token embeddings.")
@@ -78,15 +79,15 @@ class Model(Section):
     architecture: Literal["cis", "full"] = Field(
         "cis", description="'cis' (linear start, latent attention, cis attention) or 'full' (as published)."
     )
-    num_latents: Positive = Field(16, description="cis: latent tokens that summarise a cell.")
+    num_latents: Positive = Field(16, description="cis: number of latent tokens that summarise a cell.")
     emb_rank: Positive = Field(64, description="cis: width of gene and cCRE embeddings.")
     linear_rank: Positive = Field(
-        32, description="cis: most principal components of the input in the linear path."
+        32, description="cis: maximum number of principal components of the input in the linear path."
     )
     linear_ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="cis: penalty of the closed-form start, over the variance of the input; 'auto' takes the best "
-        "on validation cells.",
+        description="cis: ridge penalty of the closed-form start, in units of the input's variance; 'auto' chooses "
+        "the best on validation cells.",
     )
     cis_window: Annotated[WholeNumber, Field(le=10_000_000)] = Field(
         250_000, description="cis: a gene attends to open cCREs within this many bp of its body."
@@ -100,19 +101,25 @@ class Model(Section):
 class Training(Section):
     """How the model is trained."""
 
-    SEED: Annotated[int, Field(ge=0, lt=2**63)] = Field(description="Seed of every random draw.")
-    batch_size: Positive = Field(description="Cells per training batch and process.")
-    num_workers: Annotated[int, Field(ge=0)] = Field(2, description="Threads that prepare batches ahead.")
-    epoch: Annotated[int, Field(ge=0)] = Field(description="Most epochs; 0 keeps the closed-form start.")
-    lr: Annotated[float, Field(gt=0)] = Field(description="Learning rate at the start.")
-    gamma_step: Positive = Field(description="Epochs between two reductions of the learning rate.")
-    gamma: Annotated[float, Field(gt=0, le=1)] = Field(description="Factor of each reduction.")
+    SEED: Annotated[int, Field(ge=0, lt=2**63)] = Field(description="Random seed of training.")
+    batch_size: Positive = Field(description="Number of cells per training batch and process.")
+    num_workers: Annotated[int, Field(ge=0)] = Field(2, description="Number of threads that prepare batches.")
+    epoch: Annotated[int, Field(ge=0)] = Field(
+        description="Maximum number of epochs; 0 keeps the closed-form start."
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(description="Initial learning rate.")
+    gamma_step: Positive = Field(description="Number of epochs between two reductions of the learning rate.")
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(
+        description="The learning rate is multiplied by this at each reduction."
+    )
     patience: Positive = Field(description="Stop after this many epochs without a better validation loss.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW weight decay.")
-    grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest norm of a gradient.")
+    grad_clip: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Maximum norm of the gradient; larger ones are scaled down."
+    )
     fold_in: bool = Field(
         True,
-        description="cis: once training is over, let `best` learn from the validation cells too, in closed form.",
+        description="cis: after training, fit the closed form of `best` again with the validation cells added.",
     )
     keep_epochs: Annotated[int, Field(ge=0)] = Field(
         0, description="Keep the checkpoints of the last N epochs; 0 = of every epoch. `best` is always kept."
@@ -187,7 +194,7 @@ def default_config(direction: Direction, preset: Preset = "default") -> Config:
 
 @dataclass(frozen=True)
 class TrainingChoice:
-    """What commands that train for the user let them choose; checked when it is made.
+    """Options of training that `run` and `complete` offer; checked when the record is made.
 
     Attributes
     ----------
@@ -228,7 +235,7 @@ def load_config(path: str | Path | None, direction: Direction) -> Config:
     path
         A YAML file; `None` gives the defaults.
     direction
-        Whose defaults fill in what the file leaves out: "rna2atac" or "atac2rna".
+        Direction whose defaults fill in the keys that the file lacks: "rna2atac" or "atac2rna".
 
     Returns
     -------

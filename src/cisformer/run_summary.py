@@ -1,4 +1,4 @@
-"""What came out of a run, in plain words: for the terminal, a text file and a page."""
+"""The summary of a run in plain words: for the terminal, a text file and a page."""
 
 from __future__ import annotations
 
@@ -118,7 +118,9 @@ def summarise(journal: Journal, rna: str, types: str) -> RunSummary:
 
 def _found(journal: Journal) -> list[str]:
     lines = [
-        f"{about['modality'].upper()}: {about['n_cells']:,} cells × {about['n_features']:,} "
+        "ATAC: fragments"
+        if about["values"] == "fragments"
+        else f"{about['modality'].upper()}: {about['n_cells']:,} cells × {about['n_features']:,} "
         f"{'genes' if about['modality'] == 'rna' else 'peaks'}, {about['values']}"
         for about in journal.facts("inspect")["found"]
     ]

@@ -1,4 +1,4 @@
-"""From two files to links in one call: inspect, preprocess, train, evaluate, link, and say what came out.
+"""From two files to links in one call: inspect, preprocess, train, evaluate, link, summarise.
 
 Each step calls the public function of that name. What is done, and made from the same files and options as now, is
 not done again; `runtime.journal` keeps the record. In the output folder:
@@ -19,7 +19,7 @@ import difflib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ SIGNIFICANT, LIKELY = 0.05, 0.5
 
 @dataclass(frozen=True)
 class RunOptions(TrainingChoice):
-    """What `run` was asked for; checked when it is made.
+    """Options of `run`; checked when the record is made.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class RunOptions(TrainingChoice):
     reference
         As of `preprocess`; by default the data's own genes and peaks.
     genome
-        Whose built-in gene coordinates ``reference="dataset"`` takes; guessed from the peaks where it is `None`.
+        Assembly of the built-in gene coordinates that ``reference="dataset"`` uses; `None` guesses it from the peaks.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
     preset, epochs, seed
@@ -90,15 +90,17 @@ def run(
     seed: int = 0,
     force: bool = False,
 ) -> RunSummary:
-    """Do everything that leads from a multiome to links: inspect, preprocess, train, evaluate, link.
+    """Go from a multiome to links: inspect, preprocess, train, evaluate, link.
 
     Models of both directions are trained, so that one modality can be predicted from the other as well. A second
-    call with the same files and options goes on where the first one stopped.
+    call with the same files and options does only the steps that are missing.
 
     Parameters
     ----------
     rna, atac
-        An h5ad, h5mu or 10x h5 file with RNA counts, and one with ATAC peaks; may be the same file.
+        A file or folder with RNA counts, and one with ATAC: peaks, or fragments; may be the same. Which kinds are
+        read, docs/formats.md says. Fragments are counted on the built-in cCREs of the genes' species, or on those of
+        `reference`.
     output_dir
         Where everything goes.
     groupby
@@ -109,8 +111,8 @@ def run(
         As of `preprocess`, but by default ``"dataset"``, the data's own genes and peaks: this works for any genome
         and takes least time. ``"human"`` or ``"mouse"`` make models that fit other data, too.
     genome
-        ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: whose built-in gene coordinates ``reference="dataset"``
-        takes; guessed from the peaks by default.
+        ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: assembly of the built-in gene coordinates that
+        ``reference="dataset"`` uses; guessed from the peaks by default.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
     preset
@@ -163,6 +165,7 @@ class _Workflow:
     def __init__(self, rna: Path, atac: Path, folder: Path, options: RunOptions) -> None:
         from cisformer.data.preprocess import PreprocessOptions
 
+        options = _with_reference(options, rna, atac)
         self.rna, self.atac, self.folder, self.options = rna, atac, folder, options
         PreprocessOptions(reference=options.reference, genome=options.genome, gtf=options.gtf)  # checked
         self.types, self.types_told = _cell_types(rna, atac, options)
@@ -208,7 +211,10 @@ class _Workflow:
         with atomic_path(self.folder / INSPECTED) as path:
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         told = ("modality", "n_cells", "n_features", "values")
-        return {"files": [INSPECTED], "found": [{key: file[key] for key in told} for file in report["files"]]}
+        return {
+            "files": [INSPECTED],
+            "found": [{key: file.get(key) for key in told} for file in report["files"]],
+        }
 
     def preprocess(self, direction: Direction, *, manually: bool = False) -> Facts:
         """Align and split the cells; `manually` leaves them together."""
@@ -312,10 +318,38 @@ def _count_links(path: Path) -> Facts:
 # ---------------------------------------------------------------------------------------------- cell types
 
 
+def _with_reference(options: RunOptions, rna: Path, atac: Path) -> RunOptions:
+    """Return the options; for fragments, which have no cCREs of their own, with the built-in reference of the genes."""
+    from cisformer.data.alignment import describe_genes
+    from cisformer.data.containers import is_fragments_file
+    from cisformer.data.features import gene_identity
+    from cisformer.data.reference import GENOMES
+    from cisformer.data.sources import open_rows
+
+    if str(options.reference) != "dataset" or not is_fragments_file(atac):
+        return options
+    if options.gtf is not None:
+        raise InputError(
+            f"{atac} holds fragments, which are counted on the cCREs of a reference; a GTF has none",
+            hint="leave --gtf out, or make a reference: cisformer build_reference --gtf GTF --peaks BED -o DIR",
+        )
+    with open_rows(rna, "rna") as source:
+        named_by, species = describe_genes(gene_identity(source.var)["gene_id"])
+    species = GENOMES.get(options.genome or "", species)
+    if not species:
+        raise InputError(
+            f"{atac} holds fragments, and nothing says on which cCREs to count them; the genes are {named_by}",
+            hint="give --reference human, mouse, or a folder of `cisformer build_reference`",
+        )
+    logger.info("%s: fragments; counted on the built-in cCREs of %s, which the genes are of", atac, species)
+    return replace(options, reference=species)
+
+
 def _cell_types(rna: Path, atac: Path, options: RunOptions) -> tuple[pd.Series, str]:
     """Return the type of each cell by barcode, and where it is from, in words."""
     import pandas as pd
 
+    from cisformer.data.containers import is_fragments_file
     from cisformer.data.sources import open_rows
     from cisformer.links.files import read_cell_types
 
@@ -327,7 +361,7 @@ def _cell_types(rna: Path, atac: Path, options: RunOptions) -> tuple[pd.Series, 
         return types, f"{types.nunique()} cell types, from {options.celltype_info}"
     if options.groupby is None:
         return pd.Series(ALL_CELLS, index=obs.index), "no cell types were given: all cells count as one type"
-    if options.groupby not in obs:
+    if options.groupby not in obs and not is_fragments_file(atac):
         with open_rows(atac, "atac") as source:
             obs = obs.join(source.obs, rsuffix="_atac")
     types = _column(obs, options.groupby)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cisformer.analysis.stored import StoredLinks, open_links
 from cisformer.data.features import strip_versions
 from cisformer.data.genome import region_names, rename_chroms
 from cisformer.data.reference import Reference
@@ -28,11 +29,11 @@ from cisformer.links.formats import (
 from cisformer.links.statistics import Pairs
 
 logger = logging.getLogger(__name__)
-EXTRAS = ("distance", "n_open", "expression")
-"""Columns of our own table that are kept where they are."""
 
 
-def read_candidates(links: str | Path, *, min_score: float = 0.0) -> pd.DataFrame:
+def read_candidates(
+    links: str | Path, *, min_score: float = 0.0, cell_types: Sequence[str] = ()
+) -> pd.DataFrame:
     """Read links of any tool.
 
     Parameters
@@ -42,11 +43,13 @@ def read_candidates(links: str | Path, *, min_score: float = 0.0) -> pd.DataFram
         for the cCRE (or chrom, start, end), and if it has them, cell type and score.
     min_score
         Leave out links of a lower score, where there is a score.
+    cell_types
+        Read these types of a folder only.
 
     Returns
     -------
-    Columns chrom, start, end, gene_id, gene_name, cell_type ("" where the table has none), score (NaN likewise), and
-    those of `EXTRAS` that the table has; one row per link.
+    Columns chrom, start, end, gene_id, gene_name, cell_type ("" where the table has none), score (NaN likewise); one
+    row per link.
 
     Raises
     ------
@@ -54,9 +57,40 @@ def read_candidates(links: str | Path, *, min_score: float = 0.0) -> pd.DataFram
         If the file is missing or lacks genes or cCREs, or no link is left.
     """
     path = Path(links)
-    if (path / "cisformer_link").is_dir():
-        path /= "cisformer_link"
-    path = path / TABLE if path.is_dir() else path
+    if path.is_dir() or path.name == TABLE:
+        found = _stored_candidates(open_links(path), min_score, cell_types)
+    else:
+        found = _table_candidates(path)
+    kept = found[~(found["score"] < min_score)]
+    if kept.empty:
+        raise InputError(
+            f"none of the links in {path} has a score of at least {min_score:g}",
+            hint="lower --min_score" if len(found) else "give a table with links in it",
+        )
+    return kept.reset_index(drop=True)
+
+
+def _stored_candidates(stored: StoredLinks, min_score: float, cell_types: Sequence[str]) -> pd.DataFrame:
+    """Read our own links, one cell type at a time; only those that score enough are held."""
+    parts = []
+    for name in stored.cell_types:
+        if cell_types and name not in cell_types:
+            continue
+        table = stored.of_type(name)
+        table = table[table["score"] >= min_score]
+        genes = stored.genes.iloc[table["gene"]].reset_index(drop=True)
+        regions = stored.ccres.iloc[table["ccre"]].reset_index(drop=True)
+        about = genes[["gene_id", "gene_name"]].assign(cell_type=name, score=table["score"].to_numpy())
+        parts.append(pd.concat([regions, about], axis=1))
+    if not parts:
+        raise InputError(
+            f"the links of {stored.source} have no cell type {' or '.join(map(repr, cell_types))}",
+            hint=f"they are of: {', '.join(stored.cell_types[:10])}",
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def _table_candidates(path: Path) -> pd.DataFrame:
     table = read_any_table(path)
     places = places_of(table)
     found = regions_of(table, places, path)
@@ -71,16 +105,7 @@ def read_candidates(links: str | Path, *, min_score: float = 0.0) -> pd.DataFram
     cell_type, score = first_column(places, CELL_TYPE_NAMES), first_column(places, SCORE_NAMES)
     found["cell_type"] = "" if cell_type is None else table[cell_type].astype(str)
     found["score"] = np.nan if score is None else pd.to_numeric(table[score], errors="coerce")
-    for name in EXTRAS:
-        if name in places:
-            found[name] = pd.to_numeric(table[places[name]], errors="coerce")
-    kept = found[~(found["score"] < min_score)]
-    if kept.empty:
-        raise InputError(
-            f"none of the {len(found):,} links in {path} has a score of at least {min_score:g}",
-            hint="lower --min_score" if len(found) else "give a table with links in it",
-        )
-    return kept.reset_index(drop=True)
+    return found
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,8 @@ def compare_links(
             "cells are taken as replicates: differences between single donors count as differences of the groups. "
             "Where there are donors, name their column with --donor"
         )
-    candidates = read_candidates(links, min_score=min_score)
+    wanted = sorted({name for one in comparisons for name in one.links_of})
+    candidates = read_candidates(links, min_score=min_score, cell_types=wanted)
     design = design_of(store, options.covariates)
     parts = [_compare(one, candidates, store, design) for one in _with_links(comparisons, candidates)]
     table = pd.concat([part for part, _ in parts], ignore_index=True)

@@ -80,9 +80,8 @@ def compare_donors(
     free = counts[0] + counts[1] - 2
     enough = tested & (counts[0] >= 2) & (counts[1] >= 2)
     unit = np.sqrt(_over(1.0, sums[0]) + _over(1.0, sums[1]))
-    return _moderated(
-        (means[0], means[1]), means[0] - means[1], unit, left, free, enough, (counts[0], counts[1])
-    )
+    residual, effect = (left, free), means[0] - means[1]
+    return _moderated((means[0], means[1]), effect, unit, residual, enough, (counts[0], counts[1]))
 
 
 def compare_pairs(
@@ -107,7 +106,8 @@ def compare_pairs(
     number = known.sum(axis=0)
     means = _over((weight * a).sum(axis=0), total), _over((weight * b).sum(axis=0), total)
     unit = np.sqrt(_over(1.0, total))
-    return _moderated(means, effect, unit, left, number - 1, tested & (number >= fewest), (number, number))
+    residual, enough = (left, number - 1), tested & (number >= fewest)
+    return _moderated(means, effect, unit, residual, enough, (number, number))
 
 
 def _over(top: np.ndarray | float, bottom: np.ndarray) -> np.ndarray:
@@ -119,12 +119,15 @@ def _moderated(
     means: tuple[np.ndarray, np.ndarray],
     effect: np.ndarray,
     unit: np.ndarray,
-    left: np.ndarray,
-    free: np.ndarray,
+    residual: tuple[np.ndarray, np.ndarray],
     tested: np.ndarray,
     counts: tuple[np.ndarray, np.ndarray],
 ) -> Difference:
-    """Test effects whose standard error is `unit` times an unknown s; `left` is s² times its degrees of freedom."""
+    """Test effects whose standard error is `unit` times an unknown s.
+
+    `residual` are s² times its degrees of freedom (the residual sum of squares), and these.
+    """
+    left, free = residual
     p, error = np.full(len(effect), np.nan), np.full(len(effect), np.nan)
     if not tested.any():
         return Difference(*means, effect, error, p, *counts)

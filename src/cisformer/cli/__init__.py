@@ -27,6 +27,7 @@ COMMANDS = {
     "export_links": "links",
     "plot_links": "links",
     "compare_links": "contrasts",
+    "link_tfs": "contrasts",
     "annotate_variants": "annotation",
     "annotate_peaks": "annotation",
     "browse": "annotation",

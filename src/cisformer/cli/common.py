@@ -1,4 +1,4 @@
-"""What the commands share: option types, and how they speak."""
+"""Shared by the commands: option types and messages."""
 
 from __future__ import annotations
 

@@ -41,3 +41,24 @@ def compare_links(data_path: str, celltype_info: str, output_dir: str, force: bo
     click.echo(found.describe())
     for path in found.write(output_dir, force=force):
         click.echo(f"wrote {path}")
+
+
+@click.command("link_tfs", context_settings=CONTEXT)
+@click.option("-l", "--links", required=True, help="The cisformer_link folder, or a links.tsv.gz.")
+@click.option("--fasta", required=True, help="The genome that the links are on: FASTA, plain or .gz.")
+@click.option("--motifs", required=True, help="Motifs in MEME's text format, named by gene symbols.")
+@click.option("-o", "--output_dir", default="./output/regulon", show_default=True, help="Output directory.")
+@click.option("--min_score", default=0.1, show_default=True, help="Smallest score of a link.")
+@click.option("--max_p", default=1e-4, show_default=True, help="Largest p-value of a motif's match.")
+@click.option("--min_triplet", default=0.05, show_default=True, help="Smallest score of a triplet to write.")
+@_FORCE
+def link_tfs(output_dir: str, force: bool, **options: Any) -> None:
+    """Find which transcription factors drive which genes, by their motifs in linked cCREs."""
+    from cisformer.analysis.regulon import link_tfs as link_factors
+    from cisformer.runtime.files import refuse_existing
+
+    refuse_existing(output_dir, force=force)
+    found = link_factors(**options)
+    click.echo(found.describe())
+    for path in found.write(output_dir, force=force):
+        click.echo(f"wrote {path}")

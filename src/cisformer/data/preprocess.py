@@ -208,7 +208,7 @@ def preprocess(
                 sampling = task.datapreprocess.model_dump() | ({"multiple": 1} if whole else {})
                 part, size = cells.take(positions[split]), None if whole else cnt
                 record = {"split": split, "datapreprocess": sampling, **about}
-                write_split(new, part, chosen, direction, size, record, cell_info=not shuffle)
+                write_split(new, part, chosen, direction, size, record)
     stores = {split: CellStore.open(path) for split, path in folders.items()}
     sizes = ", ".join(f"{split} {store.n_cells:,}" for split, store in stores.items())
     logger.info("%d cells (%s) in %s", sum(store.n_cells for store in stores.values()), sizes, clock)
@@ -256,7 +256,9 @@ def _opened(
     fixed = None if own else reference if isinstance(reference, Reference) else load_reference(reference)
     with open_rows(inputs[0], "rna") as genes:
         least = options.min_fragments or 1
-        fragments = None if fixed is None else FragmentOptions(fixed.ccres, genes.obs.index, least)
+        fragments = (
+            None if fixed is None else FragmentOptions(fixed.ccres, genes.obs.index, least, fixed.genome)
+        )
         with open_rows(inputs[1], "atac", fragments=fragments) as peaks:
             chosen = fixed or dataset_reference(genes.var, peaks.var, options.gtf, options.genome)
             if (

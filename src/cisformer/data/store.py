@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -230,7 +231,10 @@ def _open_shard(path: Path, about: dict[str, Any]) -> _Shard:
     if path.stat().st_size != about["bytes"]:
         raise _damaged(path, f"it has {path.stat().st_size:,} bytes, the manifest says {about['bytes']:,}")
     try:
-        tensors = torch.load(path, mmap=True, weights_only=True)
+        # torch takes the name of a file in UTF-8, whatever the locale has it in.
+        named = os.fsencode(path) == str(path).encode("utf-8", "replace")
+        with contextlib.nullcontext(path) if named else open(path, "rb") as file:
+            tensors = torch.load(file, mmap=named, weights_only=True)
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     except UnpicklingError as error:
         raise StoreError(
@@ -342,10 +346,11 @@ def write_split(
     direction: Direction,
     cnt: int | None,
     about: dict[str, Any],
-    *,
-    cell_info: bool,
 ) -> None:
-    """Fill the empty `folder` of a split, one shard where `cnt` is `None`; `about` goes into its manifest."""
+    """Fill the empty `folder` of a split, one shard where `cnt` is `None`; `about` goes into its manifest.
+
+    Shuffled cells (`about["shuffle"]`) are not pairs any more: no annotation is written of them.
+    """
     n_cells = len(cells.obs)
     cnt = cnt or max(n_cells, 1)
     shards = []
@@ -355,7 +360,7 @@ def write_split(
         sizes = write_shard(path, part.rna, part.atac, part.rna_rows, part.atac_rows)
         shards.append({"file": path.name, **sizes, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
     (folder / BARCODES).write_bytes("".join(f"{barcode}\n" for barcode in cells.obs.index).encode())
-    if cell_info:
+    if not about["shuffle"]:
         cells.obs.to_csv(folder / CELL_INFO, sep="\t", index_label="barcode")
     if not reference.is_built_in:
         save_reference(reference, folder / "reference")
@@ -363,4 +368,4 @@ def write_split(
     numbers = cells.obs.select_dtypes(["number", "bool", "boolean"]).columns
     text = {"text_columns": [name for name in cells.obs.columns if name not in numbers]}
     manifest = new_manifest(direction, reference, shards, tables) | text | about
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

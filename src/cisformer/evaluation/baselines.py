@@ -28,7 +28,7 @@ TUNING_SHARE = 0.1
 MOST_TUNING_CELLS = 500
 MOST_TUNING_FEATURES = 4000
 MOST_LANDMARKS, MOST_COEFFICIENTS = 600, 40_000_000
-"""Of kernel ridge: cells that the others are compared with, and coefficients of all features."""
+"""Kernel ridge: maximum number of landmark cells, and of coefficients of all features together."""
 
 
 # ---------------------------------------------------------------------------------------------- normalisation
@@ -203,7 +203,7 @@ class Baseline(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was chosen on held-out training cells."""
+        """Settings chosen on held-out training cells."""
 
     def predict(self, cells: CellsToPredict) -> Product:
         """Return the prediction of `cells` [cells × target features]."""

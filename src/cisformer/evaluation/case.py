@@ -8,7 +8,7 @@ the features that the truth's file has at all and that were seen in training.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 CELL_TYPE = "cell_type"
 """The column of `obs` that holds cell types, unless another is named."""
 MAX_CELLS, BASELINE_CELLS = 20_000, 5
-"""Of a preprocessed data set: how many test cells are scored, and how many times as many baselines learn from."""
+"""Maximum number of test cells that are scored, and of training cells per test cell that baselines learn from."""
 MANY_VALUES = 200_000_000
 """Architecture full: up to this many probabilities are kept down to the floor of the scores; of more those under
 0.001 are left out."""
@@ -109,20 +109,35 @@ class Case:
 # ---------------------------------------------------------------------------------------------- from files
 
 
+@dataclass(frozen=True, eq=False)
+class TrainingFiles:
+    """What baselines need, AnnData objects or files; see `cisformer.evaluate` for what each is."""
+
+    train_input: Any = None
+    train_target: Any = None
+    test_input: Any = None
+
+    def missing(self) -> list[str]:
+        """Return the options that were not given."""
+        return [f"--{field.name}" for field in fields(self) if getattr(self, field.name) is None]
+
+    def labels(self) -> list[str]:
+        """Return what messages call each."""
+        return [_label(getattr(self, field.name), f"--{field.name}") for field in fields(self)]
+
+
 def case_of_files(
     predicted: Any,
     truth: Any,
+    learned: TrainingFiles | None = None,
     *,
-    train_input: Any = None,
-    train_target: Any = None,
-    test_input: Any = None,
     direction: Direction | None = None,
     cell_type: str | None = None,
 ) -> Case:
     """Match AnnData objects or files; see `cisformer.evaluate` for what each is."""
     prediction, label = _open(predicted), _label(predicted, "the prediction")
     direction = direction or _direction(prediction, label)
-    source, target = ("rna", "atac") if direction == "rna2atac" else ("atac", "rna")
+    _, target = _modalities(direction)
     measured = _read(truth, target)
     rows, test_rows = _shared(prediction.obs_names, measured.obs_names, label, _label(truth, "the truth"))
     aligned, covered = _align_target(measured, prediction.var, target, _label(truth, "the truth"))
@@ -136,32 +151,29 @@ def case_of_files(
         notes=_cell_notes(prediction, measured, rows),
     )
     _check_range(case, label)
-    case, seen = _add_training(
-        case, prediction.var, train_input, train_target, test_input, source, target, cell_type
-    )
+    case, seen = _add_training(case, prediction.var, learned or TrainingFiles(), cell_type)
     kept = covered if seen is None else covered & seen
     if "seen_in_training" in prediction.var:
         kept = kept & prediction.var["seen_in_training"].to_numpy(dtype=bool)
     return _scored(case, kept)
 
 
+def _modalities(direction: Direction) -> tuple[str, str]:
+    """Return (input, target)."""
+    return ("rna", "atac") if direction == "rna2atac" else ("atac", "rna")
+
+
 def _add_training(
-    case: Case, var: pd.DataFrame, train_input: Any, train_target: Any, test_input: Any,
-    source: str, target: str, cell_type: str | None,
-) -> tuple[Case, np.ndarray | None]:  # fmt: skip
+    case: Case, var: pd.DataFrame, learned: TrainingFiles, cell_type: str | None
+) -> tuple[Case, np.ndarray | None]:
     """Add training cells where they were given, and return which features they show."""
-    given = {"--train_input": train_input, "--train_target": train_target, "--test_input": test_input}
-    missing = [name for name, value in given.items() if value is None]
-    if missing:
+    if missing := learned.missing():
         note = f"no baselines: they need {', '.join(missing)} as well"
         logger.warning(note)
         return replace(case, notes=(*case.notes, note)), None
-    inputs, targets, tests = (
-        _read(train_input, source),
-        _read(train_target, target),
-        _read(test_input, source),
-    )
-    names = [_label(value, name) for name, value in given.items()]
+    source, target = _modalities(case.direction)
+    inputs, tests = _read(learned.train_input, source), _read(learned.test_input, source)
+    targets, names = _read(learned.train_target, target), learned.labels()
     rows, target_rows = _shared(inputs.obs_names, targets.obs_names, names[0], names[1])
     aligned, _ = _align_target(targets, var, target, names[1])
     leaked = np.intersect1d(targets.obs_names[target_rows], case.barcodes)

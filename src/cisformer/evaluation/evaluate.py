@@ -16,7 +16,7 @@ import numpy as np
 
 from cisformer.config import Direction
 from cisformer.evaluation.baselines import ORACLE, Baselines, fit_baselines, mask_oracle
-from cisformer.evaluation.case import MAX_CELLS, Case, case_of_files, case_of_store
+from cisformer.evaluation.case import MAX_CELLS, Case, TrainingFiles, case_of_files, case_of_store
 from cisformer.evaluation.figures import figure_data
 from cisformer.evaluation.metrics import Matrix
 from cisformer.evaluation.scores import METRICS, Comparison, Measured, Truth, compare, measure
@@ -140,10 +140,8 @@ def evaluate(
         Files that do not fit together; values that are not in the units of the task.
     """
     started = time.perf_counter()
-    case = case_of_files(
-        predicted, truth, train_input=train_input, train_target=train_target, test_input=test_input,
-        direction=direction, cell_type=cell_type,
-    )  # fmt: skip
+    learned = TrainingFiles(train_input, train_target, test_input)
+    case = case_of_files(predicted, truth, learned, direction=direction, cell_type=cell_type)
     facts = {"prediction": _source(predicted), "truth": _source(truth)}
     return evaluate_case(case, facts=facts, training_log=training_log, seed=seed, started=started)
 

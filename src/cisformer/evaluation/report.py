@@ -28,7 +28,7 @@ FEATURE = {"rna2atac": ("cCRE", "AUROC per cCRE"), "atac2rna": ("gene", "Pearson
 STANDINGS = {
     "better": "ahead", "even": "level", "mixed": "mixed", "worse": "behind", "alone": "no baseline",
 }  # fmt: skip
-"""The word of the badge beside the verdict."""
+"""Text of the badge beside the verdict."""
 
 
 def write_report(report: EvaluationReport, folder: str | Path, *, force: bool = False) -> tuple[Path, Path]:

@@ -19,7 +19,6 @@ from cisformer.config import Direction
 from cisformer.evaluation.bootstrap import Interval, resample_cells, resampled_correlation, resampled_mean
 from cisformer.evaluation.metrics import (
     Matrix,
-    OddsOverMean,
     ProbabilityScores,
     calibration_error,
     correlation,
@@ -27,6 +26,7 @@ from cisformer.evaluation.metrics import (
     log_fold_changes,
     probability_scores,
     pseudobulk,
+    rank_among_cells,
     ranking_scores,
     squared_errors,
 )
@@ -41,6 +41,8 @@ FOLD_CHANGE_OFFSET = 0.01
 N_DRAWS = 1000
 N_RECOMPUTED = 50
 MOST_RECOMPUTED_VALUES = 1 << 22
+MOST_RANKED_VALUES = 1 << 26
+"""Predictions whose ranks among the cells are held in memory; beyond, a sample of the features."""
 
 
 # ---------------------------------------------------------------------------------------------- which scores
@@ -78,7 +80,7 @@ METRICS: dict[Direction, tuple[Metric, ...]] = {
         Metric("cell_auprc", "AUPRC per cell", "higher", "cells", "the same as average precision",
                headline=True),
         Metric("cell_auroc_residual", "AUROC per cell, mean removed", "higher", "cells",
-               "the same after taking off the training mean's log odds: only what is special to the cell"),
+               "the same for each prediction's rank among the test cells: only what is special to the cell"),
         Metric("cell_auprc_residual", "AUPRC per cell, mean removed", "higher", "cells",
                "the same as average precision"),
         Metric("brier", "Brier score", "lower", "cells", "mean squared error of the probabilities"),
@@ -157,6 +159,13 @@ class Truth:
         scored = np.flatnonzero(self.scored)
         size = min(len(scored), max(MOST_RECOMPUTED_VALUES // max(self.values.shape[0], 1), 1))
         return np.sort(np.random.default_rng([self.seed, 1]).choice(scored, size, replace=False))
+
+    @cached_property
+    def ranked(self) -> np.ndarray:
+        """The features whose predictions are compared between cells: all, or a sample."""
+        n_cells, n_features = self.values.shape
+        size = min(n_features, max(MOST_RANKED_VALUES // max(n_cells, 1), 1))
+        return np.sort(np.random.default_rng([self.seed, 2]).choice(n_features, size, replace=False))
 
     @cached_property
     def types(self) -> tuple[np.ndarray, list[str]]:
@@ -257,15 +266,14 @@ def _measure_probabilities(result: Measured, predicted: Matrix, truth: Truth) ->
     n_cells = scores.bin_sums.shape[1]
     drawn = np.stack([truth.counts @ sums for sums in scores.bin_sums])
     result.add("ece", scores.ece, calibration_error(drawn), n_cells * truth.values.shape[1])
-    for axis_name, matrix in {"": predicted, "_residual": _residual(predicted, truth)}.items():
-        if matrix is not None:
-            ranking = ranking_scores(matrix, truth.values, axis=1)
-            result.add_cells(f"cell_auroc{axis_name}", ranking.auroc, truth)
-            result.add_cells(f"cell_auprc{axis_name}", ranking.auprc, truth)
-
-
-def _residual(predicted: Matrix, truth: Truth) -> Matrix | None:
-    return None if truth.mean is None else OddsOverMean(predicted, truth.mean)
+    left = rank_among_cells(predicted, truth.ranked)
+    for name, matrix, values in (
+        ("", predicted, truth.values),
+        ("_residual", left, truth.values[:, truth.ranked]),
+    ):
+        ranking = ranking_scores(matrix, values, axis=1)
+        result.add_cells(f"cell_auroc{name}", ranking.auroc, truth)
+        result.add_cells(f"cell_auprc{name}", ranking.auprc, truth)
 
 
 def _measure_rankings(result: Measured, predicted: Matrix, truth: Truth) -> None:

@@ -165,7 +165,7 @@ def _draw(found: GeneLinks, drawn: dict[str, pd.DataFrame], locus: Locus) -> Fig
     most_open = max((_open_share(found, name, locus).max(initial=0) for name in drawn), default=0.0) or 1.0
     for number, name in enumerate(drawn):
         axes = figure.add_subplot(grid[number])
-        _draw_type(axes, found, name, drawn[name], locus, colours, most_open)
+        _draw_type(axes, found, name, drawn[name], locus, (colours, most_open))
         if number == 0:
             axes.set_title(found.gene, fontsize=9, fontstyle="italic", color=INK, pad=8)
             axes.text(
@@ -200,10 +200,13 @@ def _draw_type(
     name: str,
     drawn: pd.DataFrame,
     locus: Locus,
-    colours: ScalarMappable,
-    most_open: float,
+    scales: tuple[ScalarMappable, float],
 ) -> None:
-    """Bars of accessibility above the line, arcs from the TSS below it, coloured and as wide as their score."""
+    """Bars of accessibility above the line, arcs from the TSS below it, coloured and as wide as their score.
+
+    `scales` are the colours of scores, and the accessibility of the highest bar.
+    """
+    colours, most_open = scales
     table = found.tables[name]
     table = table[(table["end"] > locus.start) & (table["start"] < locus.end)]
     widest = (locus.end - locus.start) / 260

@@ -70,7 +70,8 @@ class _Bf16Attention(torch.autograd.Function):
             _fill(wide_d, d_out[at], -delta[at])
             _fill(wide_k, k[at], 1.0)
             _fill(wide_v, v[at], 1.0)
-            d_q[at] = _backward_head(wide_q, wide_d, wide_k, wide_v, d_k[at], d_v[at], work).mul_(scale)
+            head = _backward_head((wide_q, wide_d, wide_k, wide_v), d_k[at], d_v[at], work)
+            d_q[at] = head.mul_(scale)
         return d_q, d_k, d_v
 
 
@@ -87,13 +88,12 @@ def _fill(wide: Tensor, x: Tensor, column: Tensor | float, scale: float = 1.0) -
     wide[:, width + 1] = column - wide[:, width].float() if isinstance(column, Tensor) else column
 
 
-def _backward_head(
-    q: Tensor, d_out: Tensor, k: Tensor, v: Tensor, d_k: Tensor, d_v: Tensor, work: Tensor
-) -> Tensor:
+def _backward_head(wide: tuple[Tensor, ...], d_k: Tensor, d_v: Tensor, work: Tensor) -> Tensor:
     """Write the gradients of one head's keys and values and return that of its queries, float32 [L, D].
 
-    q, d_out, k and v carry the extra columns; `work` is memory for two blocks of scores.
+    `wide` are q, d_out, k and v with the extra columns; `work` is memory for two blocks of scores.
     """
+    q, d_out, k, v = wide
     width = d_k.shape[1]
     sum_q = torch.zeros(len(q), width)
     for keys, values, d_keys, d_values in zip(*(x.split(KEY_BLOCK) for x in (k, v, d_k, d_v)), strict=True):

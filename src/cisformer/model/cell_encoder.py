@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cisformer.config import Model
 from cisformer.data.batches import Batch, ragged_rows, rows_of
-from cisformer.model.attention import Block, Dropout, LatentPool
+from cisformer.model.attention import Block, LatentPool
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class CellEncoder(nn.Module):
         self.token = nn.Embedding(n_input, width)
         self.value = nn.Embedding(model.max_express + 1, width) if has_values else None
         self.token_norm = nn.LayerNorm(width)
-        self.token_dropout = Dropout(model.dec_emb_dropout)
+        self.token_dropout = nn.Dropout(model.dec_emb_dropout)
         self.pool = LatentPool(width, dim, model.num_latents, model.dec_heads, model.dec_attn_dropout)
         self.latent = nn.Parameter(torch.empty(model.num_latents, dim).normal_(std=dim**-0.5))
         self.sum = nn.Linear(width, dim)

@@ -2,8 +2,8 @@
 
     eta[i, f] = prior[f] / scale[f] + link(pace[f] (bias[f] + <z[i] + h[i], B[f]> + cis[i, f]))
 
-The link is the identity for ATAC→RNA, `closed_form.change_of_log_odds` for RNA→ATAC. z are fixed states of the cell
-(`projection`), B starts in closed form in their columns, h comes from latents that attend to the cell's tokens and
+The link is the identity for ATAC→RNA, `closed_form_atac.change_of_log_odds` for RNA→ATAC. z are fixed states of the
+cell (`projection`), B starts in closed form in their columns, h comes from latents that attend to the cell's tokens and
 moves the cell in the same space, and cis (ATAC→RNA only) comes from the open cCREs near each gene: a weight per pair,
 started in closed form, and attention. h and the attention start at exactly zero: the untrained model *is* the closed
 form. The pace, fixed, is how far training may move a target: `closed_form.pace_of`.
@@ -25,13 +25,14 @@ from cisformer.config import Config
 from cisformer.data.batches import Batch, Layout, dense_targets, places, rows_of
 from cisformer.model.cell_encoder import CellEncoder, Tokens
 from cisformer.model.cis_path import CisAttention, CisPath
-from cisformer.model.closed_form import LinearStart, change_of_log_odds, link_loss, pace_of
+from cisformer.model.closed_form import LinearStart, link_loss, pace_of
+from cisformer.model.closed_form_atac import change_of_log_odds
 from cisformer.model.closed_form_cis import LocalStart, Windows
 from cisformer.model.projection import Projection
 from cisformer.model.target_states import TargetStates
 
 LOADING_STD = 0.05
-"""Of loadings beyond the linear start, where only h reaches them."""
+"""Standard deviation of the first loadings that the closed form does not set."""
 MOST_LEVERAGE = 0.5
 """Of a training cell in the closed form of a cCRE."""
 
@@ -108,8 +109,12 @@ class CisModel(nn.Module):
             model.pace.copy_(torch.from_numpy(pace_of(start.loadings)))
             model.loadings[:, :rank] = torch.from_numpy(start.loadings) / model.pace[:, None]
             if start.hat is not None:
-                for name in ("basis", "values", "ridge"):
-                    getattr(model, f"hat_{name}").copy_(torch.from_numpy(getattr(start.hat, name)))
+                for buffer, value in (
+                    (model.hat_basis, start.hat.basis),
+                    (model.hat_values, start.hat.spread),
+                    (model.hat_ridge, start.hat.ridge),
+                ):
+                    buffer.copy_(torch.from_numpy(value))
             if start.target_states is not None:
                 model.set_target_states(start.target_states)
             if model.cis is not None and local is not None:

@@ -22,7 +22,8 @@ from scipy.linalg import cho_factor, cho_solve
 from cisformer.data.batches import Layout
 from cisformer.data.genome import signed_distance, window_pairs
 from cisformer.data.reference import Reference
-from cisformer.model.closed_form import CellRows, LinearStart
+from cisformer.model.cell_rows import CellRows
+from cisformer.model.closed_form import LinearStart
 from cisformer.model.projection import states
 from cisformer.model.target_states import axis_scores, held_out_states
 

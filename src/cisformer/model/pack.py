@@ -41,7 +41,7 @@ LOSSES = {"val_loss": "this model", "linear_val_loss": "linear start", "mean_val
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What a user says of a model; see `pack_model`."""
+    """Description of a model by its user; see `pack_model`."""
 
     report: str | Path | None = None
     license: str = ""

@@ -18,7 +18,7 @@ from cisformer.runtime.files import make_folder
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 LONGEST_WAIT = timedelta(days=7)
-"""Of one process for another: what one does alone may take hours, and torch gives up after minutes."""
+"""How long processes wait for each other: one may work alone for hours, and torch gives up after minutes."""
 
 
 def is_main_process() -> bool:
@@ -28,7 +28,7 @@ def is_main_process() -> bool:
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this one is, and the device that is its own.
+    """Number of processes, rank of this one, and its device.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes results and speaks."""
+        """Whether this process writes results and messages."""
         return self.rank == 0
 
     def wait(self) -> None:

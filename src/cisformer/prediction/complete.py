@@ -5,7 +5,7 @@ In the output folder:
     completed.h5mu                            all cells, measured and predicted apart; see `mosaic`
     predicted_rna.h5ad, predicted_atac.h5ad   the predictions alone
     data/, models/                            what the models were trained on, and the models
-    run.json                                  which steps are done: a second call goes on where the first stopped
+    run.json                                  which steps are done: a second call does only the steps that are missing
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ DIRECTION: dict[Modality, Direction] = {"rna": "atac2rna", "atac": "rna2atac"}
 
 @dataclass(frozen=True)
 class CompletionOptions(TrainingChoice):
-    """What `complete` was asked for; see there."""
+    """Options of `complete`; see there."""
 
     groupby: str | None = None
     gtf: str | Path | None = None
@@ -80,9 +80,9 @@ def complete(
     preset
         Size of the models; see `default_config`.
     epochs
-        Most epochs of training; as the preset says by default.
+        Maximum number of epochs; by default the preset's.
     seed
-        Of the split and of training.
+        Random seed of the split and of training.
     force
         Do everything again where the file or the options have changed; write into a folder that holds something
         else.

@@ -143,7 +143,7 @@ _DISK = {
 
 
 _TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected pos")
-"""What `torch.save` says of a disk that takes no more; it keeps the reason to itself."""
+"""The message of `torch.save` where writing fails; it does not give the reason."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What has been done in a folder, step by step, so that a second run goes on where the first one stopped."""
+"""A record of the steps done in a folder, so that a second run does only the missing ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STAMP = "%Y-%m-%d_%H-%M-%S"
 """How times are written, so that their order is that of text; folders of training runs begin so."""
 
 Facts = dict[str, Any]
-"""What a step found, in types that JSON has. `files` names what it wrote, relative to the folder."""
+"""Results of a step, in types that JSON has. `files` lists the files it wrote, relative to the folder."""
 
 
 class Journal:
@@ -70,7 +70,7 @@ class Journal:
         return journal
 
     def is_done(self, step: str, made_from: Mapping[str, str]) -> bool:
-        """Whether a step is done, from the same things as now."""
+        """Whether a step was done with the present files and options."""
         known = self._steps.get(step, {})
         return known.get("done", False) and known["made_from"] == dict(made_from) and self._has_files(step)
 

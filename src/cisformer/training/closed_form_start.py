@@ -9,20 +9,18 @@ from cisformer.config import Config, Direction
 from cisformer.data.batches import Layout
 from cisformer.data.store import CellStore
 from cisformer.errors import TrainingError
+from cisformer.model.cell_rows import CellRows
 from cisformer.model.checkpoint import Checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.closed_form import (
-    CellRows,
     FeatureCounts,
     LinearStart,
-    Penalty,
     StartOptions,
-    Sums,
     count_features,
     fit_linear,
     fitting_sample,
-    solve,
 )
+from cisformer.model.closed_form_atac import Penalty, Sums, beside, solve
 from cisformer.model.closed_form_cis import Windows, fit_local
 from cisformer.model.target_states import CellRidge, assemble, axis_scores
 from cisformer.training.split import CellSplit
@@ -48,12 +46,12 @@ def fold_in(best: Checkpoint, cells: CellSplit) -> Checkpoint:
 
 @torch.no_grad()
 def _fold_into_loadings(model: CisModel, best: Checkpoint, train: CellRows, val: CellRows) -> None:
-    known = best.metrics
-    penalty = Penalty(int(known["linear_rank"]), known["linear_ridge"], known["linear_unevenness"])
+    penalty = Penalty.from_metrics(best.metrics)
+    near = beside(best.reference.ccres.iloc[best.layout.target_index])
     before, more = (Sums.over(part, model.projection, best.layout) for part in (train, val))
     after, sd = before + more, model.projection.sd.double().numpy()
     model.prior.copy_(torch.from_numpy(after.prior()))
-    model.add_to_loadings(solve(after, sd, penalty) - solve(before, sd, penalty))
+    model.add_to_loadings(solve(after, sd, penalty, near) - solve(before, sd, penalty, near))
 
 
 @torch.no_grad()

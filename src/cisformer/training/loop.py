@@ -47,8 +47,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-START_METRICS = ("linear_rank", "linear_ridge", "linear_unevenness", "linear_val_loss", "mean_val_loss")
-"""What is known of the closed-form start; stands in every epoch's record."""
+START_METRICS = (
+    *(
+        f"linear_{name}"
+        for name in ("rank", "ridge", "unevenness", "steps", "strength", "beside", "val_loss")
+    ),
+    "mean_val_loss",
+)
+"""Facts about the closed-form start; part of every epoch's record."""
 
 
 def train(
@@ -76,15 +82,15 @@ def train(
     val_data
         Folder of the validation cells; by default the one beside the training cells, or a tenth of these.
     save
-        Where runs are kept.
+        Folder for training runs.
     config
         A `Config`, a YAML file, or `None` for the defaults of the direction.
     model_parameters
-        A checkpoint to go on from, with a fresh optimizer; a given config must agree with it.
+        A checkpoint to start from, with a new optimizer; a given config must agree with it.
     resume
         The folder of an interrupted run to finish, with its own settings.
     cpu
-        Stay on the CPU although there is an accelerator.
+        Use the CPU, also where there is a GPU.
 
     Returns
     -------
@@ -198,11 +204,8 @@ def _fit(cells: CellSplit, config: Config, direction: Direction) -> Checkpoint:
         task = FullTask.from_start(config, layout, store, rows, counts)
         return Checkpoint(task, config, store.reference, {"linear_rank": 0, "linear_ridge": 0.0})
     network, start = fit_closed_form(config, cells, layout, counts)
-    metrics = {
-        "linear_rank": start.rank,
-        "linear_ridge": start.ridge,
-        "linear_unevenness": start.unevenness,
-    }
+    metrics = {"linear_rank": start.rank, "linear_ridge": start.ridge}
+    metrics |= {} if start.penalty is None else start.penalty.to_metrics()
     return Checkpoint(network, config, store.reference, metrics)
 
 

@@ -1,0 +1,347 @@
+"""RNA→ATAC in closed form: ridge regression of every cCRE on the states, with a penalty learnt from all cCREs.
+
+    eta[i, f] = prior[f] + link(<z[i], loadings[f]>),    loadings[f] ~ N(M_f, V w_f^(a - 1)),    w_f = p_f (1 − p_f)
+
+The loadings are ridge regression of accessibility, in units of w so that they are a change of log odds to first order,
+drawn to M_f with covariance V:
+
+    loadings[f] = M_f + (ZᵀZ + V⁻¹ w_f^-a)⁻¹ (Zᵀ(Y[:, f] − p_f) / w_f − ZᵀZ M_f)
+
+The link is x below 0, log(1 + x) above: a cCRE three times as often open as on average has x = 2, and log odds of
+log 3 more. Without it a linear model of log odds overshoots at seldom open cCREs.
+
+V starts as that of ridge regression on principal components, diag(σ_k² / σ_1²) / (n λ mean(w)^a): a = 0 is ridge
+regression of frequencies, a = 1 one Newton step of ridge logistic regression. A few steps of expectation–maximisation
+over all cCREs then learn how much each state tells of accessibility, and which tell it together (empirical Bayes: Efron
+and Morris 1973; Dempster, Laird, Rubin 1977). M_f is what the cCREs beside f on the genome say: they tend to open in
+the same cells. Rank, λ, a, steps and neighbours are chosen on validation cells. One sweep over the cells gives ZᵀZ and
+ZᵀY; the rest are K × K systems.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cisformer.data.batches import Layout, read_modality, row_blocks
+from cisformer.model.cell_rows import CellRows
+from cisformer.model.projection import Projection, states
+
+logger = logging.getLogger(__name__)
+SELECTION_VALUES = 10_000_000
+"""At most so many values of validation cells' targets that the penalty is chosen by."""
+PENALTIES = (0.03, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
+"""λ over the variance of the largest component."""
+UNEVENNESS = (0.0, 0.5, 1.0)
+"""a: how much more seldom open cCREs are penalised."""
+RANKS = (4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
+STEPS = (0, 1, 3, 10, 30)
+STRENGTHS = (0.5, 1.0)
+"""Of V once it has been learnt."""
+LEARN_CCRES, LEARN_OPEN = 50_000, 5
+"""V is learnt from at most so many cCREs, each open in at least so many cells."""
+N_BESIDE, BESIDE_BP, MOST_BESIDE_BP = 8, 10_000, 100_000
+"""Neighbours on either side; the distance at which one counts half; the farthest."""
+BESIDE_SPREAD = 3.0
+"""How much more neighbours are shrunk than if they were the cCRE itself."""
+COLUMNS = 100_000
+"""cCREs solved at once: bounds memory."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What one sweep over cells leaves of them, RNA→ATAC.
+
+    Attributes
+    ----------
+    n_cells
+        Number of cells.
+    open_
+        In how many of them each target is open; float64 [F].
+    z, gram, cross
+        Sum of z [K], ZᵀZ [K, K], and ZᵀY [K, F]; float64.
+    """
+
+    n_cells: int
+    open_: np.ndarray
+    z: np.ndarray
+    gram: np.ndarray
+    cross: np.ndarray
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @classmethod
+    def over(cls, cells: CellRows, projection: Projection, layout: Layout) -> Sums:
+        """Sweep over cells once."""
+        rank, n_targets = projection.rank, len(layout.target_index)
+        n, open_, z_sum = 0, np.zeros(n_targets), np.zeros(rank)
+        gram, cross = np.zeros((rank, rank)), np.zeros((rank, n_targets))
+        for store, rows in cells.parts:
+            for part in row_blocks(rows):
+                z = states(projection, store, part, layout).astype(np.float64)
+                y = read_modality(store, part, layout.target_modality)[:, layout.target_index]
+                n, open_, z_sum = (
+                    n + len(part),
+                    open_ + np.asarray(y.sum(axis=0)).ravel(),
+                    z_sum + z.sum(axis=0),
+                )
+                gram, cross = gram + z.T @ z, cross + (y.T @ z).T
+        return cls(n, open_, z_sum, gram, cross)
+
+    def prior(self) -> np.ndarray:
+        """Return the logit of the frequencies, smoothed by one cell of the mean frequency; float32 [F]."""
+        return smoothed_logit(self.open_, self.n_cells)
+
+    def frequency(self) -> np.ndarray:
+        """Return the smoothed frequencies, p; float64 [F]."""
+        return 1 / (1 + np.exp(-self.prior().astype(np.float64)))
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """How loadings are penalised; see the module.
+
+    Attributes
+    ----------
+    rank, ridge, unevenness
+        Number of states, λ and a of the ridge regression that V starts as.
+    steps, strength
+        Steps that V is learnt by, and what it is multiplied with.
+    beside
+        Whether loadings are drawn to those of the cCREs beside them, or to 0.
+    """
+
+    rank: int
+    ridge: float
+    unevenness: float
+    steps: int = 0
+    strength: float = 1.0
+    beside: bool = False
+
+    def to_metrics(self) -> dict[str, float]:
+        """Return what a checkpoint records."""
+        return {f"linear_{f.name}": getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_metrics(cls, metrics: dict[str, float]) -> Penalty:
+        """Read what `to_metrics` wrote."""
+        known = {f.name: metrics[f"linear_{f.name}"] for f in fields(cls) if f"linear_{f.name}" in metrics}
+        return cls(**known | {"rank": int(known["rank"])})  # type: ignore[arg-type]
+
+
+def smoothed_logit(n_open: np.ndarray, n_cells: int) -> np.ndarray:
+    """Return the logit of frequencies smoothed by one cell of the mean frequency; float32, shape of `n_open`."""
+    smooth = (n_open + n_open.mean() / n_cells) / (n_cells + 1)
+    return np.log(smooth / (1 - smooth)).astype(np.float32)
+
+
+def change_of_log_odds(x: Tensor) -> Tensor:
+    """Return x below 0 and log(1 + x) above: what a share x more of the odds adds to the logit; any shape."""
+    return x.clamp(max=0) + x.clamp(min=0).log1p()
+
+
+def beside(ccres: pd.DataFrame) -> sp.csr_matrix:
+    """Return how much the cCREs beside each one count; float32 [F, F], 0 for itself.
+
+    Parameters
+    ----------
+    ccres
+        Columns ``chrom, start, end``, of all targets.
+    """
+    middle = (ccres["start"].to_numpy(np.int64) + ccres["end"].to_numpy(np.int64)) // 2
+    chrom = pd.factorize(ccres["chrom"].astype(str))[0]
+    order = np.lexsort((middle, chrom))
+    x, c, size = middle[order], chrom[order], len(order)
+    pairs = []
+    for step in range(1, min(N_BESIDE, size - 1) + 1):
+        distance = x[step:] - x[:-step]
+        near = np.flatnonzero((c[step:] == c[:-step]) & (distance < MOST_BESIDE_BP))
+        weight = BESIDE_BP / (BESIDE_BP + distance[near])
+        pairs.append(sp.csr_matrix((weight, (order[near], order[near + step])), (size, size), np.float32))
+    half = sum(pairs, sp.csr_matrix((size, size), dtype=np.float32))
+    return sp.csr_matrix(half + half.T)
+
+
+@dataclass(frozen=True)
+class Hat:
+    """The inverses (ZᵀZ + V⁻¹ w_f^-a)⁻¹ of all targets: basis (spread + ridge_f)⁻¹ basisᵀ.
+
+    Attributes
+    ----------
+    basis, spread
+        float64 [K, K] and [K], basis basisᵀ = V and basisᵀ ZᵀZ basis = diag(spread); zero and one beyond the rank.
+    ridge
+        w_f^-a; float64 [F].
+    """
+
+    basis: np.ndarray
+    spread: np.ndarray
+    ridge: np.ndarray
+
+    @classmethod
+    def of(cls, sums: Sums, sd: np.ndarray, penalty: Penalty) -> Hat:
+        """Learn V and decompose it; `sd` is the spread of each principal component, largest first."""
+        p = sums.frequency()
+        weight, rank = p * (1 - p), penalty.rank
+        start = np.zeros(len(sd))
+        unit = sums.n_cells * max(penalty.ridge, 1e-9) * weight.mean() ** penalty.unevenness
+        start[:rank] = np.square(sd[:rank] / sd[0]) / unit
+        covariance = np.diag(start)
+        if penalty.steps:
+            learnt = _learnt_from(sums)
+            score = _score(sums, p, learnt)
+            for _ in range(penalty.steps):
+                covariance = learn_covariance(
+                    covariance, sums.gram, score, weight[learnt], penalty.unevenness
+                )
+        covariance = covariance * penalty.strength
+        return cls(*simultaneous(covariance, sums.gram, rank), weight**-penalty.unevenness)
+
+
+def _learnt_from(sums: Sums) -> np.ndarray:
+    """Return the cCREs that V is learnt from, spread evenly."""
+    often = np.flatnonzero(sums.open_ >= LEARN_OPEN)
+    return often[:: max(1, -(-len(often) // LEARN_CCRES))]
+
+
+def _score(sums: Sums, p: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return Zᵀ(Y − p) of some cCREs; float64 [K, columns]."""
+    return sums.cross[:, columns] - np.outer(sums.z, p[columns])
+
+
+def simultaneous(covariance: np.ndarray, gram: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return basis [K, K] and values [K] with basis basisᵀ = covariance, basisᵀ gram basis = diag(values)."""
+    size = len(gram)
+    basis, values = np.zeros((size, size)), np.ones(size)
+    if rank:
+        spread, axes = np.linalg.eigh(covariance[:rank, :rank])
+        root = axes * np.sqrt(np.maximum(spread, 0))
+        found, turned = np.linalg.eigh(root.T @ gram[:rank, :rank] @ root)
+        basis[:rank, :rank], values[:rank] = root @ turned, np.maximum(found, 0)
+    return basis, values
+
+
+def learn_covariance(
+    covariance: np.ndarray, gram: np.ndarray, score: np.ndarray, weight: np.ndarray, unevenness: float
+) -> np.ndarray:
+    """Take one step of expectation–maximisation: V becomes the mean of what the loadings are expected to be.
+
+    Parameters
+    ----------
+    covariance, gram
+        V and ZᵀZ [K, K].
+    score
+        Zᵀ(Y − p) [K, cCREs], of variance w ZᵀZ where the cCRE does not depend on the states.
+    weight, unevenness
+        w [cCREs] and a.
+
+    Returns
+    -------
+    numpy.ndarray
+        [K, K], symmetric; the rank does not grow.
+    """
+    basis, values = simultaneous(covariance, gram, len(gram))
+    power = weight**unevenness
+    precision = values[:, None] * power + 1
+    mean = (basis.T @ score) * np.sqrt(power / weight) / precision
+    moment = mean @ mean.T / len(weight) + np.diag((1 / precision).mean(axis=1))
+    learnt = basis @ moment @ basis.T
+    return (learnt + learnt.T) / 2
+
+
+def solve(
+    sums: Sums,
+    sd: np.ndarray,
+    penalty: Penalty,
+    near: sp.csr_matrix | None = None,
+    columns: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return loadings float32 [F, K], of all targets or of some `columns`; zero beyond the rank.
+
+    One decomposition serves all cCREs: with V = B Bᵀ and Bᵀ ZᵀZ B = Λ, the inverse of ZᵀZ + V⁻¹ w^-a is
+    B (Λ + w^-a)⁻¹ Bᵀ. `near` is what `beside` returns, where the penalty asks for it.
+    """
+    hat = Hat.of(sums, sd, penalty)
+    wanted = np.arange(len(sums.open_)) if columns is None else columns
+    parts = [wanted[start : start + COLUMNS] for start in range(0, len(wanted), COLUMNS)]
+    near = near if penalty.beside else None
+    solved = [_solve(sums, hat, near, part).astype(np.float32) for part in parts]
+    return np.concatenate([np.zeros((0, len(sd)), np.float32), *solved])
+
+
+def _solve(sums: Sums, hat: Hat, near: sp.csr_matrix | None, columns: np.ndarray) -> np.ndarray:
+    p = sums.frequency()
+    weight = (p * (1 - p))[columns]
+    wanted = _score(sums, p, columns) / weight
+    centre = np.zeros_like(wanted)
+    if near is not None:
+        centre = _beside(sums, hat, near[columns], columns)
+        wanted = wanted - sums.gram @ centre
+    inverse = 1 / (hat.spread[:, None] + hat.ridge[columns])
+    return (centre + hat.basis @ ((hat.basis.T @ wanted) * inverse)).T
+
+
+def _beside(sums: Sums, hat: Hat, near: sp.csr_matrix, columns: np.ndarray) -> np.ndarray:
+    """Return M [K, columns]: the neighbours' cells taken together, as if of one cCRE, and shrunk."""
+    p = sums.frequency()
+    weight = p * (1 - p)
+    score = (near @ sums.cross.T).T - np.outer(sums.z, near @ p)
+    precision = hat.spread[:, None] * (near @ weight) + BESIDE_SPREAD * weight[columns] * hat.ridge[columns]
+    return hat.basis @ ((hat.basis.T @ score) / precision)
+
+
+def select_penalty(
+    sums: Sums,
+    projection: Projection,
+    val: CellRows,
+    layout: Layout,
+    near: sp.csr_matrix,
+    rng: np.random.Generator,
+) -> Penalty:
+    """Return the penalty of lowest validation loss; rank 0 is the mean profile.
+
+    First rank and λ at the middle unevenness, then λ and unevenness at that rank, then how V is learnt and whether
+    neighbours help.
+    """
+    n_targets = len(layout.target_index)
+    judged = np.sort(rng.choice(n_targets, min(n_targets, SELECTION_VALUES // len(val)), replace=False))
+    known = val.read(replace(layout, target_index=layout.target_index[judged]))
+    cells = np.concatenate([states(projection, store, rows, layout) for store, rows in val.parts])
+    target, z = torch.from_numpy(known.y.toarray()), torch.from_numpy(cells)
+    prior = torch.from_numpy(sums.prior()[judged])
+    sd = projection.sd.double().numpy()
+
+    def loss(choice: Penalty) -> float:
+        loadings = torch.from_numpy(solve(sums, sd, choice, near, judged))
+        eta = change_of_log_odds(z @ loadings.T) + prior
+        return float(F.binary_cross_entropy_with_logits(eta, target))
+
+    ranks = sorted({projection.rank, *(r for r in RANKS if r < projection.rank)})
+    first = _best(loss, (Penalty(*x) for x in itertools.product(ranks, PENALTIES, UNEVENNESS[1:2])))
+    best = _best(loss, (Penalty(*x) for x in itertools.product([first.rank], PENALTIES, UNEVENNESS)))
+    best = _best(loss, (replace(best, steps=steps, beside=True) for steps in STEPS))
+    choices = itertools.product(STRENGTHS, (False, True))
+    best = _best(
+        loss, (replace(best, strength=strength, beside=with_them) for strength, with_them in choices)
+    )
+    if loss(Penalty(0, 1.0, 0.0)) <= loss(best):
+        best = Penalty(0, best.ridge, best.unevenness)
+    logger.info(
+        "linear start: %d components, penalty %g, unevenness %g, %d steps, strength %g, neighbours %s",
+        best.rank, best.ridge, best.unevenness, best.steps, best.strength, best.beside,
+    )  # fmt: skip
+    return best
+
+
+def _best(loss: Callable[[Penalty], float], choices: Iterable[Penalty]) -> Penalty:
+    return min(choices, key=loss)
