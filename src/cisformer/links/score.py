@@ -468,7 +468,7 @@ def _breadth(cells: CellSums) -> np.ndarray:
     enough = cells.n_cells >= FEWEST_CELLS_OF_BREADTH
     counts = cells.counts[enough] if enough.sum() > 1 else cells.counts
     seen = counts.mean(axis=0)
-    trust = seen / (seen + COUNTS_OF_BREADTH)
+    trust: np.ndarray = seen / (seen + COUNTS_OF_BREADTH)
     return UNKNOWN_BREADTH + trust * (expression_breadth(counts) - UNKNOWN_BREADTH)
 
 
