@@ -354,6 +354,7 @@ def _load_model(
         ):  # shapes first: a configuration may ask for any amount of memory
             model = _new_model(config, layout, manifest["linear_rank"], windows)
         wanted = model.state_dict()
+        tensors |= _likeness_if_missing(tensors, wanted)
         _check_names(folder, tensors, wanted)
         _check_shapes(tensors, wanted)
         if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in wanted):
@@ -365,6 +366,14 @@ def _load_model(
             f"{folder} does not fit its own config: {reason}", hint="copy it again"
         ) from None
     return model.eval()
+
+
+def _likeness_if_missing(
+    found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint of an earlier version does not say of its training cells: nothing known."""
+    missing = [n for n in wanted if n.startswith("likeness.") and n not in found]
+    return {name: torch.full(wanted[name].shape, torch.nan) for name in missing}
 
 
 class _NoDraws(TorchFunctionMode):
