@@ -31,6 +31,7 @@ async function use() {
   const blobs = [];
   URL.createObjectURL = blob => { blobs.push(blob); return "#kept"; };
   out.top = all("#top tbody tr").map(row => row.innerText.split("\\t"));
+  out.what = $("top-what").textContent;
   out.heat = all("#heat tbody tr").map(row => row.innerText.split("\\t"));
   set("find", "zzz"); $("search").requestSubmit(); out.unknown = $("told").textContent;
   set("find", "ENSG0"); out.offered = all("#found li").map(item => item.firstChild.textContent);
@@ -124,6 +125,7 @@ def test_the_start_page_shows_the_strongest_links_and_the_heat_map(folder, tmp_p
         [FIRST, "NEAR", "0.90"], [FIRST, GENES["gene_name"][1], "0.70"],
         [SECOND, GENES["gene_name"][1], "0.95"], [SECOND, "NEAR", "0.80"], [SECOND, "FAR", "0.60"],
     ]  # fmt: skip
+    assert "score × specificity" in seen["what"]
     heat = {row[0]: row[1:] for row in seen["heat"]}
     assert heat["NEAR"] == ["0.4", "0.3"]
     assert heat["FAR"] == ["", "0.1"]
@@ -134,6 +136,7 @@ def test_dark_pages_links_of_one_type_and_an_unknown_genome(tmp_path, browse):
     seen = used(one, tmp_path / "dark.html", browse, 800, "--blink-settings=preferredColorScheme=0")
     assert sum(map(int, re.findall(r"\d+", seen["background"]))) < 150
     assert seen["ucsc"] is None
+    assert seen["what"] == "Links with the highest score."
     assert seen["scores"] == ["0.950", "0.300"]
 
 
@@ -143,6 +146,7 @@ def test_a_table_without_fdr_or_specificity_makes_a_page_too(folder, tmp_path, b
     table.drop(columns=["fdr", "specificity", "n_open"]).to_csv(alone, sep="\t", index=False)
     seen = used(alone, tmp_path / "links.html", browse, 800)
     assert seen["scores"] == ["0.950", "0.700", "0.300"]
+    assert "above that of the same pair" in seen["what"]
     assert [row[1] for row in seen["top"] if row[0] == SECOND] == [GENES["gene_name"][1], "FAR"]
 
 

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 FORMAT, FORMAT_VERSION = "cisformer-variants", 1
 LINKS, VARIANTS, ENRICHMENT, REPORT = "variant_links.tsv", "variants.tsv", "enrichment.tsv", "report.json"
 FILES = (LINKS, VARIANTS, ENRICHMENT, REPORT)
+SIGNIFICANT = 0.05
 EVIDENCE = ("score_fdr", "specificity", "p_value", "fdr")
 """What of the links is carried over, beside the score."""
 
@@ -47,7 +48,7 @@ class VariantOptions:
     """
 
     genome: str | None = None
-    min_score: float = 0.1
+    min_score: float = 0.5
     min_pip: float | None = None
     n_permutations: int = 10_000
     seed: int = 0
@@ -88,8 +89,8 @@ class VariantAnnotation:
         """Return the result as lines of text."""
         c = self.counts
         lines = [
-            f"{c['variants']:,} variants: {c['in_no_ccre']:,} in no cCRE, {c['in_ccre']:,} in a cCRE, "
-            f"{c['linked']:,} of these linked to a gene",
+            f"{c['variants']:,} variant{'s' * (c['variants'] != 1)}: {c['in_no_ccre']:,} in no cCRE, "
+            f"{c['in_ccre']:,} in a cCRE, {c['linked']:,} of these linked to a gene",
         ]
         if c["linked"]:
             lines.append(
@@ -98,10 +99,11 @@ class VariantAnnotation:
         tested = self.enrichment.dropna(subset=["p_value"])
         if tested.empty:
             lines.append("enrichment is not tested: too few loci")
-        for row in tested.head(3).itertuples():
+        elif not (tested["fdr"] <= SIGNIFICANT).any():
+            lines.append(f"no cell type stands out: the smallest FDR is {tested['fdr'].min():.2g}")
+        for row in tested[tested["fdr"] <= SIGNIFICANT].itertuples():
             lines.append(
-                f"{row.cell_type}: {row.fold:.2f} times as linked as matched cCREs, p {row.p_value:.2g}, "
-                f"FDR {row.fdr:.2g}"
+                f"{row.cell_type}: {row.fold:.2f} times as linked as matched cCREs, FDR {row.fdr:.2g}"
             )
         return "\n".join(lines)
 
@@ -124,7 +126,7 @@ def annotate_variants(
     variants: str | Path,
     *,
     genome: str | None = None,
-    min_score: float = 0.1,
+    min_score: float = 0.5,
     min_pip: float | None = None,
     n_permutations: int = 10_000,
     seed: int = 0,
@@ -216,7 +218,7 @@ def _likely(found: Variants, min_pip: float | None) -> Variants:
 def _annotate(stored: StoredLinks, found: Variants, options: VariantOptions) -> VariantAnnotation:
     variant, ccre = overlap_pairs(found.table, stored.ccres)
     hits = pd.DataFrame({"variant": variant, "ccre": ccre})
-    rows, linked = _collect(stored, hits, options.min_score)
+    rows, linked = collect(stored, hits, options.min_score)
     told = found.table.iloc[variant].reset_index(drop=True)[["chrom", "start", "pip"]].assign(ccre=ccre)
     enrichment = linked_enrichment(
         told, linked, stored.ccres, stored.genes, n_draws=options.n_permutations, seed=options.seed
@@ -238,7 +240,7 @@ def _annotate(stored: StoredLinks, found: Variants, options: VariantOptions) -> 
     return VariantAnnotation(links, summary, enrichment, counts, source)
 
 
-def _collect(stored: StoredLinks, hits: pd.DataFrame, min_score: float) -> tuple[pd.DataFrame, LinkedShare]:
+def collect(stored: StoredLinks, hits: pd.DataFrame, min_score: float) -> tuple[pd.DataFrame, LinkedShare]:
     """Read each type once: the links of the variants' cCREs, and how far every cCRE is linked."""
     n = len(stored.ccres)
     is_hit = np.isin(np.arange(n), hits["ccre"])

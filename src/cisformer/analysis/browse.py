@@ -150,12 +150,11 @@ def strength(rows: pd.DataFrame, n_types: int) -> np.ndarray:
     if np.isfinite(specificity).any():
         strengths: np.ndarray = score * np.nan_to_num(specificity)
         return strengths
-    ranked = rows.assign(score=score).sort_values("score", ascending=False, kind="stable")
-    pair = ranked.groupby(["gene", "ccre"], sort=False)["score"]
-    first, second = pair.transform("first"), pair.transform(lambda s: s.iloc[1] if len(s) > 1 else 0.0)
-    is_first = ~ranked.duplicated(["gene", "ccre"])
-    rivals = pd.Series(np.where(is_first, second, first), ranked.index).reindex(rows.index)
-    less: np.ndarray = score - rivals.to_numpy(np.float64)
+    pair = pd.MultiIndex.from_frame(rows[["gene", "ccre"]])
+    ranked = pd.Series(score, pair).sort_values(ascending=False, kind="stable")
+    place = ranked.groupby(level=[0, 1], sort=False).cumcount()
+    first, second = (ranked[place == k].reindex(pair).fillna(0).to_numpy() for k in (0, 1))
+    less: np.ndarray = score - np.where(score == first, second, first)
     return less
 
 

@@ -29,7 +29,7 @@ def annotate_peaks(
     genome: str | None = None,
     gtf: str | Path | None = None,
     promoter_bp: int = 1000,
-    min_score: float = 0.1,
+    min_score: float = 0.5,
 ) -> pd.DataFrame:
     """Say where peaks lie relative to genes, and which genes they are linked to.
 

@@ -253,11 +253,12 @@ def _read_table(path: Path, body: Sequence[str], genome: str) -> Variants:
     header = body[0].lstrip("#")
     separator = "\t" if "\t" in header else "," if "," in header else r"\s+"
     quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+    _refuse_unnamed(path, header, body, separator)
     try:
         table = pd.read_csv(
             io.StringIO("\n".join([header, *body[1:]])), sep=separator, dtype=str, keep_default_na=False,
-            quoting=quoting, index_col=False, skipinitialspace=True,
-        )  # fmt: skip
+            quoting=quoting, usecols=range(_n_fields(header, separator)), index_col=False, skipinitialspace=True,
+        ).fillna("")  # fmt: skip
     except ValueError as error:
         raise InputError(
             f"cannot read a table of variants from {path}: {str(error).strip()}",
@@ -279,6 +280,22 @@ def _read_table(path: Path, body: Sequence[str], genome: str) -> Variants:
     lost = int((~placed).sum())
     left_out = {"rows have no position": lost} if lost else {}
     return Variants(str(path), "table", stated, frame[list(COLUMNS)].reset_index(drop=True), left_out)
+
+
+def _n_fields(line: str, separator: str) -> int:
+    if separator == ",":
+        return len(next(csv.reader([line])))
+    return len(line.rstrip("\t").split("\t") if separator == "\t" else line.split())
+
+
+def _refuse_unnamed(path: Path, header: str, body: Sequence[str], separator: str) -> None:
+    """Raise `InputError` where rows have a field more than the header: columns would be taken for one another."""
+    wanted, found = (_n_fields(line, separator) for line in (header, body[1] if len(body) > 1 else header))
+    if found > wanted:
+        raise InputError(
+            f"{path} names {wanted} columns and has {found} in its first row",
+            hint="name all columns; in R, write.table(..., row.names = FALSE)",
+        )
 
 
 def _bases(ref: str) -> int:

@@ -12,7 +12,7 @@ from cisformer.cli.common import CONTEXT, LENIENT_INT
 _LINKS = "The cisformer_link folder, or a links.tsv.gz."
 _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 _MIN_SCORE = click.option(
-    "--min_score", default=0.1, show_default=True, help="Smallest score of a link that counts."
+    "--min_score", default=0.5, show_default=True, help="Smallest score of a link that counts."
 )
 
 
