@@ -37,7 +37,7 @@ MIN_FRAGMENTS = 1000
 
 _BLOCK_BYTES = 4 << 20  # of text parsed at once
 _RUN = 1 << 21  # pairs sorted at once
-_MOST_PAIRS = 1 << 22  # pairs of the cells that are read back at once
+_MOST_PAIRS = 1 << 20  # pairs of the cells that are read back at once
 _CHECKED = 2_000_000  # insertions that tell whether the genome is the reference's
 _STRIDE = 1 << 40  # as in genome.py: more than any chromosome is long
 _COLUMNS = ("chrom", "start", "end", "barcode", "count", "strand")
