@@ -404,8 +404,9 @@ class Run:
         finished = {"training_share", "n_validation_cells_folded_in"} & best.metrics.keys()
         if finished or not isinstance(best.model, CisModel):
             return
-        start = load_checkpoint(self.folder / "epoch0", self.start.direction)
-        best = follow_training(best, start, self.cells)
+        start = self.folder / "epoch0"
+        if start.is_dir():  # a run begun by an earlier version may have deleted it
+            best = follow_training(best, load_checkpoint(start, self.start.direction), self.cells)
         assert isinstance(best.model, CisModel)
         found, n_cells = validation_correlations(best, self.cells)
         best.model.validation_r.copy_(torch.from_numpy(found))
