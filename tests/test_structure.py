@@ -23,13 +23,13 @@ ORDER = {
         "closed_form_cis", "cell_encoder", "cis_path", "cis", "bf16_attention", "published", "documented",
         "documented_task", "checkpoint", "pack",
     ],
-    "training": ["loss_plot", "split", "reliability", "closed_form_start", "run_folder", "loop"],
+    "training": ["loss_plot", "split", "reliability", "follow", "closed_form_start", "run_folder", "loop"],
     "prediction": [
         "cells", "compact", "likeness", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
     ],
     "links": [
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
-        "benchmark", "plot",
+        "precision", "truth", "benchmark", "plot",
     ],
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",

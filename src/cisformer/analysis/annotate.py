@@ -56,7 +56,7 @@ class VariantOptions:
     def __post_init__(self) -> None:
         if self.n_permutations < 1 or self.seed < 0:
             raise InputError(
-                f"{self.n_permutations} permutations with seed {self.seed}",
+                f"permutations is {self.n_permutations}, seed is {self.seed}",
                 hint="give at least 1 permutation, and a seed of 0 or more",
             )
 
@@ -70,7 +70,7 @@ class VariantAnnotation:
     links
         One row per variant, gene and cell type, the highest score first.
     variants
-        One row per variant, in their order: its best linked gene beside the nearest gene.
+        One row per variant, in their order: its best linked gene and the nearest gene.
     enrichment
         One row per cell type.
     counts
@@ -131,7 +131,7 @@ def annotate_variants(
     n_permutations: int = 10_000,
     seed: int = 0,
 ) -> VariantAnnotation:
-    """Find the genes that variants may act on, by the links of the cCREs they lie in, in each cell type.
+    """Find the genes that variants may act on, from the links of the cCREs in which they lie, in each cell type.
 
     Parameters
     ----------
@@ -140,22 +140,22 @@ def annotate_variants(
     variants
         VCF, BED, or a table with a header; see `cisformer.analysis.variants.read_variants`.
     genome
-        Genome of the variants, such as ``"hg38"``. What the file says otherwise; that of the links, with a warning,
-        where it says nothing.
+        Genome of the variants, such as ``"hg38"``. By default the one that the file names; if it names none, that of
+        the links, with a warning.
     min_score
         Smallest score of a link that counts.
     min_pip
         Leave out variants of a smaller posterior inclusion probability.
     n_permutations
-        Number of matched draws of the enrichment.
+        Number of random matched samples in the enrichment test.
     seed
-        Random seed of these draws.
+        Random seed of these samples.
 
     Returns
     -------
     VariantAnnotation
-        Variants with genes and cell types, a summary with the nearest gene beside, and for each cell type whether the
-        variants' cCREs are linked more than cCREs like them (Benjamini–Hochberg over types).
+        Variants with genes and cell types; a summary with the nearest gene; and for each cell type whether the
+        variants' cCREs are linked more often than similar cCREs (Benjamini–Hochberg over types).
 
     Raises
     ------
@@ -178,7 +178,7 @@ def _of_genome(found: Variants, stored: StoredLinks, options: VariantOptions) ->
     if given and found.genome and given != found.genome:
         raise InputError(
             f"{found.source} says that its genome is {found.genome}, --genome says {given}",
-            hint="leave --genome out, or mend the file",
+            hint="leave --genome out, or correct the file",
         )
     genome = given or found.genome
     if genome and stored.genome and genome != stored.genome:
@@ -188,7 +188,7 @@ def _of_genome(found: Variants, stored: StoredLinks, options: VariantOptions) ->
         )
     if not genome:
         logger.warning(
-            "%s does not say of which genome it is; taken to be %s, as the links are. --genome states it",
+            "%s does not say of which genome it is; assumed to be %s, as the links are. Give --genome to be sure",
             found.source, stored.genome or "that of the links",
         )  # fmt: skip
     elif not stored.genome:

@@ -62,7 +62,7 @@ def browse(
     min_score: float = 0.05,
     title: str = "",
 ) -> Path:
-    """Write one HTML page of links that needs nothing else: no network, no other file.
+    """Write one HTML page of links that needs no network and no other file.
 
     Parameters
     ----------
@@ -71,11 +71,11 @@ def browse(
     output
         The page, `.html`.
     max_links
-        Show at most so many links, the ones with the highest scores.
+        Maximum number of links to show: those with the highest scores.
     min_score
-        Smallest score of a link that is shown.
+        Smallest score of a link to show.
     title
-        Heading of the page; the name of the links otherwise.
+        Heading of the page; by default the name of the links.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def _markup(text: str) -> Any:
 def choose_links(stored: StoredLinks, max_links: int, min_score: float) -> PageLinks:
     """Read links type by type and keep the strongest; see `browse`."""
     if max_links < 1:
-        raise InputError(f"{max_links} links make no page", hint="give --max_links of 1 or more")
+        raise InputError(f"max_links is {max_links}", hint="give --max_links of 1 or more")
     n_open = np.zeros((len(stored.cell_types), len(stored.ccres)), dtype=np.float32)
     parts, n_links, highest = [], 0, 0.0
     for number, name in enumerate(stored.cell_types):

@@ -237,7 +237,7 @@ def _read_bed(path: Path, body: Sequence[str]) -> Variants:
             )
         rows.append((fields[0], int(fields[1]), int(fields[2]), fields[3] if len(fields) > 3 else ""))
     if all(start == end for _, start, end, _ in rows):
-        logger.warning("%s: start is end in all rows, so positions are taken to count from 1", path)
+        logger.warning("%s: start equals end in all rows, so positions are taken as counted from 1", path)
         rows = [(chrom, start - 1, end, name) for chrom, start, end, name in rows]
     full = (
         (_name(name, chrom, start, "", ""), chrom, start, max(end, start + 1), "", "", np.nan)
@@ -340,11 +340,11 @@ def _places_in_names(
             return {**places, "name": column, "id": column}, genome
     if any(table[column].str.strip().str.match(RSID).mean() >= 0.5 for column in table.columns):
         raise InputError(
-            f"{path} names variants by rsid and has no positions; it has {', '.join(table.columns[:12])}",
+            f"{path} names variants by rsid and has no positions; its columns are {', '.join(table.columns[:12])}",
             hint="add columns chrom and pos: look the rsids up in dbSNP or with Ensembl VEP, on the links' genome",
         )
     raise InputError(
-        f"{path} has no columns for chromosome and position; it has {', '.join(map(str, table.columns[:12]))}",
+        f"{path} has no columns for chromosome and position; its columns are {', '.join(map(str, table.columns[:12]))}",
         hint="name them chrom and pos (counted from 1), or give a VCF or a BED",
     )
 
@@ -394,7 +394,7 @@ def on_chroms(variants: Variants, known: Sequence[str], source: str) -> Variants
         theirs = ", ".join(variants.table["chrom"].drop_duplicates().head(3))
         raise InputError(
             f"no variant of {variants.source} lies on a chromosome of {source}: {theirs} against {ours}",
-            hint="give variants of the same genome, with its chromosomes spelt alike",
+            hint="give variants of the same genome, with the same chromosome names",
         )
     lost = variants.table["chrom"][~shared]
     told = {f"are on chromosomes without cCREs, such as {lost.iloc[0]}": len(lost)} if len(lost) else {}

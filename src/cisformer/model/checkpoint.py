@@ -40,7 +40,7 @@ WEIGHTS, CONFIG, MANIFEST, REFERENCE = "model.safetensors", "config.yaml", "chec
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model with all that it takes to use it.
+    """A trained model with everything that is needed to use it.
 
     Attributes
     ----------
@@ -137,7 +137,7 @@ def load_checkpoint(
         The folder, a file in it, or a training run's folder (its `best` is taken); a zip that `pack_model` wrote;
         or published weights (`pytorch_model.bin`), which need `direction` and `config`.
     direction, config, reference
-        What the checkpoint has to agree with, where given.
+        If given, the checkpoint has to agree with them.
 
     Returns
     -------
@@ -415,7 +415,7 @@ def _load_published(
     """Make a checkpoint of published weights: of all features, with nothing known of their training."""
     if direction is None or config is None:
         raise CheckpointError(
-            f"{path} holds bare weights, which say neither their direction nor their configuration",
+            f"{path} holds weights alone, which say neither their direction nor their configuration",
             hint="give the config.yaml it was trained with (-c)",
         )
     reference = reference or load_reference("human")

@@ -28,6 +28,7 @@ from cisformer.parallel.processes import Processes
 from cisformer.runtime.device import best_device, fastest_precision
 from cisformer.runtime.progress import progress
 from cisformer.training.closed_form_start import fit_closed_form, fold_in, make_layout
+from cisformer.training.follow import follow_training
 from cisformer.training.loss_plot import draw_losses
 from cisformer.training.reliability import validation_correlations
 from cisformer.training.run_folder import (
@@ -80,7 +81,7 @@ def train(
     direction
         "rna2atac" or "atac2rna": which modality is predicted from which.
     val_data
-        Folder of the validation cells; by default the one beside the training cells, or a tenth of these.
+        Folder of the validation cells; by default the one next to the training cells, or else a tenth of these.
     save
         Folder for training runs.
     config
@@ -90,12 +91,12 @@ def train(
     resume
         The folder of an interrupted run to finish, with its own settings.
     cpu
-        Use the CPU, also where there is a GPU.
+        Use the CPU even if there is a GPU.
 
     Returns
     -------
     Checkpoint
-        The epoch of lowest validation loss, as `<save>/<date>_<name>/best` holds it.
+        The epoch with the lowest validation loss, which is in `<save>/<date>_<name>/best`.
 
     Raises
     ------
@@ -142,7 +143,7 @@ def _require_compiler(*, cpu: bool) -> None:
     usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if (cpu or best_device() == "cpu") and not shutil.which(os.environ.get("CXX", usual)):
         raise TrainingError(
-            "the configuration says compile: true, and there is no C++ compiler on this machine",
+            "the configuration says compile: true, but there is no C++ compiler on this machine",
             hint=f"install {usual}, or set training.compile to false",
         )
 
@@ -276,7 +277,7 @@ class Run:
             self._finish_epoch(0, train_loss=float("nan"), seconds=0.0)
         for epoch in range(len(self.history), self.settings.epoch + 1):
             if self._out_of_patience():
-                logger.info("no better validation loss for %d epochs: stopped", self.settings.patience)
+                logger.info("stopped: no better validation loss for %d epochs", self.settings.patience)
                 break
             started = time.perf_counter()
             train_loss = self._train_epoch(epoch)
@@ -312,8 +313,8 @@ class Run:
         mean = float(self.accelerator.reduce(share.detach(), "sum"))
         if not np.isfinite(mean):
             raise TrainingError(
-                f"the loss is {mean} at {where}; weights are those of the batch before",
-                hint=f"lower training.lr (now {self.settings.lr:g}), or go on with --resume after that",
+                f"the loss is {mean} at {where}; the weights are those from before this batch",
+                hint=f"lower training.lr (now {self.settings.lr:g}), then start again, or continue with --resume",
             )
         # Accelerate averages gradients over processes; a share of the global mean has to be summed instead.
         self.accelerator.backward(share * self.accelerator.num_processes)
@@ -398,10 +399,15 @@ class Run:
         write_epoch(self.folder, checkpoint, self.history, state)
 
     def _finish_best(self) -> None:
-        """Note how well validation cells are predicted, then let `best` learn from them."""
+        """Follow training as far as is sure, note what can be predicted, then learn from validation cells."""
         best = load_checkpoint(self.folder / BEST, self.start.direction)
-        if not isinstance(best.model, CisModel) or "n_validation_cells_folded_in" in best.metrics:
+        finished = {"training_share", "n_validation_cells_folded_in"} & best.metrics.keys()
+        if finished or not isinstance(best.model, CisModel):
             return
+        start = self.folder / "epoch0"
+        if start.is_dir():  # a run begun by an earlier version may have deleted it
+            best = follow_training(best, load_checkpoint(start, self.start.direction), self.cells)
+        assert isinstance(best.model, CisModel)
         found, n_cells = validation_correlations(best, self.cells)
         best.model.validation_r.copy_(torch.from_numpy(found))
         best.model.n_validation.fill_(n_cells)

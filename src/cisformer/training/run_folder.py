@@ -80,7 +80,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged archives raise whatever torch, zipfile or pickle come upon
         raise CheckpointError(
             f"{path} is damaged, or holds more than a training state: {' '.join(str(error).split())[:200]}",
-            hint="restore it, or go on from the best epoch in a new run: -m FOLDER",
+            hint="restore it, or continue from the best epoch in a new run: -m FOLDER",
         ) from error
 
 
@@ -119,7 +119,7 @@ def write_epoch(
     with atomic_path(folder / METRICS) as path:
         path.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
     keep = checkpoint.config.training.keep_epochs
-    if keep and epoch >= keep:
+    if keep and epoch > keep:  # the start is kept
         shutil.rmtree(folder / f"epoch{epoch - keep}", ignore_errors=True)
 
 

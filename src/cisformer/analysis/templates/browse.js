@@ -53,7 +53,7 @@ function drawStart() {
     "For each type, links with the highest score × specificity: likely, and more at work here than in the other types." :
     D.types.length > 1 ? "For each type, links whose score is highest above that of the same pair in any other type." :
     "Links with the highest score.";
-  $("heat-what").textContent = specific ? "Specificity (log odds; orange: more at work than in the mean of the other types, blue: less)" : "Score";
+  $("heat-what").textContent = specific ? "Specificity (log odds; orange: stronger than the mean of the other types, blue: weaker)" : "Score";
   $("heat").replaceChildren(
     element("thead", {}, element("tr", {}, element("td"), ...D.types.map(type =>
       element("th", { scope: "col", title: type }, element("span", {}, type))))),
