@@ -161,3 +161,21 @@ def test_tables_that_are_not_links(tmp_path):
     (tmp_path / "a.bedpe").write_text("chr1\t1\t2\n")
     with pytest.raises(InputError, match="not BEDPE"):
         read_links(tmp_path / "a.bedpe")
+
+
+HEADINGS = {
+    "ours": "#chrom1\tstart1\tend1\tchrom2\tstart2\tend2\tname\tscore\n",
+    "names without #": "chrom1\tstart1\tend1\tchrom2\tstart2\tend2\tname\tscore\n",
+    "track": "browser position chr1:1-9\ntrack name=links\n# a comment\n",
+    "none": "",
+    "byte order mark": "\ufeffchrom1\tx\ty\n",
+}
+
+
+@pytest.mark.parametrize("heading", HEADINGS.values(), ids=HEADINGS)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_headings_of_bedpe(tmp_path, heading, end):
+    link = 'chr1\t100\t200\tchr1\t900\t901\tH#A "x|chr1:100-200\t0.5\n'
+    (tmp_path / "a.bedpe").write_bytes((heading + link + link).replace("\n", end).encode())
+    found = read_links(tmp_path / "a.bedpe")
+    assert found.to_numpy().tolist() == [["chr1", 100, 200, 'H#A "x', 0.5]] * 2

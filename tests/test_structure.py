@@ -14,7 +14,7 @@ ORDER = {
     "runtime": ["files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
-        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "barcodes",
+        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "tables", "barcodes",
         "fragments", "containers", "sources", "io", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
         "batches",
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -29,6 +30,9 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without our arrows and dots
+            stream.reconfigure(errors="replace")
     recap = _speak(debug)
     if (problem := clash()) is not None:
         logger.warning("%s", problem)
@@ -47,6 +51,13 @@ def main() -> None:
         if debug:
             raise
         _give_up(str(error), "check that the disk has room, and that you may read and write there")
+    except ImportError as error:
+        if debug:
+            raise
+        _give_up(
+            f"a library that cisformer uses cannot be imported: {error}",
+            "install it again: pip install --force-reinstall cisformer-links; --debug shows where it fails",
+        )
     except Stopped as stopped:
         if debug:
             raise

@@ -118,7 +118,9 @@ def summarise(journal: Journal, rna: str, types: str) -> RunSummary:
 
 def _found(journal: Journal) -> list[str]:
     lines = [
-        f"{about['modality'].upper()}: {about['n_cells']:,} cells × {about['n_features']:,} "
+        "ATAC: fragments"
+        if about["values"] == "fragments"
+        else f"{about['modality'].upper()}: {about['n_cells']:,} cells × {about['n_features']:,} "
         f"{'genes' if about['modality'] == 'rna' else 'peaks'}, {about['values']}"
         for about in journal.facts("inspect")["found"]
     ]

@@ -19,7 +19,7 @@ import difflib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +98,9 @@ def run(
     Parameters
     ----------
     rna, atac
-        An h5ad, h5mu or 10x h5 file with RNA counts, and one with ATAC peaks; may be the same file.
+        A file or folder with RNA counts, and one with ATAC: peaks, or fragments; may be the same. Which kinds are
+        read, docs/formats.md says. Fragments are counted on the built-in cCREs of the genes' species, or on those of
+        `reference`.
     output_dir
         Where everything goes.
     groupby
@@ -163,6 +165,7 @@ class _Workflow:
     def __init__(self, rna: Path, atac: Path, folder: Path, options: RunOptions) -> None:
         from cisformer.data.preprocess import PreprocessOptions
 
+        options = _with_reference(options, rna, atac)
         self.rna, self.atac, self.folder, self.options = rna, atac, folder, options
         PreprocessOptions(reference=options.reference, genome=options.genome, gtf=options.gtf)  # checked
         self.types, self.types_told = _cell_types(rna, atac, options)
@@ -208,7 +211,10 @@ class _Workflow:
         with atomic_path(self.folder / INSPECTED) as path:
             path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         told = ("modality", "n_cells", "n_features", "values")
-        return {"files": [INSPECTED], "found": [{key: file[key] for key in told} for file in report["files"]]}
+        return {
+            "files": [INSPECTED],
+            "found": [{key: file.get(key) for key in told} for file in report["files"]],
+        }
 
     def preprocess(self, direction: Direction, *, manually: bool = False) -> Facts:
         """Align and split the cells; `manually` leaves them together."""
@@ -312,10 +318,38 @@ def _count_links(path: Path) -> Facts:
 # ---------------------------------------------------------------------------------------------- cell types
 
 
+def _with_reference(options: RunOptions, rna: Path, atac: Path) -> RunOptions:
+    """Return the options; for fragments, which have no cCREs of their own, with the built-in reference of the genes."""
+    from cisformer.data.alignment import describe_genes
+    from cisformer.data.containers import is_fragments_file
+    from cisformer.data.features import gene_identity
+    from cisformer.data.reference import GENOMES
+    from cisformer.data.sources import open_rows
+
+    if str(options.reference) != "dataset" or not is_fragments_file(atac):
+        return options
+    if options.gtf is not None:
+        raise InputError(
+            f"{atac} holds fragments, which are counted on the cCREs of a reference; a GTF has none",
+            hint="leave --gtf out, or make a reference: cisformer build_reference --gtf GTF --peaks BED -o DIR",
+        )
+    with open_rows(rna, "rna") as source:
+        named_by, species = describe_genes(gene_identity(source.var)["gene_id"])
+    species = GENOMES.get(options.genome or "", species)
+    if not species:
+        raise InputError(
+            f"{atac} holds fragments, and nothing says on which cCREs to count them; the genes are {named_by}",
+            hint="give --reference human, mouse, or a folder of `cisformer build_reference`",
+        )
+    logger.info("%s: fragments; counted on the built-in cCREs of %s, which the genes are of", atac, species)
+    return replace(options, reference=species)
+
+
 def _cell_types(rna: Path, atac: Path, options: RunOptions) -> tuple[pd.Series, str]:
     """Return the type of each cell by barcode, and where it is from, in words."""
     import pandas as pd
 
+    from cisformer.data.containers import is_fragments_file
     from cisformer.data.sources import open_rows
     from cisformer.links.files import read_cell_types
 
@@ -327,7 +361,7 @@ def _cell_types(rna: Path, atac: Path, options: RunOptions) -> tuple[pd.Series, 
         return types, f"{types.nunique()} cell types, from {options.celltype_info}"
     if options.groupby is None:
         return pd.Series(ALL_CELLS, index=obs.index), "no cell types were given: all cells count as one type"
-    if options.groupby not in obs:
+    if options.groupby not in obs and not is_fragments_file(atac):
         with open_rows(atac, "atac") as source:
             obs = obs.join(source.obs, rsuffix="_atac")
     types = _column(obs, options.groupby)

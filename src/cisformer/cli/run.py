@@ -10,8 +10,12 @@ from cisformer.cli.common import CONTEXT, LENIENT_INT
 
 
 @click.command("run", context_settings=CONTEXT)
-@click.option("-r", "--rna", required=True, help="RNA counts: .h5ad, .h5mu, or a 10x .h5 file.")
-@click.option("-a", "--atac", required=True, help="ATAC peaks, likewise; may be the same file.")
+@click.option(
+    "-r", "--rna", required=True, help="RNA counts: .h5ad, .h5mu, 10x .h5, a folder; see the docs, Files."
+)
+@click.option(
+    "-a", "--atac", required=True, help="ATAC peaks, likewise, or fragments.tsv.gz; may be the same file."
+)
 @click.option("-o", "--output_dir", default="./cisformer_run", show_default=True, help="Output directory.")
 @click.option(
     "--groupby", metavar="COLUMN", help="Column of obs with cell types.  [default: all cells as one type]"

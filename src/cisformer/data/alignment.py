@@ -17,14 +17,18 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cisformer.data.features import ENSEMBL, are_tiles, gene_identity, peak_regions, stated_coordinates
-from cisformer.data.genome import overlap_pairs, parse_regions, rename_chroms
-from cisformer.data.reference import BUILT_IN, GENOMES, Reference, built_in_of, coverage, guess_genome
+from cisformer.data.genome import overlap_pairs, parse_regions, rename_chroms, species_of
+from cisformer.data.reference import GENOMES, Reference, built_in_of, coverage, guess_genome
 from cisformer.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 MIN_SHARE_FOUND = 0.5
 """Below this share of features found, the input is of another species, genome or naming."""
+
+
+NUMBERS = "numbers, as Entrez ids are"
+"""What `describe_genes` says of these."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +117,12 @@ def map_genes(var: pd.DataFrame, reference: Reference) -> FeatureMap:
     Ensembl versions are ignored. Names are compared without case only where they do not look like those of
     another species, since most human and mouse genes share a name but for its case.
     """
-    identity = gene_identity(var)
+    identity = gene_identity(var, species_of(reference.genome))
     row = _look_up(reference.genes["gene_id"], identity["gene_id"])
     _fill(row, _look_up(reference.genes["gene_name"], identity["gene_name"]))
     n_exact = int((row >= 0).sum())
     id_type, species = describe_genes(identity["gene_id"])
-    if reference.name not in BUILT_IN or species in ("", reference.name):
+    if not reference.is_built_in or species in ("", reference.name):
         _fill(row, _look_up(reference.genes["gene_name"].str.upper(), identity["gene_name"].str.upper()))
     found = np.flatnonzero(row >= 0)
     notes = []
@@ -160,6 +164,8 @@ def describe_genes(names: pd.Series) -> tuple[str, str]:
         human, mouse = names.str.match("ENSG").mean() > 0.5, names.str.match("ENSMUSG").mean() > 0.5
         species = "human" if human else "mouse" if mouse else ""
         return f"{species or 'other'} Ensembl ids", species
+    if names.str.match(r"\d+$").mean() > 0.5:
+        return NUMBERS, ""
     if names.str.match(r"[A-Z][A-Z0-9.\-orf]*$").mean() > 0.5:
         return "human gene symbols", "human"
     if names.str.match(r"[A-Z][a-z0-9]+").mean() > 0.5:
@@ -178,7 +184,7 @@ def map_peaks(var: pd.DataFrame, reference: Reference) -> FeatureMap:
             hint="give the ATAC file, with peaks named chrom:start-end",
         )
     peaks = peak_regions(var)
-    peaks["chrom"] = rename_chroms(peaks["chrom"], reference.ccres["chrom"])
+    peaks["chrom"] = rename_chroms(peaks["chrom"], reference.ccres["chrom"], reference.genome)
     peak, ccre = overlap_pairs(peaks, reference.ccres)
     same = _same_region(peaks, reference.ccres, peak, ccre)
     has_same = np.zeros(len(peaks), bool)
@@ -187,14 +193,14 @@ def map_peaks(var: pd.DataFrame, reference: Reference) -> FeatureMap:
     notes = []
     if len(var) and ":" not in str(var.index[0]) and _is_region(str(var.index[0])):
         notes.append(f"peaks are named like {var.index[0]!r}; read as chrom:start-end")
-    notes += _on_other_chroms(peaks["chrom"], reference.ccres["chrom"], "peaks")
+    notes += _on_other_chroms(peaks["chrom"], reference.ccres["chrom"], "peaks", reference.genome)
     shape = (len(peaks), reference.n_ccres)
     return FeatureMap("peaks", _incidence(peak[kept], ccre[kept], shape), "regions", tuple(notes))
 
 
-def _on_other_chroms(chrom: pd.Series, known: pd.Series, what: str) -> list[str]:
+def _on_other_chroms(chrom: pd.Series, known: pd.Series, what: str, genome: str = "") -> list[str]:
     """Say how many genes or peaks lie on chromosomes that the reference lacks, and what to do."""
-    number = rename_chroms(chrom, known).value_counts()
+    number = rename_chroms(chrom, known, genome).value_counts()
     lacking = number[~number.index.isin(pd.unique(known))]
     if lacking.empty:
         return []
@@ -249,7 +255,9 @@ def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, la
         example = ", ".join(map(str, var.index[:3]))
         raise InputError(
             f"{head} are in the {reference.name} reference; they look like {found.id_type} ({example})",
-            hint=_other_reference(describe_genes(gene_identity(var)["gene_id"])[1], reference),
+            hint="name genes by Ensembl id or symbol: in var_names, or in a column such as gene_id or gene_name"
+            if found.id_type == NUMBERS
+            else _other_reference(describe_genes(gene_identity(var)["gene_id"])[1], reference),
         )
     peaks = peak_regions(var)
     share, chance = coverage(peaks, reference.ccres)
@@ -263,7 +271,7 @@ def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, la
 
 
 def _other_reference(species: str, reference: Reference, genome: str = "") -> str:
-    if species and species != reference.name:
+    if species and not (species == reference.name and reference.is_built_in):
         return f"use --reference {species}"
     known = f" --genome {genome}" if genome else ""
     return f"take the data's own features with --reference dataset{known}, or make one with `cisformer build_reference`"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import pandas as pd
 
 from cisformer.config import Modality
-from cisformer.data.hdf5 import damaged
+from cisformer.data.features import are_row_numbers
+from cisformer.data.hdf5 import damaged, told_as_damage
 from cisformer.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_HEADINGS = {
+    "x", "v1", "barcode", "barcodes", "cell", "cell_id", "id", "gene", "gene_id", "gene_ids", "feature", "features",
+    "chrom", "chr", "seqnames", "peak", "#chrom",
+}  # fmt: skip
+"""What stands first in a line that names columns; no gene, peak or barcode is called so."""
 _HDF5_SUFFIXES = (".h5ad", ".h5", ".h5mu", ".loom")
 Container = Literal["hdf5", "zarr", "mtx", "fragments"]
 
@@ -118,11 +124,19 @@ def locate(
     elif _is_fragments(path, start):
         yield path, "fragments"
     else:
+        _refuse_content(path, start)
         _refuse_kind(path, set(REFUSED))
         raise InputError(
             f"{path} is not an HDF5 file; wanted {WANTED}",
             hint="convert it, for instance scanpy.read(…).write_h5ad(…)",
         )
+
+
+def is_fragments_file(path: Path) -> bool:
+    """Tell whether there is a file of fragments at `path`."""
+    import h5py
+
+    return path.is_file() and not h5py.is_hdf5(path) and _is_fragments(path, _first_bytes(path))
 
 
 def is_cells_folder(folder: Path) -> bool:
@@ -160,6 +174,33 @@ def _refuse_kind(path: Path, suffixes: set[str]) -> None:
         raise InputError(f"{path} is {what}; wanted {WANTED}", hint=how.replace("{path}", str(path)))
 
 
+def _refuse_content(path: Path, start: bytes) -> None:
+    """Raise `InputError` where the first bytes tell what went wrong: a download, an archive, an index."""
+    fields: list[str] = []
+    if path.name.removesuffix(".gz").endswith((".tsv", ".bed")) and "fragments" in path.name:
+        from cisformer.data.fragments import first_fields
+
+        fields = first_fields(path, start)
+    found = {
+        "empty": (not start, "download or make it again"),
+        "a web page, as a download that failed leaves": (start.lstrip().startswith(b"<"), "download it again"),
+        "a Git LFS pointer, not the file": (start.startswith(b"version "), "git lfs pull"),
+        "an archive of several files": (
+            start.startswith(b"PK\x03\x04") or path.name.endswith((".tar", ".tar.gz", ".tgz")),
+            "unpack it, and give what is in it",
+        ),
+        "an index of another file": (
+            path.suffix in (".tbi", ".csi", ".bai"), f"give {path.name.removesuffix(path.suffix)}"
+        ),
+        f"not a fragments file: its first line is {' '.join(fields)[:80]!r}": (
+            bool(fields), "wanted chromosome, start, end, barcode and count in 4 to 6 columns, separated by tabs"
+        ),
+    }  # fmt: skip
+    for what, (is_it, hint) in found.items():
+        if is_it:
+            raise InputError(f"{path} is {what}; wanted {WANTED}", hint=hint)
+
+
 def _is_zarr(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("zarr.json", ".zgroup", ".zmetadata"))
 
@@ -195,9 +236,10 @@ def _in_folder(folder: Path, modality: Modality, fragments: bool) -> Path:
             f"{folder} is an ArchR project; wanted {WANTED}",
             hint=f'in R: proj <- ArchR::loadArchRProject("{folder}"); {_FROM_ARCHR}',
         )
+    files = sorted(path.name for path in folder.iterdir() if path.name.endswith((*_HDF5_SUFFIXES, ".zarr")))
     raise InputError(
-        f"{folder} is a folder without matrix.mtx, .h5, .zarr or fragments; wanted {WANTED}",
-        hint="give the file in it",
+        f"{folder} is a folder without matrix.mtx, .h5, .zarr or fragments of a known name; wanted {WANTED}",
+        hint=f"give the file in it: {', '.join(files[:3])}" if files else "give the file in it",
     )
 
 
@@ -231,10 +273,8 @@ def read_mtx(matrix: Path) -> AnnData:
     logger.info("%s: a matrix in text form, loaded whole", matrix)
     barcodes = _table_beside(matrix, prefix, ("barcodes.tsv", "barcodes.txt", "cells.tsv"))
     features = _table_beside(matrix, prefix, ("features.tsv", "genes.tsv", "peaks.bed", "features.txt"))
-    try:
+    with told_as_damage(str(matrix)):
         stored = scipy.io.mmread(matrix)
-    except Exception as error:  # scipy, gzip and zlib raise whatever they come upon
-        raise damaged(str(matrix), error) from error
     turned = stored.shape == (len(barcodes), len(features)) != (len(features), len(barcodes))
     cells = sp.csr_matrix(stored if turned else stored.T)
     if cells.shape != (len(barcodes), len(features)):
@@ -270,7 +310,20 @@ def _table_beside(matrix: Path, prefix: str, names: tuple[str, ...]) -> pd.DataF
             f"{matrix} has no {prefix}{names[0]} beside it",
             hint=f"put {prefix}barcodes.tsv and {prefix}features.tsv into the same folder",
         )
-    try:
-        return pd.read_csv(path, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
-    except Exception as error:  # pandas, gzip and zlib raise whatever they come upon
-        raise damaged(str(path), error) from error
+    opener = gzip.open if path.suffix == ".gz" else open
+    with told_as_damage(str(path)), opener(path, "rt", encoding="utf-8-sig") as handle:
+        lines = [line.rstrip("\r\n") for line in handle]
+    lines = [line for line in lines if line.strip()]
+    mark = None if lines and "\t" not in lines[-1] and ".bed" in path.suffixes else "\t"
+    rows = [[field.strip('"') for field in line.split(mark)] for line in lines]
+    if rows and _is_heading(rows[0], rows[-1]):
+        logger.info("%s: the first line names its columns: %s", path, " ".join(rows[0]))
+        rows = rows[1:]
+    table = pd.DataFrame(rows, dtype=object).fillna("")
+    numbered = len(table.columns) > 1 and are_row_numbers(pd.Index(table[0]))
+    return table.drop(columns=0).set_axis(range(len(table.columns) - 1), axis=1) if numbered else table
+
+
+def _is_heading(first: list[str], last: list[str]) -> bool:
+    """Tell whether the first line of a table holds names of columns, by their number or what is known of them."""
+    return len(first) < len(last) or first[0].lower() in _HEADINGS

@@ -28,6 +28,9 @@ ID_COLUMNS = (
 STRANDS = {"+": "+", "-": "-", "1": "+", "-1": "-", "1.0": "+", "-1.0": "-", "+1": "+"}
 ENSEMBL = r"^(ENS[A-Z]*G\d{11})(?:\.\d+)?(?:_PAR_Y)?$"
 
+_WITHIN = r"(?i:(?<![A-Z])ENS[A-Z]{0,6}G[0-9]{11}(?![0-9]))"
+_GENOME_FIRST = r"(?i:(?:GRC[hm]|hg|mm)[0-9]+_)"
+
 _ZERO_BASED = {
     "chrom": ("chrom", "chr", "chromosome", "seqname", "contig", "#chrom", "peak_chrom"),
     "start": ("start", "chromstart", "peak_start"),
@@ -50,8 +53,16 @@ def strip_versions(ids: pd.Series) -> pd.Series:
     return ids.astype(str).str.replace(ENSEMBL, r"\1", regex=True)
 
 
-def gene_identity(var: pd.DataFrame) -> pd.DataFrame:
+def gene_identity(var: pd.DataFrame, species: str = "") -> pd.DataFrame:
     """Find ids and names of genes in an AnnData's `var`.
+
+    Parameters
+    ----------
+    var
+        Annotation of the genes.
+    species
+        Whose genes are wanted, ``"human"`` or ``"mouse"``: of a reference of several genomes, genes of others keep
+        the genome's name before theirs (``mm10_Actb``).
 
     Returns
     -------
@@ -59,8 +70,8 @@ def gene_identity(var: pd.DataFrame) -> pd.DataFrame:
     name) and ``gene_name`` (a column of `NAME_COLUMNS` where the index holds ids, else the index); one row
     per feature. An index of row numbers counts for nothing where a column holds names.
     """
-    index = _clean(var.index)
-    columns = {str(name).lower(): _clean(var[name]) for name in var.columns[::-1]}
+    index = _clean(var.index, species)
+    columns = {str(name).lower(): _clean(var[name], species) for name in var.columns[::-1]}
     named = next((columns[name] for name in NAME_COLUMNS if name in columns), None)
     if are_row_numbers(var.index):
         stated = next((columns[name] for name in ID_COLUMNS if name in columns), None)
@@ -71,8 +82,15 @@ def gene_identity(var: pd.DataFrame) -> pd.DataFrame:
     return _identity(index if ids is None else ids.where(ids.str.match(ENSEMBL), index), index)
 
 
-def _clean(names: pd.Series | pd.Index) -> pd.Series:
-    return strip_versions(strip_genome(pd.Series(np.asarray(names, dtype=object)).astype(str).str.strip()))
+def _clean(names: pd.Series | pd.Index, species: str) -> pd.Series:
+    """Return names as text, without quotes, genomes and versions; Ensembl ids out of ``ENSG…_NAME``, ``gene:ENSG…``."""
+    text = pd.Series(np.asarray(names, dtype=object)).astype(str).str.strip(" \t\r\n\"'")
+    text = strip_versions(strip_genome(text, species))
+    if text.str.contains(_WITHIN, regex=True).mean() > 0.5:
+        within = text.str.extract(f"({_WITHIN})", expand=False).str.upper()
+        plain = within.notna() & ~text.str.match(_GENOME_FIRST)
+        text = within.where(plain, text)
+    return text
 
 
 def _are_ensembl(names: pd.Series) -> bool:

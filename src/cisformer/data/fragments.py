@@ -41,6 +41,13 @@ _MOST_PAIRS = 1 << 22  # pairs of the cells that are read back at once
 _CHECKED = 2_000_000  # insertions that tell whether the genome is the reference's
 _STRIDE = 1 << 40  # as in genome.py: more than any chromosome is long
 _COLUMNS = ("chrom", "start", "end", "barcode", "count", "strand")
+_NAMES = [
+    ["chrom", "start", "end"],
+    ["chr", "start", "end"],
+    ["chromosome", "start", "end"],
+    ["seqnames", "start", "end"],
+]
+"""How columns are called where the first line names them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +62,14 @@ class FragmentOptions:
         The cells wanted, in any order; `None` for those with enough fragments.
     min_fragments
         How many are enough.
+    genome
+        Of the regions: chromosomes that say they are of another species are left out.
     """
 
     ccres: pd.DataFrame
     barcodes: pd.Index | None = None
     min_fragments: int = MIN_FRAGMENTS
+    genome: str = ""
 
 
 class Pieces:
@@ -89,7 +99,7 @@ class Pieces:
 def _disjoint(
     start: NDArray[np.int64], end: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    edges = np.unique(np.concatenate([start, end]))
+    edges = _sorted_once(np.concatenate([start, end]))
     depth = np.bincount(np.searchsorted(edges, start), minlength=len(edges)) - np.bincount(
         np.searchsorted(edges, end), minlength=len(edges)
     )
@@ -173,8 +183,9 @@ class FragmentCells:
         self.pieces = Pieces(options.ccres)
         self._pairs = PairFile(files, len(self.pieces))
         self._known: dict[str, int] = {}
-        self._wanted = options.barcodes
+        self._wanted, self._genome = options.barcodes, options.genome
         self._counts = np.zeros(0, np.int64)
+        self._chroms: dict[str, int] = {}
         self._read(path)
         enough = 1 if self._wanted is not None else options.min_fragments
         self._kept = np.flatnonzero(self._counts >= enough)
@@ -185,6 +196,16 @@ class FragmentCells:
         self._step = max(1, int(_MOST_PAIRS / max(per_cell, 1)))
         self._cached: tuple[int, sp.csr_matrix] = (-1, sp.csr_matrix((0, len(self.pieces))))
 
+    @property
+    def chroms(self) -> list[str]:
+        """Chromosomes of the file, as it names them."""
+        return list(self._chroms)
+
+    @property
+    def knows_chroms(self) -> bool:
+        """Whether the regions have one of them."""
+        return any(number >= 0 for number in self._chroms.values())
+
     def _read(self, path: Path) -> None:
         import pyarrow as pa
 
@@ -192,7 +213,7 @@ class FragmentCells:
         if self._wanted is not None:
             self._known = {str(barcode): number for number, barcode in enumerate(self._wanted)}
         self._counts = np.zeros(len(self._known), np.int64)
-        chroms: dict[str, int] = {}
+        chroms = self._chroms
         n_checked = n_hit = n_moved = 0
         for batch in _batches(path):
             cell = self._cell_codes(batch.column(3), wanted)
@@ -236,7 +257,7 @@ class FragmentCells:
         names = chroms.dictionary.to_pylist()
         new = pd.Series([name for name in names if name not in known], dtype=object)
         place = {name: number for number, name in enumerate(self.pieces.chroms)}
-        spelt = rename_chroms(new, self.pieces.chroms)
+        spelt = rename_chroms(new, self.pieces.chroms, self._genome)
         known.update({name: place.get(spelling, -1) for name, spelling in zip(new, spelt, strict=True)})
         return np.array([known[name] for name in names], np.int64)[chroms.indices.to_numpy()]
 
@@ -276,9 +297,9 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
             yield from csv.open_csv(
                 stream,
                 csv.ReadOptions(
-                    column_names=names, block_size=_BLOCK_BYTES, skip_rows=_n_comments(path, start)
+                    column_names=names, block_size=_BLOCK_BYTES, skip_rows=_n_heading(path, start)
                 ),
-                csv.ParseOptions(delimiter="\t", quote_char=False),
+                csv.ParseOptions(delimiter="\t", quote_char=False, invalid_row_handler=_skip_comment),
                 csv.ConvertOptions(include_columns=names[:4], column_types=types, strings_can_be_null=False),
             )
     except (pa.ArrowException, OSError) as error:
@@ -304,7 +325,8 @@ def _head(path: Path, start: bytes) -> Iterator[str]:
             yield from stream.read(1 << 16).decode("utf-8", "replace").split("\n")[:-1]
         return
     opener: Any = gzip.open if _compression(start) == "gzip" else open
-    with contextlib.suppress(OSError, EOFError, UnicodeDecodeError, zlib.error), opener(path, "rt") as handle:
+    no_text = (OSError, EOFError, UnicodeDecodeError, zlib.error)
+    with contextlib.suppress(*no_text), opener(path, "rt", encoding="utf-8") as handle:
         for _ in range(1000):
             line = handle.readline(1 << 14)
             if not line:
@@ -313,13 +335,24 @@ def _head(path: Path, start: bytes) -> Iterator[str]:
 
 
 def first_fields(path: Path, start: bytes) -> list[str]:
-    """Return the fields of the first line that is no comment; none where there is no such line of text."""
-    line = next((line for line in _head(path, start) if not line.startswith("#")), "")
+    """Return the fields of the first line that is no heading; none where there is no such line of text."""
+    line = next((line for line in _head(path, start) if not _is_heading(line)), "")
     return line.split("\t") if line else []
 
 
-def _n_comments(path: Path, start: bytes) -> int:
-    return sum(1 for _ in itertools.takewhile(lambda line: line.startswith("#"), _head(path, start)))
+def _is_heading(line: str) -> bool:
+    """Tell a comment, an empty line and the names of columns from a fragment."""
+    line = line.removeprefix("\ufeff").strip()
+    return not line or line.startswith("#") or line.lower().split("\t")[:3] in _NAMES
+
+
+def _n_heading(path: Path, start: bytes) -> int:
+    return sum(1 for _ in itertools.takewhile(_is_heading, _head(path, start)))
+
+
+def _skip_comment(row: Any) -> str:
+    """Leave out comments between fragments, as files that were put together have them."""
+    return "skip" if row.text is not None and row.text.startswith("#") else "error"
 
 
 def require_pyarrow(path: Path) -> Any:
@@ -351,6 +384,12 @@ def count_fragments(path: Path, options: FragmentOptions, files: contextlib.Exit
                 f"{path} has no barcode with {options.min_fragments:,} fragments on the reference's chromosomes",
                 hint="lower --min_fragments",
             )
+        if not cells.knows_chroms:
+            raise InputError(
+                f"{path} has no fragment on a chromosome of the reference: it has {', '.join(cells.chroms[:3])}, the "
+                f"reference has {', '.join(cells.pieces.chroms[:3])}",
+                hint="give fragments of the reference's genome, or a reference of theirs",
+            )
         raise InputError(
             f"{path} shares no barcode with the RNA: it has {', '.join(example_barcodes(path))}, the RNA has "
             f"{', '.join(map(str, options.barcodes[:3]))}",
@@ -373,6 +412,20 @@ def _spelt_as_in(path: Path, options: FragmentOptions) -> FragmentOptions:
 def example_barcodes(path: Path, n_lines: int = 1000) -> list[str]:
     """Return three barcodes of the first lines of a fragments file."""
     return list(barcode_sample(path, n_lines)[:3])
+
+
+def first_fragments(path: Path, n: int = 200_000) -> pd.DataFrame:
+    """Return the first fragments of a file: ``chrom, start, end, barcode``."""
+    require_pyarrow(path)
+    blocks, n_read = [], 0
+    for batch in _batches(path):
+        blocks.append(batch.to_pandas().astype({"chrom": str, "barcode": str}))
+        n_read += batch.num_rows
+        if n_read >= n:
+            break
+    return (
+        pd.concat(blocks, ignore_index=True).head(n) if blocks else pd.DataFrame(columns=list(_COLUMNS[:4]))
+    )
 
 
 def barcode_sample(path: Path, n_lines: int = 200_000) -> pd.Index:

@@ -32,7 +32,10 @@ _DOTTED = re.compile(r"^(chr[^\s:.]+|[0-9XY]{1,2}|MT)\.([0-9]{1,12})\.([0-9]{1,1
 _LONG_NUMBERS = re.compile(
     r"^(\S*[^\s:_-])[:_-]([0-9][0-9,.]*(?:e[+]?[0-9]+)?)[_-]([0-9][0-9,.]*(?:e[+]?[0-9]+)?)$"
 )
-_GENOME_PREFIX = re.compile(r"^(?:GRCh3[78]|GRCm3[89]|hg19|hg38|mm10|mm39)_+(?=.)", re.IGNORECASE)
+_ANY_MARKS = re.compile(
+    r"""^["']?([^\s:|"']*[^\s:|"'_.-])(?:\s+|[:|_-])([0-9]{1,12})(?:\.\.|\s+|[:|_-])([0-9]{1,12})["']?$"""
+)
+_GENOME_PREFIX = re.compile(r"^(GRCh3[78]|GRCm3[89]|hg19|hg38|mm10|mm39)[_.-]+(?=.)", re.IGNORECASE)
 _STRIDE = 1 << 40  # more than any chromosome is long: position + code * _STRIDE orders a whole genome
 
 
@@ -44,7 +47,7 @@ def parse_regions(names: Iterable[str]) -> pd.DataFrame:
     names
         ``chrom:start-end``; ``chrom-start-end`` and ``chrom_start_end`` are understood too, and what R and
         `var_names_make_unique` make of them: ``chr1.10.20``, ``chr1-1e+05-100500``, ``chr1:10,000-10,500``,
-        ``chr1:10-20:*``, ``chr1:10-20-1``.
+        ``chr1:10-20:*``, ``chr1:10-20-1``; and other marks between the three: ``chr1:10..20``, ``chr1|10|20``, blanks.
 
     Returns
     -------
@@ -78,7 +81,7 @@ def parse_regions(names: Iterable[str]) -> pd.DataFrame:
 def _odd_region(name: str) -> tuple[str, int, int]:
     """Read a region as R, pandas or a spreadsheet may spell it; `InputError` where it is none."""
     stripped = name.strip()
-    plain = _MADE_UNIQUE.match(stripped) or _DOTTED.match(stripped)
+    plain = _MADE_UNIQUE.match(stripped) or _DOTTED.match(stripped) or _ANY_MARKS.match(stripped)
     if plain:
         return plain[1], int(plain[2]), int(plain[3])
     numbers = _LONG_NUMBERS.match(stripped)
@@ -249,18 +252,26 @@ def nearest_tss(regions: pd.DataFrame, genes: pd.DataFrame) -> tuple[NDArray[np.
     return row, np.where(row >= 0, distance, 0)
 
 
-def rename_chroms(chrom: pd.Series, known: Iterable[str]) -> pd.Series:
+def rename_chroms(chrom: pd.Series, known: Iterable[str], genome: str = "") -> pd.Series:
     """Spell chromosomes as `known` does, where only the spelling differs.
 
-    That is ``1`` and ``chr1``; ``MT`` and ``chrM``; ``GRCh38_chr1`` (Cell Ranger with several genomes);
+    That is ``1``, ``chr1`` and ``CHR1``; ``MT`` and ``chrM``; ``GRCh38_chr1`` (Cell Ranger with several genomes);
     ``NC-000001.11`` (Seurat, which allows no ``_``). Names without a counterpart in `known` stay as they are.
+
+    Parameters
+    ----------
+    chrom
+        Names to spell anew.
+    known
+        Names to spell them like.
+    genome
+        The genome of `known`: chromosomes that say they are of another species stay as they are.
     """
     known = set(known)
     dashed = {name.replace("_", "-"): name for name in known}
     spelling = {}
-    for name in pd.unique(chrom):
-        plain = _GENOME_PREFIX.sub("", name)
-        bare = plain.removeprefix("chr")
+    for name, plain in _without_genome(pd.unique(chrom), species_of(genome)).items():
+        bare = re.sub(r"^chr", "", plain, flags=re.IGNORECASE)
         bare = "M" if bare == "MT" else bare
         options = (name, plain, bare, f"chr{bare}", "MT" if bare == "M" else name)
         close = dashed.get(name.replace("_", "-"), name)
@@ -268,6 +279,26 @@ def rename_chroms(chrom: pd.Series, known: Iterable[str]) -> pd.Series:
     return chrom.map(spelling)
 
 
-def strip_genome(names: pd.Series) -> pd.Series:
-    """Strip the name of the genome that Cell Ranger puts before features of a reference of several genomes."""
-    return names.str.replace(_GENOME_PREFIX, "", regex=True)
+def strip_genome(names: pd.Series, species: str = "") -> pd.Series:
+    """Strip the name of the genome that Cell Ranger puts before features of a reference of several genomes.
+
+    Where there are several species, only those of `species` lose it: ``mm10_Actb`` is no human gene.
+    """
+    return names.map(_without_genome(pd.unique(names), species))
+
+
+def species_of(genome: str) -> str:
+    """Return ``"human"`` or ``"mouse"``, or ``""`` of another genome, by its name."""
+    name = genome.lower()
+    return "human" if name.startswith(("grch", "hg")) else "mouse" if name.startswith(("grcm", "mm")) else ""
+
+
+def _without_genome(names: Iterable[str], species: str) -> dict[str, str]:
+    """Return each name without the genome before it, where that is of `species`, or of the only species named."""
+    found = {name: _GENOME_PREFIX.match(name) for name in names}
+    named = {species_of(match[1]) for match in found.values() if match}
+    mine = {species} if species else named if len(named) == 1 else set()
+    return {
+        name: name[match.end() :] if match and species_of(match[1]) in mine else name
+        for name, match in found.items()
+    }

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cisformer.errors import InputError
+from cisformer.errors import CisformerError, InputError
 
 if TYPE_CHECKING:
     import h5py
@@ -106,10 +106,8 @@ def open_zarr(folder: Path) -> Any:
         raise InputError(
             f"reading {folder} takes zarr, which is not installed", hint='pip install "cisformer-links[io]"'
         ) from error
-    try:
+    with told_as_damage(str(folder)):
         return zarr.open_group(str(folder), mode="r")
-    except Exception as error:  # zarr raises whatever it comes upon
-        raise damaged(str(folder), error) from error
 
 
 def _refuse_changed(path: Path, before: os.stat_result) -> None:
@@ -191,6 +189,33 @@ def _require_filters(name: str, node: h5py.Dataset, label: str) -> None:
                 f"{label} is compressed with {called} ({name}), which takes hdf5plugin; that is not installed",
                 hint='pip install "cisformer-links[io]"',
             )
+
+
+@contextlib.contextmanager
+def told_as_damage(label: str, wanted: str = "") -> Iterator[None]:
+    """Tell what goes wrong while a file is read as damage to it.
+
+    h5py, anndata, zarr and pandas raise whatever they come upon in a damaged file. Errors of ours, of memory and of
+    an installation (a library that cannot be imported) are none of the file's and pass through.
+
+    Parameters
+    ----------
+    label
+        What to call the file.
+    wanted
+        Hint in place of "copy or make the file again".
+
+    Raises
+    ------
+    InputError
+    """
+    try:
+        yield
+    except (CisformerError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        told = damaged(label, error)
+        raise InputError(told.message, hint=wanted or told.hint) from error
 
 
 def damaged(label: str, error: Exception | str) -> InputError:

@@ -12,13 +12,15 @@ import numpy as np
 
 from cisformer.config import Modality
 from cisformer.data.alignment import are_genes, describe_genes, map_genes, map_peaks
-from cisformer.data.containers import is_cells_folder
+from cisformer.data.containers import is_cells_folder, is_fragments_file
 from cisformer.data.features import gene_identity, peak_regions
+from cisformer.data.fragments import first_fragments
 from cisformer.data.genome import CCRE_COLUMNS, parse_regions
 from cisformer.data.hdf5 import open_hdf5
-from cisformer.data.reference import BUILT_IN, GENOMES, Reference, guess_genome, load_reference
-from cisformer.data.sources import FEATURE_TYPE_COLUMNS, Source, open_rows
+from cisformer.data.reference import BUILT_IN, GENOMES, Reference, coverage, guess_genome, load_reference
+from cisformer.data.sources import Source, open_rows
 from cisformer.data.store import CellStore
+from cisformer.data.tables import FEATURE_TYPE_COLUMNS
 from cisformer.errors import CheckpointError, InputError
 from cisformer.runtime.archive import is_archive, read_card, unpacked
 from cisformer.runtime.files import read_json, sha256_file
@@ -73,7 +75,8 @@ def inspect(
     Parameters
     ----------
     paths
-        Files (h5ad, h5mu or 10x h5), and data sets, checkpoints, packed models and references of cisformer, or a
+        Files of cells as `open_rows` reads them, fragments, and data sets, checkpoints, packed models and references
+        of cisformer, or a
         folder of such.
     reference
         What to count found genes and peaks in; by default the built-in one that fits the genome.
@@ -101,6 +104,9 @@ def inspect(
         own = _own_folders(path)
         records += [_describe_own(folder, name, verify) for folder, name in own]
         if own:
+            continue
+        if is_fragments_file(path):
+            records.append(_describe_fragments(path))
             continue
         for source in _modalities(path):
             records.append(_describe_source(source, wanted) | _written_by_us(path))
@@ -259,6 +265,27 @@ def _describe_source(source: Source, wanted: Reference | None) -> Record:
     }
 
 
+def _describe_fragments(path: Path) -> Record:
+    """Describe a fragments file by its first fragments: reading all of one takes minutes."""
+    sample = first_fragments(path)
+    genome = guess_genome(sample[CCRE_COLUMNS])
+    species = GENOMES.get(genome, "")
+    record = {
+        "path": str(path),
+        "kind": "fragments",
+        "modality": "atac",
+        "n_looked_at": len(sample),
+        "species": species,
+        "genome": genome,
+        "values": "fragments",
+        "barcodes": sample["barcode"].unique()[:3].tolist(),
+    }
+    if species:
+        share, _ = coverage(sample[CCRE_COLUMNS], load_reference(species).ccres)
+        record |= {"reference": species, "share_found": round(share, 4)}
+    return record
+
+
 def _guess(source: Source) -> tuple[str, str, str]:
     """Return species, genome and naming; the species of peaks is that of the genome they fit."""
     if source.modality == "rna":
@@ -270,9 +297,10 @@ def _guess(source: Source) -> tuple[str, str, str]:
 
 def _written_by_us(path: Path) -> Record:
     """Return what an h5ad that cisformer wrote says of itself."""
+    import h5py
     from anndata.io import read_elem
 
-    if path.is_dir():
+    if path.is_dir() or not h5py.is_hdf5(path):
         return {}
     with open_hdf5(path) as (file, _):
         if "uns" not in file or "cisformer" not in file["uns"]:

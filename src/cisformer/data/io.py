@@ -14,7 +14,9 @@ import pandas as pd
 import scipy.sparse as sp
 
 from cisformer.config import Modality
+from cisformer.data.hdf5 import check_claims, kind_of, open_hdf5, told_as_damage
 from cisformer.data.sources import open_rows
+from cisformer.errors import InputError
 from cisformer.runtime.files import atomic_path
 from cisformer.runtime.provenance import provenance
 
@@ -81,6 +83,38 @@ def _read(data: str | Path | AnnData, modality: Modality) -> AnnData:
         matrix.sum_duplicates()
         matrix.eliminate_zeros()
         return AnnData(matrix, obs=source.obs.copy(), var=source.var.copy())
+
+
+def load_h5ad(data: str | Path | AnnData, *, backed: bool = False) -> AnnData:
+    """Return an AnnData as it is, or read one from an h5ad: all of it, as it stands there.
+
+    For what is no input of cells in counts (`open_rows` reads these): predictions, labelled cells, evaluated ones.
+
+    Parameters
+    ----------
+    data
+        An ``.h5ad``, also compressed with zstd or blosc where hdf5plugin is installed; or an AnnData.
+    backed
+        Leave ``X`` in the file, where there is one.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, it is no h5ad, it is damaged, or open for writing elsewhere.
+    """
+    if not isinstance(data, str | Path):
+        return data
+    import anndata
+
+    if not Path(data).is_file():
+        raise InputError(f"there is no file {data}", hint="check the path")
+    with open_hdf5(data) as (file, _), told_as_damage(str(data)):
+        if (kind := kind_of(file, str(data))) != "h5ad":
+            raise InputError(f"{data} is {kind}; wanted an .h5ad", hint="give one AnnData in an .h5ad")
+        check_claims(file, str(data))
+        has_matrix = "X" in file
+    with told_as_damage(str(data)):
+        return anndata.read_h5ad(data, backed="r" if backed and has_matrix else None)
 
 
 class H5adWriter:

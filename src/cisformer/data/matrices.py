@@ -34,12 +34,18 @@ def first_bad(values: NDArray, *, whole: bool) -> tuple[str, int]:
     if not 0 <= values.min() <= values.max() < np.inf:
         return "negative, infinite or not a number", int(np.argmin((values >= 0) & (values < np.inf)))
     if whole and values.dtype.kind == "f":
-        fractional = values != np.rint(values)
+        fractional = ~_are_whole(values)
         if fractional.any():
             return "not a whole number", int(np.argmax(fractional))
     if whole and values.max() > MAX_COUNT:
         return "more than any gene is counted", int(np.argmax(values))
     return "", 0
+
+
+def _are_whole(values: NDArray) -> NDArray[np.bool_]:
+    """Tell which values are whole numbers, but for the rounding of who normalised counts and turned them back."""
+    nearest = np.rint(values)
+    return np.abs(values - nearest) <= np.minimum(1e-5 * np.maximum(nearest, 1), 0.01)
 
 
 def describe_values(values: NDArray | None) -> str:
@@ -58,9 +64,9 @@ def describe_values(values: NDArray | None) -> str:
         return "missing"
     if not values.any():
         return "empty"
-    if ((values == 0) | (values == 1)).all():
+    if values.max() <= 1.01 and values.min() >= 0 and _are_whole(values).all():
         return "binary"
-    if (values == np.rint(values)).all():
+    if _are_whole(values).all():
         return "counts"
     if values.min() < 0:
         return "scaled"

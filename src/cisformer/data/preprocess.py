@@ -256,7 +256,9 @@ def _opened(
     fixed = None if own else reference if isinstance(reference, Reference) else load_reference(reference)
     with open_rows(inputs[0], "rna") as genes:
         least = options.min_fragments or 1
-        fragments = None if fixed is None else FragmentOptions(fixed.ccres, genes.obs.index, least)
+        fragments = (
+            None if fixed is None else FragmentOptions(fixed.ccres, genes.obs.index, least, fixed.genome)
+        )
         with open_rows(inputs[1], "atac", fragments=fragments) as peaks:
             chosen = fixed or dataset_reference(genes.var, peaks.var, options.gtf, options.genome)
             if (

@@ -150,9 +150,15 @@ def load_reference(source: str | Path) -> Reference:
     ReferenceMismatchError
         If the tables in the folder are not those it was saved with.
     """
-    if str(source) in BUILT_IN:
-        return _load_built_in(str(source))
     folder = Path(source)
+    if str(source) in BUILT_IN and not (isinstance(source, Path) and folder.is_dir()):
+        if (folder / "reference.json").is_file():
+            logger.warning(
+                "the built-in reference %s is taken, not the folder of that name; ./%s names the folder",
+                source,
+                source,
+            )
+        return _load_built_in(str(source))
     if not folder.is_dir():
         raise InputError(
             f"there is no reference {str(source)!r}: wanted human, mouse, dataset, or a folder",
@@ -217,7 +223,7 @@ def save_reference(reference: Reference, folder: str | Path) -> None:
         "n_ccres": reference.n_ccres,
         "fingerprint": reference.fingerprint,
     }
-    (folder / "reference.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "reference.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def _load_folder(folder: Path) -> Reference:
@@ -342,9 +348,18 @@ def dataset_reference(
         logger.warning(
             "%d of %d genes have no coordinates and get no cis window, such as %s%s",
             len(unknown), len(genes), _few(unknown["gene_name"]),
-            "" if gtf or genome else f"; --gtf can give them, or --genome {'|'.join(GENOMES)}",
+            "" if gtf else _who_has_them(genome),
         )  # fmt: skip
     return Reference("dataset", genome, genes, ccres)
+
+
+def _who_has_them(genome: str) -> str:
+    """Say where the coordinates of genes can be had that are missing."""
+    if not genome:
+        return f"; --gtf can give them, or --genome {'|'.join(GENOMES)}"
+    if genome in BUILT_IN.values():
+        return ""
+    return f"; the built-in genes of {genome} are RefSeq's, by name: --gtf gives others, such as Ensembl's lncRNAs"
 
 
 def _gene_coordinates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,9 @@ def slot_names(layers: Any) -> list[str]:
     return [*SLOTS, *sorted(others)]
 
 
-def choose_slot(nodes: dict[str, Any], modality: Modality, label: str, strict: bool) -> Slot:
+def choose_slot(
+    nodes: dict[str, Any], modality: Modality, label: str, strict: bool, others: Sequence[str] = ()
+) -> Slot:
     """Return the first slot that holds counts; ATAC may do with other values in X where most entries are 0.
 
     Parameters
@@ -58,6 +61,8 @@ def choose_slot(nodes: dict[str, Any], modality: Modality, label: str, strict: b
         What they are read as, and what to call the file.
     strict
         Whether RNA that is not in counts, and ATAC that is imputed, is refused.
+    others
+        Layers that are not looked at, to be named where nothing will do.
 
     Raises
     ------
@@ -84,9 +89,16 @@ def choose_slot(nodes: dict[str, Any], modality: Modality, label: str, strict: b
             hint="store the observed counts in layers['counts'], or give the file from before imputation",
         )
     looks = ", ".join(f"{slot.holds} values in {slot.name}" for slot in slots) or "no matrix"
+    beside = f"; not looked at: {', '.join(others[:5])}" if others else ""
+    how = "store the raw counts in layers['counts']"
+    if {"layers/spliced", "layers/unspliced"} <= set(others):
+        how += ": adata.layers['counts'] = adata.layers['spliced'] + adata.layers['unspliced']"
+    elif any(slot.holds == "missing" for slot in slots):
+        how += "; where NaN stand for 0, as a concatenation leaves them: numpy.nan_to_num"
     raise InputError(
-        f"{label}: no {modality.upper()} counts; wanted whole numbers in layers['counts'], raw or X, found {looks}",
-        hint="store the raw counts in layers['counts']",
+        f"{label}: no {modality.upper()} counts; wanted whole numbers in layers['counts'], raw or X, found {looks}"
+        f"{beside}",
+        hint=how,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,12 +21,21 @@ from numpy.typing import NDArray
 
 from cisformer.config import Modality
 from cisformer.data.containers import locate, read_mtx
-from cisformer.data.features import are_row_numbers
 from cisformer.data.fragments import FragmentOptions, count_fragments
-from cisformer.data.hdf5 import check_claims, damaged, kind_of, open_hdf5, open_zarr
+from cisformer.data.hdf5 import check_claims, damaged, kind_of, open_hdf5, open_zarr, told_as_damage
 from cisformer.data.matrices import Reader, Transposed, first_bad, row_reader
 from cisformer.data.slots import Slot, choose_slot, slot_names
-from cisformer.errors import CisformerError, InputError
+from cisformer.data.tables import (
+    FEATURE_TYPE_COLUMNS,
+    FEATURE_TYPES,
+    check_barcodes,
+    check_orientation,
+    columns_of,
+    plain_columns,
+    refuse_peaks,
+    with_barcodes,
+)
+from cisformer.errors import InputError
 
 if TYPE_CHECKING:
     import h5py
@@ -36,37 +45,10 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["h5ad", "h5mu", "10x h5", "loom", "zarr", "mtx", "fragments", "AnnData", "MuData"]
 
-FEATURE_TYPES = {
-    "rna": {"gene expression", "gex", "rna"},
-    "atac": {"peaks", "atac", "chromatin accessibility"},
-}
-"""What feature types and the modalities of an h5mu are called, in lower case."""
-
-FEATURE_TYPE_COLUMNS = ("feature_types", "feature_type", "modality")
-"""Columns of `var` that may tell genes from peaks."""
-
 _MODALITY_WORDS = {
     "rna": re.compile(r"rna|gex|gene|expression", re.IGNORECASE),
     "atac": re.compile(r"atac|peak|chromatin|accessib", re.IGNORECASE),
 }
-_REGION_NAME = r"^(chr)?[^\s:]+[:_-]\d+[_-]\d+$"
-_FEATURE_NAME = r"^ENS[A-Z]*G\d{11}|^chr[^\s:]+[:_-]\d+[_-]\d+$"
-_BARCODE_NAME = r"^(.*[#_])?[ACGT]{12,}([-_.].*)?$"
-_CONTROL = r"[\x00-\x1f\x7f\ud800-\udfff]"
-"""What no line of a text file can hold."""
-
-BARCODE_COLUMNS = (
-    "barcode",
-    "barcodes",
-    "cell_barcode",
-    "cb",
-    "cell_id",
-    "cellid",
-    "cell",
-    "cellnames",
-    "index",
-)
-"""Columns of `obs` that may hold the barcodes, in lower case, where the names only count rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,16 +102,14 @@ class Source:
         """
         block = self.read(start, end)
         self._check_counts(block, start)
+        if self.modality == "rna" and block.data.dtype.kind == "f":
+            block.data = np.rint(block.data)
         return block
 
     def read(self, start: int, end: int) -> sp.csr_matrix:
         """Return cells as `rows` does, unchecked."""
-        try:
+        with told_as_damage(self.label):
             block = self._read(start, end)
-        except MemoryError:
-            raise
-        except Exception as error:  # HDF5 and scipy raise whatever they come upon in a damaged file
-            raise damaged(self.label, error) from error
         if block.indices.size and not 0 <= block.indices.min() <= block.indices.max() < block.shape[1]:
             raise damaged(self.label, f"its matrix holds features outside 0 to {block.shape[1] - 1}")
         return block if self._columns is None else sp.csr_matrix(block[:, self._columns])
@@ -187,6 +167,11 @@ def open_rows(
     with contextlib.ExitStack() as stack:
         if isinstance(data, str | Path):
             source = _of_path(data, modality, strict, fragments, stack)
+        elif not (hasattr(data, "obs") and hasattr(data, "var_names")):
+            raise InputError(
+                f"{modality.upper()} is given as {type(data).__name__}; wanted a path, an AnnData or a MuData",
+                hint="of a table of cells x features: anndata.AnnData(table)",
+            )
         elif hasattr(data, "mod"):
             name = modality_name(list(data.mod), modality, label or "the MuData")
             shared = _with_shared_obs(data.mod[name].obs, data.obs)
@@ -246,7 +231,9 @@ def _announce(source: Source) -> None:
 
 def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> Source:
     """Open an HDF5 file, or a zarr group, whose AnnData is laid out in the same way."""
-    try:
+    import anndata  # noqa: F401  # here, so that what its import raises is not told as damage
+
+    with told_as_damage(label):
         kind = kind_of(file, label)
         check_claims(file, label)
         if kind == "10x h5":
@@ -255,10 +242,6 @@ def _of_file(file: h5py.File, modality: Modality, label: str, strict: bool) -> S
             return _of_loom(file, modality, label, strict)
         group = file["mod"][modality_name(list(file["mod"]), modality, label)] if kind == "h5mu" else file
         return _of_group(group, kind, modality, label, strict)
-    except (CisformerError, MemoryError):
-        raise
-    except Exception as error:  # of a damaged file, h5py and anndata raise whatever they come upon
-        raise damaged(label, error) from error
 
 
 def modality_name(names: list[str], modality: Modality, label: str) -> str:
@@ -293,12 +276,17 @@ def _of_group(group: h5py.Group, kind: Kind, modality: Modality, label: str, str
     obs, var = read_elem(group["obs"]), read_elem(group["var"])
     if strict:
         refuse_peaks(var, modality, label)
-    slot = choose_slot(nodes, modality, label, strict)
+    slot = choose_slot(nodes, modality, label, strict, _others(group.get("layers", ()), names))
     if slot.name == "raw/X":
         var = _raw_var(read_elem(group["raw/var"]), var)
     if kind == "h5mu":
         obs = _with_shared_obs(obs, read_elem(group.file["obs"]))
     return _source(label, kind, modality, obs, var, slot)
+
+
+def _others(layers: Iterable[str], names: list[str]) -> tuple[str, ...]:
+    """Return the layers that are not looked at, for messages."""
+    return tuple(f"layers/{name}" for name in layers if f"layers/{name}" not in names)
 
 
 def _raw_var(raw: pd.DataFrame, var: pd.DataFrame) -> pd.DataFrame:
@@ -330,7 +318,7 @@ def _of_anndata(adata: AnnData, modality: Modality, label: str, strict: bool) ->
     nodes = {name: stored[name] for name in names if stored.get(name) is not None}
     if strict:
         refuse_peaks(adata.var, modality, label)
-    slot = choose_slot(nodes, modality, label, strict)
+    slot = choose_slot(nodes, modality, label, strict, _others(adata.layers, names))
     var = _raw_var(raw.var, adata.var) if slot.name == "raw/X" else adata.var
     return _source(label, "AnnData", modality, adata.obs, var, slot)
 
@@ -388,22 +376,11 @@ def _source(
     label: str, kind: Kind, modality: Modality, obs: pd.DataFrame, var: pd.DataFrame, slot: Slot
 ) -> Source:
     """Make a `Source` of checked barcodes and of this modality's features only."""
-    obs, var = _plain_columns(obs), _plain_columns(var)
-    obs = _with_barcodes(obs.set_axis(obs.index.astype(str)), label)
-    unfit = obs.index[obs.index.str.contains(_CONTROL) | (obs.index == "")]
-    if len(unfit):
-        raise InputError(
-            f"{label} has {len(unfit):,} barcodes that are empty or hold control characters, such as {unfit[0]!r}",
-            hint="rename these cells",
-        )
-    repeated = obs.index[obs.index.duplicated()].unique()
-    if len(repeated):
-        raise InputError(
-            f"{label} has {len(repeated):,} barcodes more than once, such as {', '.join(repeated[:3])}",
-            hint="make them unique, for instance by adding the sample to each, in RNA and ATAC alike",
-        )
+    obs, var = plain_columns(obs), plain_columns(var)
+    obs = with_barcodes(obs.set_axis(obs.index.astype(str)), label)
+    check_barcodes(obs, label)
     check_orientation(obs, var, label)
-    columns = _columns_of(var, modality, label)
+    columns = columns_of(var, modality, label)
     chosen = var if columns is None else var.iloc[columns]
     if not len(obs) or not len(chosen):
         raise InputError(
@@ -414,72 +391,3 @@ def _source(
         )
     layout, read = row_reader(slot.node, (len(obs), len(var)), label)
     return Source(label, kind, modality, obs, chosen, slot.name, layout, slot.holds, read, columns)
-
-
-def _with_barcodes(obs: pd.DataFrame, label: str) -> pd.DataFrame:
-    """Name cells by the column of barcodes where their names only count rows."""
-    if not are_row_numbers(obs.index):
-        return obs
-    columns = {name.lower(): name for name in obs.columns[::-1]}
-    for column in (columns[name] for name in BARCODE_COLUMNS if name in columns):
-        barcodes = obs[column].astype(str)
-        if barcodes.is_unique and not are_row_numbers(pd.Index(barcodes)):
-            logger.warning(
-                "%s: cells are named by row numbers; their barcodes are read from obs[%r]", label, column
-            )
-            return obs.set_axis(pd.Index(barcodes.to_numpy()))
-    return obs
-
-
-def refuse_peaks(var: pd.DataFrame, modality: Modality, label: str) -> None:
-    """Raise `InputError` where RNA is wanted and all features are peaks."""
-    names = pd.Series(var.index[:50].astype(str))
-    told = any(name in var for name in FEATURE_TYPE_COLUMNS)
-    if modality == "rna" and not told and len(names) and names.str.match(_REGION_NAME).all():
-        raise InputError(
-            f"{label} holds peaks, such as {names[0]}; wanted RNA counts of genes",
-            hint="give the RNA file with -r and the ATAC file with -a",
-        )
-
-
-def check_orientation(obs: pd.DataFrame, var: pd.DataFrame, label: str) -> None:
-    """Raise `InputError` where cells are named as features are, and features as cells."""
-    few = [pd.Series(table.index[:50].astype(str)) for table in (obs, var)]
-    features, barcodes = few[0].str.match(_FEATURE_NAME).mean(), few[1].str.match(_BARCODE_NAME).mean()
-    if (features > 0.5 and len(obs) > 1) or (barcodes > 0.9 and len(var) > 1):
-        raise InputError(
-            f"{label} is transposed: its obs are {', '.join(few[0][:2])}, …, its var {', '.join(few[1][:2])}, …; "
-            "wanted cells in obs and features in var",
-            hint='turn it: adata.T.write_h5ad("turned.h5ad")',
-        )
-
-
-def _plain_columns(table: pd.DataFrame) -> pd.DataFrame:
-    """Return an annotation with text for column names, each once: of several of a name, the first."""
-    columns = ["index" if name == "_index" else str(name) for name in table.columns]  # h5ad reserves _index
-    named = table.set_axis(columns, axis=1)
-    return named.loc[:, ~named.columns.duplicated()]
-
-
-def _columns_of(var: pd.DataFrame, modality: Modality, label: str) -> NDArray[np.int64] | None:
-    """Return which features are of this modality; `None` for all."""
-    name = next((name for name in FEATURE_TYPE_COLUMNS if name in var), None)
-    if name is None:
-        return None
-    types = var[name].astype(str).str.lower()
-    mine = types.isin(FEATURE_TYPES[modality]).to_numpy()
-    if mine.all() or not types.isin(set.union(*FEATURE_TYPES.values())).any():
-        return None
-    if mine.any():
-        return np.flatnonzero(mine)
-    regions = pd.Series(var.index[:50].astype(str)).str.match(_REGION_NAME).mean() > 0.9
-    if regions and modality == "atac":
-        logger.warning(
-            "%s: %s calls peaks %s; they are read as peaks by their names", label, name, types.iloc[0]
-        )
-        return None
-    option = {"rna": "-r", "atac": "-a"}
-    raise InputError(
-        f"{label} has no {modality.upper()} features: {name} holds {', '.join(map(str, var[name].unique()[:3]))}",
-        hint=f"give the RNA file with {option['rna']} and the ATAC file with {option['atac']}",
-    )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -230,7 +231,10 @@ def _open_shard(path: Path, about: dict[str, Any]) -> _Shard:
     if path.stat().st_size != about["bytes"]:
         raise _damaged(path, f"it has {path.stat().st_size:,} bytes, the manifest says {about['bytes']:,}")
     try:
-        tensors = torch.load(path, mmap=True, weights_only=True)
+        # torch takes the name of a file in UTF-8, whatever the locale has it in.
+        named = os.fsencode(path) == str(path).encode("utf-8", "replace")
+        with contextlib.nullcontext(path) if named else open(path, "rb") as file:
+            tensors = torch.load(file, mmap=named, weights_only=True)
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     except UnpicklingError as error:
         raise StoreError(
@@ -364,4 +368,4 @@ def write_split(
     numbers = cells.obs.select_dtypes(["number", "bool", "boolean"]).columns
     text = {"text_columns": [name for name in cells.obs.columns if name not in numbers]}
     manifest = new_manifest(direction, reference, shards, tables) | text | about
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -362,7 +362,8 @@ def read_bedpe(path: Path) -> pd.DataFrame:
     names = ["chrom", "start", "end", "chrom2", "start2", "end2", "name", "score"]
     try:
         table = pd.read_csv(
-            path, sep="\t", comment="#", header=None, usecols=range(8), names=names,
+            path, sep="\t", skiprows=_n_heading(path), header=None, usecols=range(8), names=names,
+            quoting=csv.QUOTE_NONE,
             dtype={"chrom": str, "chrom2": str, "name": str}, keep_default_na=False, na_values={"score": list(MISSING)},
         )  # fmt: skip
     except (OSError, ValueError, EOFError, zlib.error) as error:
@@ -373,6 +374,17 @@ def read_bedpe(path: Path) -> pd.DataFrame:
     table["gene"] = table["name"].astype(str).str.split("|").str[0]
     table["score"] = pd.to_numeric(table["score"], errors="coerce").fillna(1.0)
     return table[["chrom", "start", "end", "gene", "score"]]
+
+
+def _n_heading(path: Path) -> int:
+    """Count the lines before the first link: comments, `track` and `browser` lines, names of columns."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig") as handle:
+        for number, line in enumerate(handle):
+            fields = line.split("\t")
+            if len(fields) > 2 and not line.startswith("#") and fields[1].strip().isdigit():
+                return number
+    raise ValueError("no line holds a region")
 
 
 def regions_of(table: pd.DataFrame, places: Mapping[str, str], path: Path) -> pd.DataFrame:

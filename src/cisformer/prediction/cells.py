@@ -92,7 +92,7 @@ class InputCells:
             check_reference(reference, data.store.reference, f"the checkpoint for {data.store.path}")
             yield cls(data.info, partial(data.read, modality=modality), str(data.store.path))
             return
-        fragments = FragmentOptions(reference.ccres, min_fragments=min_fragments)
+        fragments = FragmentOptions(reference.ccres, min_fragments=min_fragments, genome=reference.genome)
         with open_rows(data, modality, fragments=fragments) as source:
             find = map_genes if modality == "rna" else map_peaks
             found = find(source.var, reference)

@@ -29,8 +29,7 @@ from numpy.typing import NDArray
 from cisformer.data.annotation import read_bed
 from cisformer.data.batches import row_blocks
 from cisformer.data.genome import CCRE_COLUMNS, overlap_pairs, parse_regions, rename_chroms
-from cisformer.data.hdf5 import damaged
-from cisformer.data.io import H5adWriter, MatrixLayout
+from cisformer.data.io import H5adWriter, MatrixLayout, load_h5ad
 from cisformer.errors import InputError
 from cisformer.model.closed_form_atac import change_of_log_odds
 from cisformer.runtime.files import refuse_existing
@@ -336,14 +335,7 @@ def open_prediction(path: str | Path) -> CompactPrediction:
     InputError
         It is no compact prediction, or of a later format.
     """
-    import anndata
-
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {path}", hint="check the path")
-    try:
-        adata = anndata.read_h5ad(path)
-    except Exception as error:  # of a damaged file, h5py and anndata raise whatever they come upon
-        raise damaged(str(path), error) from error
+    adata = load_h5ad(path)
     if not is_compact(adata):
         raise InputError(
             f"{path} is no compact prediction: it has no obsm['{STATES}'] beside varm['{LOADINGS}']",

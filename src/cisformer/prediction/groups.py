@@ -13,6 +13,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cisformer.data.features import peak_regions
+from cisformer.data.io import load_h5ad
 from cisformer.errors import InputError
 from cisformer.prediction.compact import compact_of, group_rows, group_table, is_compact
 
@@ -65,7 +66,7 @@ def group_accessibility(data: str | Path | AnnData, groupby: str) -> GroupAccess
     InputError
         No such file or column, or values that are neither counts nor probabilities.
     """
-    adata, label = _open(data), str(data) if isinstance(data, str | Path) else "the AnnData"
+    adata, label = load_h5ad(data, backed=True), str(data) if isinstance(data, str | Path) else "the AnnData"
     regions = peak_regions(adata.var)[["chrom", "start", "end"]].reset_index(drop=True)
     genome = str(dict(adata.uns.get("cisformer", {})).get("genome", ""))
     if is_compact(adata):
@@ -85,24 +86,6 @@ def group_accessibility(data: str | Path | AnnData, groupby: str) -> GroupAccess
     table = group_table(rows)
     values = totals / table["n_cells"].to_numpy()[:, None]
     return GroupAccessibility(table, regions, values.astype(np.float32), genome)
-
-
-def _open(data: str | Path | AnnData) -> AnnData:
-    if not isinstance(data, str | Path):
-        return data
-    import anndata
-    import h5py
-
-    if not Path(data).is_file():
-        raise InputError(f"there is no file {data}", hint="check the path")
-    try:
-        with h5py.File(data) as file:
-            has_matrix = "X" in file
-        return anndata.read_h5ad(data, backed="r" if has_matrix else None)
-    except Exception as error:  # of a damaged file, h5py and anndata raise whatever they come upon
-        raise InputError(
-            f"{data} is not an h5ad: {' '.join(str(error).split())[:200]}", hint="give an .h5ad of ATAC cells"
-        ) from error
 
 
 def _blocks(adata: AnnData, label: str) -> Iterator[tuple[int, Any]]:

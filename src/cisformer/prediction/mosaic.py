@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 
 from cisformer.config import Modality
 from cisformer.data.alignment import map_genes, map_peaks
-from cisformer.data.hdf5 import damaged
+from cisformer.data.hdf5 import told_as_damage
 from cisformer.data.io import storable, storable_frame
 from cisformer.data.reference import Reference
-from cisformer.data.sources import FEATURE_TYPES, open_rows
+from cisformer.data.sources import open_rows
+from cisformer.data.tables import FEATURE_TYPES
 from cisformer.errors import InputError
 from cisformer.prediction.compact import INTERCEPT, LOADINGS, PRIOR, STATES
 from cisformer.runtime.files import atomic_path
@@ -146,11 +147,8 @@ def _read(path: str | Path) -> MuData:
             "completing a mosaic takes mudata, which is not installed",
             hint='pip install "cisformer-links[io]"',
         ) from error
-    try:
-        with mudata.set_options(pull_on_update=False):
-            return mudata.read_h5mu(path)
-    except Exception as error:  # of a damaged file, h5py and anndata raise whatever they come upon
-        raise damaged(str(path), error) from error
+    with told_as_damage(str(path)), mudata.set_options(pull_on_update=False):
+        return mudata.read_h5mu(path)
 
 
 def _check(mosaic: Mosaic) -> None:

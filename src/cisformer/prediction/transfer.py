@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cisformer.data.batches import normalise_rna
 from cisformer.data.features import gene_identity
+from cisformer.data.io import load_h5ad
 from cisformer.errors import InputError
 from cisformer.prediction.compact import STATES
 from cisformer.runtime.files import atomic_path, refuse_existing
@@ -85,7 +86,7 @@ def transfer_labels(
         No such column, too few labelled cells, or no space in which both can be compared.
     """
     options = TransferOptions(n_neighbors, min_confidence, seed)
-    cells, labelled = _open(predicted), _open(reference)
+    cells, labelled = load_h5ad(predicted), load_h5ad(reference)
     if key not in labelled.obs:
         raise InputError(
             f"there is no column {key!r} in the reference's obs",
@@ -101,21 +102,6 @@ def transfer_labels(
         .set_axis(cells.obs_names)
         .rename(columns=lambda c: c.format(key=key))
     )
-
-
-def _open(data: AnnData | str | Path) -> AnnData:
-    if not isinstance(data, str | Path):
-        return data
-    import anndata
-
-    if not Path(data).is_file():
-        raise InputError(f"there is no file {data}", hint="check the path")
-    try:
-        return anndata.read_h5ad(data)
-    except Exception as error:  # of a damaged file, h5py and anndata raise whatever they come upon
-        raise InputError(
-            f"{data} is not an h5ad: {' '.join(str(error).split())[:200]}", hint="give an .h5ad"
-        ) from error
 
 
 def _common_space(
