@@ -32,6 +32,9 @@ def make_barcodes() -> np.ndarray:
 
 def write_fragments(path: Path, n: int) -> None:
     """Write `n` fragments sorted by position."""
+    import pyarrow as pa
+    from pyarrow import csv
+
     from cisformer.data.reference import load_reference
 
     ccres, barcodes, rng = load_reference("human").ccres, make_barcodes(), np.random.default_rng(0)
@@ -43,10 +46,17 @@ def write_fragments(path: Path, n: int) -> None:
     order = np.lexsort((start, pd.factorize(ccres["chrom"])[0][row]))
     cell = np.where(rng.random(n) < 0.8, rng.integers(0, N_CELLS, n), rng.integers(0, N_BARCODES, n))
     chrom, length = ccres["chrom"].to_numpy()[row], rng.integers(30, 600, n)
-    with gzip.open(path, "wt", compresslevel=3, encoding="utf-8") as file:
+    options = csv.WriteOptions(include_header=False, delimiter="\t", quoting_style="none")
+    with gzip.open(path, "wb", compresslevel=3) as file:
         for part in np.array_split(order, max(1, n // 200_000)):
-            columns = (chrom[part], start[part], start[part] + length[part], barcodes[cell[part]])
-            file.write("".join(f"{c}\t{s}\t{e}\t{b}\t1\n" for c, s, e, b in zip(*columns, strict=True)))
+            columns = (
+                chrom[part],
+                start[part],
+                start[part] + length[part],
+                barcodes[cell[part]],
+                np.ones(len(part), int),
+            )
+            csv.write_csv(pa.table(list(columns), names=list("abcde")), file, options)
 
 
 def count(path: Path, size: int) -> None:

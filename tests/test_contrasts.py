@@ -45,7 +45,7 @@ def one_pair(rng, n, *, level=0.5, ratio=2.0, depth=1.0, capture=1.0):
     size = depth * rng.lognormal(0, 0.4, n)
     is_open = rng.random(n) < 0.2
     counts = rng.poisson(size * level * np.where(is_open, ratio, 1.0) * rng.gamma(4, 0.25, n))
-    seen = is_open & (rng.random(n) < capture)
+    seen = is_open & (rng.random(n) < capture * (1 if capture == 1 else size))  # deep cells show more
     rna, atac = (
         sp.csr_matrix(counts[:, None].astype(np.float32)),
         sp.csr_matrix(seen[:, None].astype(np.float32)),

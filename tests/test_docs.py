@@ -228,6 +228,11 @@ def test_make_targets_and_extras_that_are_named_exist():
 
 
 @every_page
+def test_no_page_holds_an_unfinished_merge(page):
+    assert not re.findall(r"^(?:<{7} .*|={7}|>{7} .*)$", read(page), re.M)
+
+
+@every_page
 def test_links_to_files_lead_somewhere(page):
     text = FENCE.sub("", read(page))
     targets = re.findall(r"!?\[[^\]]*\]\(([^)#\s]+)", text) + re.findall(r"^```\{figure\} (\S+)", text, re.M)

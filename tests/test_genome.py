@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cisformer.data import genome
 from cisformer.data.genome import (
     overlap_pairs,
+    overlaps_any,
     parse_regions,
     region_names,
     rename_chroms,
@@ -116,3 +117,16 @@ def test_genes_without_coordinates_have_no_window():
 def test_chromosomes_are_spelt_as_known():
     renamed = rename_chroms(pd.Series(["1", "chrX", "MT", "GL1"]), ["chr1", "X", "chrM"])
     assert renamed.tolist() == ["chr1", "X", "chrM", "GL1"]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_whether_regions_overlap_any_is_what_the_pairs_say(data: st.DataObject):
+    near = st.lists(
+        st.tuples(st.sampled_from(["chr1", "chr2", "chr3"]), st.integers(-5, 60), st.integers(1, 40)),
+        max_size=15,
+    )
+    left, right = (regions([(c, s, s + w) for c, s, w in data.draw(near)]) for _ in range(2))
+    right = regions([(c, max(s, 0), max(s, 0) + e - s) for c, s, e in right.itertuples(index=False)])
+    wanted = np.isin(np.arange(len(left)), overlap_pairs(left, right)[0])
+    assert overlaps_any(left, right).tolist() == wanted.tolist()

@@ -199,3 +199,48 @@ def test_cells_of_every_program_go_through_the_seven_commands(
     pd.testing.assert_frame_equal(got["atac"], want["atac"], check_names=False)
     pd.testing.assert_frame_equal(got["rna"], want["rna"], check_names=False)
     assert got["links"] == want["links"]
+
+
+# ---------------------------------------------------------------------------------------------- run, with fragments
+
+
+@pytest.fixture(scope="module")
+def fragments(cells: tuple, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """RNA and fragments of the same cells."""
+    folder = tmp_path_factory.mktemp("fragments")
+    cells[0].write_h5ad(folder / "rna.h5ad")
+    return folder / "rna.h5ad", write(
+        simulate_fragments(cells[1], np.random.default_rng(0)), folder / "f.tsv.gz"
+    )
+
+
+def test_run_counts_fragments_on_the_cCREs_of_the_genes_species(fragments: tuple, tmp_path: Path):
+    from cisformer.workflow import RunOptions, _Workflow
+
+    workflow = _Workflow(*fragments, tmp_path, RunOptions(groupby="cell_type"))
+    assert workflow.options.reference == "human"
+    assert workflow.types.nunique() == 3
+    assert workflow.inspect()["found"][1] == {
+        "modality": "atac", "n_cells": None, "n_features": None, "values": "fragments",
+    }  # fmt: skip
+    assert _Workflow(*fragments, tmp_path, RunOptions(genome="mm39")).options.reference == "mouse"
+    assert _Workflow(*fragments, tmp_path, RunOptions(reference="own")).options.reference == "own"
+
+
+def test_run_says_what_is_wrong_with_fragments_before_any_work(
+    fragments: tuple, cells: tuple, tmp_path: Path
+):
+    from cisformer.errors import InputError
+    from cisformer.workflow import run
+
+    with pytest.raises(InputError, match="obs has no column 'cluster'"):
+        run(*fragments, tmp_path / "out", groupby="cluster")
+    with pytest.raises(InputError, match="a GTF has none"):
+        run(*fragments, tmp_path / "out", gtf="genes.gtf")
+    rna = cells[0].copy()
+    rna.var = pd.DataFrame(index=[f"gene_{i}" for i in range(rna.n_vars)])
+    rna.write_h5ad(tmp_path / "rna.h5ad")
+    with pytest.raises(InputError, match="nothing says on which cCREs") as caught:
+        run(tmp_path / "rna.h5ad", fragments[1], tmp_path / "out")
+    assert "--reference human" in caught.value.hint
+    assert not (tmp_path / "out").exists()

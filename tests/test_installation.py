@@ -128,3 +128,21 @@ def test_what_the_package_offers_is_strictly_typed():
     offered = {f"cisformer.{module}" for module in cisformer._FUNCTIONS.values()}
     inside = {module for module in offered if f"{module.rpartition('.')[0]}.*" in relaxed}
     assert inside - strict == set()
+
+
+def test_the_lowest_versions_are_those_that_the_package_allows():
+    """`constraints-lowest.txt`, with which the suite was run, names the lower bound of every dependency."""
+    wanted = {}
+    extras = PROJECT["optional-dependencies"]
+    for text in (
+        *PROJECT["dependencies"],
+        *(name for extra in ("io", "tracks", "dask", "tensorboard") for name in extras[extra]),
+    ):
+        name, bound = re.match(r"([\w.-]+)(?:\[\w+\])?>=([\d.]+)", text).groups()
+        wanted[name] = bound
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    lowest = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert set(lowest) == set(wanted)
+    for name, bound in wanted.items():
+        padded = bound.split(".") + ["0"] * (3 - len(bound.split(".")))
+        assert lowest[name].split(".") == padded or name == "torch", name

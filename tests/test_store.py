@@ -64,7 +64,7 @@ def write_store(
         info = pd.concat(obs)
         rows = np.arange(len(info))
         cells = UnsortedCells(rna, atac, rows, rows, info)
-        write_split(new, cells, reference, direction, cnt, {"split": split}, cell_info=cell_info)
+        write_split(new, cells, reference, direction, cnt, {"split": split, "shuffle": not cell_info})
     return CellStore.open(folder)
 
 

@@ -156,6 +156,22 @@ def overlap_pairs(left: pd.DataFrame, right: pd.DataFrame) -> tuple[NDArray[np.i
     return left_row[by_row], right_row[by_row]
 
 
+def overlaps_any(left: pd.DataFrame, right: pd.DataFrame) -> NDArray[np.bool_]:
+    """Tell which regions of `left` share a base with one of `right`, however many these are.
+
+    As many regions of `right` as start before the end of one, and do not end before its start, overlap it.
+    """
+    left_code, right_code = _shared_codes(left["chrom"], right["chrom"])
+    known = right["end"].to_numpy() > 0
+    offset = right_code[known] * _STRIDE
+    starts = np.sort(offset + right["start"].to_numpy(np.int64)[known])
+    ends = np.sort(offset + right["end"].to_numpy(np.int64)[known])
+    start = left_code * _STRIDE + np.maximum(left["start"].to_numpy(np.int64), 0)
+    end = left_code * _STRIDE + left["end"].to_numpy(np.int64)
+    n = np.searchsorted(starts, end, side="left") - np.searchsorted(ends, start, side="right")
+    return (left["end"].to_numpy() > 0) & (n > 0)
+
+
 def _shared_codes(left: pd.Series, right: pd.Series) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Number the chromosomes of both alike; those that only `left` has get a code above all of `right`."""
     right_code, names = pd.factorize(right)

@@ -268,7 +268,8 @@ def _describe_source(source: Source, wanted: Reference | None) -> Record:
 def _describe_fragments(path: Path) -> Record:
     """Describe a fragments file by its first fragments: reading all of one takes minutes."""
     sample = first_fragments(path)
-    genome = guess_genome(sample[CCRE_COLUMNS])
+    insertions = sample[CCRE_COLUMNS].assign(end=sample["start"] + 1)
+    genome = guess_genome(insertions)
     species = GENOMES.get(genome, "")
     record = {
         "path": str(path),
@@ -281,7 +282,7 @@ def _describe_fragments(path: Path) -> Record:
         "barcodes": sample["barcode"].unique()[:3].tolist(),
     }
     if species:
-        share, _ = coverage(sample[CCRE_COLUMNS], load_reference(species).ccres)
+        share, _ = coverage(insertions, load_reference(species).ccres)
         record |= {"reference": species, "share_found": round(share, 4)}
     return record
 

@@ -24,7 +24,7 @@ from cisformer.data.features import gene_identity, peak_regions, stated_coordina
 from cisformer.data.genome import (
     CCRE_COLUMNS,
     GENE_COLUMNS,
-    overlap_pairs,
+    overlaps_any,
     region_names,
     rename_chroms,
     tss,
@@ -476,6 +476,8 @@ def coverage(regions: pd.DataFrame, ccres: pd.DataFrame, most: int = 20_000) -> 
     """
     sample = regions.iloc[:: max(1, len(regions) // most)].reset_index(drop=True)
     sample["chrom"] = rename_chroms(sample["chrom"], ccres["chrom"])
+    if sample.empty:
+        return 0.0, 0.0
     moved = sample.assign(start=sample["start"] + 20_000, end=sample["end"] + 20_000)
-    share, chance = (len(np.unique(overlap_pairs(part, ccres)[0])) / len(part) for part in (sample, moved))
+    share, chance = (float(overlaps_any(part, ccres).mean()) for part in (sample, moved))
     return share, chance
