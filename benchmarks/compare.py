@@ -49,7 +49,16 @@ SETS = [
     *SIMULATED,
 ]
 SHOWN = {
-    "rna2atac": ("log_loss", "ccre_auroc", "ccre_auprc", "cell_auroc", "cell_auprc", "ece", "pseudobulk"),
+    "rna2atac": (
+        "log_loss",
+        "ccre_auroc",
+        "ccre_auprc",
+        "cell_auroc",
+        "cell_auprc",
+        "cell_auroc_residual",
+        "ece",
+        "pseudobulk",
+    ),
     "atac2rna": (
         "r2",
         "gene_pearson",
@@ -61,7 +70,9 @@ SHOWN = {
 }
 OURS, LINEAR = "cisformer", "closed form"
 ARROWS = {"rna2atac": "RNA→ATAC", "atac2rna": "ATAC→RNA"}
-IN_OVERVIEW = ("log_loss", "ccre_auroc", "cell_auprc", "r2", "gene_pearson", "cell_pearson_residual")
+IN_OVERVIEW = (
+    "log_loss", "ccre_auroc", "cell_auprc", "cell_auroc_residual", "r2", "gene_pearson", "cell_pearson_residual",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

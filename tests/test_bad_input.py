@@ -240,7 +240,7 @@ ACCEPTED = {
         preprocess(atac="underscores.h5ad"), "peaks are named like 'chr … read as chrom:start-end"
     ),
     "barcodes that differ by a suffix": Accepted(
-        preprocess(atac="suffixed.h5ad"), "spelt in two ways and were translated: … -7 is … 160 cells"
+        preprocess(atac="suffixed.h5ad"), "written in two ways and were translated: … -7 is … 160 cells"
     ),
     "ATAC in counts": Accepted(
         preprocess(atac="counts.h5ad"), "counts.h5ad: peaks hold counts; any value above 0 is taken as open"

@@ -25,18 +25,20 @@ const cells = key => all(`#links td[data-key=${key}]`).map(cell => cell.textCont
 const set = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("input")); };
 const key = (id, name) => $(id).dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
 const click = selector => document.querySelector(selector).click();
-const later = () => new Promise(done => setTimeout(done, 30));
-const start = () => document.querySelector("#locus svg .tick + .tick")?.nextSibling?.textContent;
+const arrive = act => new Promise(done => { addEventListener("hashchange", () => done(), { once: true }); act(); });
 async function use() {
-  const blobs = [];
-  URL.createObjectURL = blob => { blobs.push(blob); return "#kept"; };
+  const kept = [];  // nothing here waits for another process: time is virtual, and would run out on a busy machine
+  window.Blob = class { constructor(parts) { kept.push(parts.join("")); } };
+  URL.createObjectURL = () => "#kept";
+  HTMLAnchorElement.prototype.click = function () { out.file = this.download; };
   out.top = all("#top tbody tr").map(row => row.innerText.split("\\t"));
+  out.what = $("top-what").textContent;
   out.heat = all("#heat tbody tr").map(row => row.innerText.split("\\t"));
   set("find", "zzz"); $("search").requestSubmit(); out.unknown = $("told").textContent;
   set("find", "ENSG0"); out.offered = all("#found li").map(item => item.firstChild.textContent);
   key("find", "ArrowDown"); key("find", "ArrowDown");
   out.selected = all("#found li[aria-selected=true]").map(item => item.firstChild.textContent);
-  $("search").requestSubmit(); await later();
+  await arrive(() => $("search").requestSubmit());
   out.hash = location.hash; out.title = $("gene-title").textContent; out.focus = document.activeElement.id;
   out.place = $("place").textContent; out.ucsc = $("ucsc")?.href ?? null;
   out.types = cells("type"); out.scores = cells("score"); out.count = $("count").textContent;
@@ -47,13 +49,13 @@ async function use() {
   click("#links th[data-key=distance] button"); out.near = cells("distance");
   set("least", "0.5"); out.strong = cells("score");
   set("type", "0"); out.one = cells("type"); out.tracks = all("svg .name").length;
-  click("#save"); out.saved = await blobs[0].text();
+  click("#save"); out.saved = kept[0];
   set("type", ""); set("least", "0"); set("within", "1"); out.within = cells("ccre"); set("within", "");
   click("#links tbody tr"); out.marked = all(".arc.on").length;
   const before = $("locus").innerHTML; key("locus", "+"); out.zoomed = $("locus").innerHTML !== before;
   key("locus", "0"); out.restored = all(".arc").length;
-  location.hash = ""; await later(); out.home = !$("start").hidden && $("gene").hidden;
-  location.hash = "#gene=ENSG03"; await later(); out.other = $("gene-title").textContent;
+  await arrive(() => { location.hash = ""; }); out.home = !$("start").hidden && $("gene").hidden;
+  await arrive(() => { location.hash = "#gene=ENSG03"; }); out.other = $("gene-title").textContent;
   out.overflow = document.documentElement.scrollWidth - innerWidth;
   out.resources = performance.getEntriesByType("resource").map(one => one.name);
   out.background = getComputedStyle(document.body).backgroundColor;
@@ -76,7 +78,9 @@ def used(folder, path, browse, width, *more, **options):
     path.write_text(text.replace("</body>", f"{USE}</body>"), encoding="utf-8")
     dom, console = browse(path, width, "--virtual-time-budget=4000", *more)
     assert console == []
-    seen = json.loads(html.unescape(re.search(r"<output>(.*?)</output>", dom, re.S)[1]))
+    told = re.search(r"<output>(.*?)</output>", dom, re.S)
+    assert told, f"the browser stopped before the end: {dom[-300:]}"
+    seen = json.loads(html.unescape(told[1]))
     assert "error" not in seen, seen["error"]
     return seen
 
@@ -107,6 +111,7 @@ def test_a_reader_finds_a_gene_and_reads_sorts_filters_and_takes_its_links(folde
     assert saved[0][:4] == ["gene_id", "gene_name", "ccre", "cell_type"]
     assert saved[1][:8] == ["ENSG02", name, "chr1:25000-25500", FIRST, "34749", "0.7", "0.2", "0.25"]
     assert len(saved) == 2
+    assert seen["file"] == "__script__b__links.tsv"
     assert seen["within"] == ["chr1:59900-60200"]
     assert seen["marked"] == 1
     assert seen["zoomed"]
@@ -124,6 +129,7 @@ def test_the_start_page_shows_the_strongest_links_and_the_heat_map(folder, tmp_p
         [FIRST, "NEAR", "0.90"], [FIRST, GENES["gene_name"][1], "0.70"],
         [SECOND, GENES["gene_name"][1], "0.95"], [SECOND, "NEAR", "0.80"], [SECOND, "FAR", "0.60"],
     ]  # fmt: skip
+    assert "score × specificity" in seen["what"]
     heat = {row[0]: row[1:] for row in seen["heat"]}
     assert heat["NEAR"] == ["0.4", "0.3"]
     assert heat["FAR"] == ["", "0.1"]
@@ -134,6 +140,7 @@ def test_dark_pages_links_of_one_type_and_an_unknown_genome(tmp_path, browse):
     seen = used(one, tmp_path / "dark.html", browse, 800, "--blink-settings=preferredColorScheme=0")
     assert sum(map(int, re.findall(r"\d+", seen["background"]))) < 150
     assert seen["ucsc"] is None
+    assert seen["what"] == "Links with the highest score."
     assert seen["scores"] == ["0.950", "0.300"]
 
 
@@ -143,6 +150,7 @@ def test_a_table_without_fdr_or_specificity_makes_a_page_too(folder, tmp_path, b
     table.drop(columns=["fdr", "specificity", "n_open"]).to_csv(alone, sep="\t", index=False)
     seen = used(alone, tmp_path / "links.html", browse, 800)
     assert seen["scores"] == ["0.950", "0.700", "0.300"]
+    assert "above that of the same pair" in seen["what"]
     assert [row[1] for row in seen["top"] if row[0] == SECOND] == [GENES["gene_name"][1], "FAR"]
 
 

@@ -188,7 +188,7 @@ def test_no_paired_cell_tells_how_barcodes_differ(truth, tmp_path):
     atac.obs_names = atac.obs_names.str.removesuffix("-1")
     with pytest.raises(InputError, match=r"no cell in .* has both") as caught:
         complete(write(tmp_path / "x.h5mu", truth.rna[:60], atac), tmp_path / "out")
-    assert "spelt in two ways" in caught.value.hint
+    assert "written in two ways" in caught.value.hint
 
 
 def test_nothing_lacks(truth, tmp_path):
@@ -232,7 +232,7 @@ def test_groups_without_paired_cells_are_named(truth, path, tmp_path, caplog):
         complete(path, tmp_path / "out", groupby="nothing")
     mosaic = read_mosaic(write(tmp_path / "x.h5mu", truth.rna, atac))
     _warn_of_unpaired_groups(mosaic, {"cell_type": mosaic.column("cell_type")})
-    assert f"both modalities, so models do not learn from them: {types.iloc[0]}" in caplog.text
+    assert f"both modalities, so models are not trained on them: {types.iloc[0]}" in caplog.text
 
 
 def test_other_modalities_stay(truth, cells, tmp_path):

@@ -235,7 +235,7 @@ def test_run_says_what_is_wrong_with_fragments_before_any_work(
 
     with pytest.raises(InputError, match="obs has no column 'cluster'"):
         run(*fragments, tmp_path / "out", groupby="cluster")
-    with pytest.raises(InputError, match="a GTF has none"):
+    with pytest.raises(InputError, match="a GTF has no cCREs"):
         run(*fragments, tmp_path / "out", gtf="genes.gtf")
     rna = cells[0].copy()
     rna.var = pd.DataFrame(index=[f"gene_{i}" for i in range(rna.n_vars)])

@@ -377,7 +377,7 @@ def test_a_reference_of_ones_own_may_be_called_human(
     monkeypatch.chdir(tmp_path)
     assert load_reference("./human").n_genes == load_reference(Path("human")).n_genes == 500
     assert load_reference("human") is built_in
-    assert "./human names the folder" in caplog.text
+    assert "write ./human for the folder" in caplog.text
     rna = ad.AnnData(np.ones((4, 200), np.float32), pd.DataFrame(index=list("abcd")))
     rna.var_names = own.genes["gene_name"][:200].str.title()  # like mouse symbols: another case will do
     from cisformer.data.alignment import map_genes

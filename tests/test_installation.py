@@ -131,7 +131,7 @@ def test_what_the_package_offers_is_strictly_typed():
 
 
 def test_the_lowest_versions_are_those_that_the_package_allows():
-    """`constraints-lowest.txt`, with which the suite was run, names the lower bound of every dependency."""
+    """`constraints-lowest.txt` names the lower bound of every dependency."""
     wanted = {}
     extras = PROJECT["optional-dependencies"]
     for text in (

@@ -207,7 +207,7 @@ def test_what_would_grow_is_refused(packed, tmp_path):
     entry = content.index(b"PK\x01\x02")
     content[entry + 20 : entry + 28] = (0x7FFFFFFF).to_bytes(4, "little") * 2
     (tmp_path / "claims.zip").write_bytes(content)
-    with pytest.raises(CheckpointError, match="claim more bytes"):
+    with pytest.raises(CheckpointError, match="claims more bytes"):
         load_checkpoint(tmp_path / "claims.zip")
 
     def change(entries):

@@ -75,7 +75,7 @@ def test_two_groups_leave_validation_within_the_training_group(caplog: pytest.Lo
     split = split_cells(100, 0, np.repeat(["a", "b"], 50).astype(object))
     assert len(split.test) == 50
     assert len(split.val) == 5
-    assert "drawn from within it" in caplog.text
+    assert "taken from it too" in caplog.text
 
 
 def test_what_cannot_be_split():

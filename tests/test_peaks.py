@@ -28,7 +28,7 @@ def bed(tmp_path):
 
 
 def test_kinds_distances_and_linked_genes(folder, bed):
-    table = annotate_peaks(bed, folder).set_index("peak")
+    table = annotate_peaks(bed, folder, min_score=0.1).set_index("peak")
     assert table["kind"].tolist() == ["promoter", "gene body", "distal", "distal", "distal"]
     assert table["nearest_distance"].tolist()[:4] == [-400, 5250, 15200, -1551]
     assert table["nearest_gene"].tolist() == ["NEAR", "NEAR", "NEAR", "</script><b>", ""]

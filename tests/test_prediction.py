@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, OutputExistsError, ReferenceMismatchError
 from cisformer.model.checkpoint import load_checkpoint
+from cisformer.prediction.likeness import DEPTH, DISTANCE, UNLIKE
 from cisformer.prediction.predict import predict
 
 DIRECTIONS = ["atac2rna", "rna2atac"]
@@ -106,7 +107,7 @@ def test_the_written_file_is_what_the_documentation_says(direction, sources, tin
     assert written.shape == (adata.n_obs, n_features)
     assert written.X.dtype == np.float32
     values = written.X.toarray() if sp.issparse(written.X) else written.X
-    assert list(adata.obs.columns) == list(written.obs.columns)
+    assert list(written.obs.columns) == [*adata.obs.columns, DISTANCE, DEPTH, UNLIKE]
     np.testing.assert_allclose(values, returned.X.toarray(), rtol=1e-4, atol=1e-5)
     assert written.var_names.tolist() == list(
         reference.gene_labels if direction == "atac2rna" else reference.ccre_labels

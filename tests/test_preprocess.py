@@ -296,10 +296,10 @@ def test_a_file_damaged_inside_is_refused(pair: tuple[ad.AnnData, ad.AnnData], t
     ("change", "message"),
     [
         ({"reference": "nowhere"}, "there is no reference 'nowhere'"),
-        ({"gtf": "x.gtf"}, "a GTF does not go with reference 'human'"),
+        ({"gtf": "x.gtf"}, "a GTF cannot be used with reference 'human'"),
         ({"reference": "mouse"}, "genes are in the mouse reference"),
         ({"cnt": 0}, "must be at least 1"),
-        ({"manually": True, "split_by": "donor"}, "no split to keep groups together in"),
+        ({"manually": True, "split_by": "donor"}, "--manually makes no split"),
     ],
 )
 def test_unfit_arguments(change: dict, message: str, pair: tuple[ad.AnnData, ad.AnnData], tmp_path: Path):

@@ -360,7 +360,7 @@ def test_the_command(drivers, tmp_path, command):
     done = command("link_tfs", "-l", folder / "links.tsv", *given)
     assert done.returncode == 0, done.stderr
     assert "factors with most target genes: DRIVER" in done.stdout
-    assert "1 of 4 motifs are of no gene of the links" in done.stderr
+    assert "1 of 4 motifs belong to no gene of the links" in done.stderr
     again = command("link_tfs", "-l", folder / "links.tsv", *given)
     assert again.returncode == 1
     assert "--force" in again.stderr
@@ -370,7 +370,7 @@ def test_links_genome_and_motifs_have_to_fit(drivers, tmp_path):
     folder, _ = drivers
     links, genome, motifs = folder / "links.tsv", folder / "genome.fa", folder / "motifs.meme"
     (tmp_path / "alien.meme").write_text(meme({"MA1 MARTIAN": certain("ACGTACGT")}))
-    with pytest.raises(InputError, match=r"no motif of .* is named like a gene"):
+    with pytest.raises(InputError, match=r"no motif of .* has the name of a gene"):
         link_tfs(links, genome, tmp_path / "alien.meme")
     with pytest.raises(InputError, match=r"no link of .* has a score of 0\.9"):
         link_tfs(links, genome, motifs, min_score=0.9)

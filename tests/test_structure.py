@@ -19,13 +19,13 @@ ORDER = {
         "batches",
     ],
     "model": [
-        "attention", "projection", "target_states", "cell_rows", "closed_form_atac", "closed_form", "closed_form_cis",
-        "cell_encoder", "cis_path", "cis", "bf16_attention", "published", "documented", "documented_task", "checkpoint",
-        "pack",
+        "attention", "likeness", "projection", "target_states", "cell_rows", "closed_form_atac", "closed_form",
+        "closed_form_cis", "cell_encoder", "cis_path", "cis", "bf16_attention", "published", "documented",
+        "documented_task", "checkpoint", "pack",
     ],
     "training": ["loss_plot", "split", "reliability", "closed_form_start", "run_folder", "loop"],
     "prediction": [
-        "cells", "compact", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
+        "cells", "compact", "likeness", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
     ],
     "links": [
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",

@@ -41,6 +41,7 @@ def test_there_is_a_tutorial_for_each_kind_of_user_and_it_shows_small_figures(ru
         "atac_only",
         "own_genome",
         "conditions",
+        "variants",
         "regulon",
     }
     for page in PAGES:

@@ -72,6 +72,7 @@ TABLES = {
     "builds": "chrom\tpos_hg19\tpos_hg38\tpip\n1\t7\t25001\t0.5\n",
     "hash": "#CHR\tBP\tN\tpip\n1\t25001\t400\t0.5\n",
     "float": "chr\tpos\tpip\n1.0\t25001.0\t0.5\n",
+    "trailing": "chrom\tpos\tpip\nchr1\t25001\t0.5\t\n",
     "finemap": "chromosome\tbase_pair_location\tposterior_prob\n1\t25001\t0.5\n",
 }
 
@@ -115,6 +116,7 @@ BAD = {
     "no columns": ("a\tb\nx\ty\n", "no columns for chromosome and position"),
     "two genomes": (VCF.replace("##reference=GRCh38", "##reference=hg19"), "names two genomes"),
     "no record": (VCF + "chr1 100 . A\n", "line 10 is no VCF record"),
+    "row names of R": ("chrom\tpos\n1\tchr1\t5\n", "names 2 columns and has 3"),
     "backward": ("chr1\t30\t20\n", "is no BED"),
     "binary": ("BCF\x02\x02\x00\udcff", "cannot read"),
 }
@@ -153,7 +155,9 @@ def test_chromosomes_are_spelt_as_the_links_do(tmp_path):
 
 @pytest.fixture(scope="module")
 def annotation(folder, tmp_path_factory):
-    return annotate_variants(folder, write(tmp_path_factory.mktemp("v") / "v.vcf", VCF), n_permutations=50)
+    return annotate_variants(
+        folder, write(tmp_path_factory.mktemp("v") / "v.vcf", VCF), n_permutations=50, min_score=0.1
+    )
 
 
 def test_every_link_of_a_variant_is_a_row_the_best_first(annotation):

@@ -156,7 +156,7 @@ def test_a_damaged_training_begins_anew(again, arguments, command):
     done = command(*arguments, "--groupby", "cell_type", "-o", again)
     assert done.returncode == 0, done.stderr
     assert redone(done) == ["train RNA→ATAC"]
-    assert "begins anew" in done.stderr
+    assert "starts again from the beginning" in done.stderr
 
 
 # ---------------------------------------------------------------- what has changed

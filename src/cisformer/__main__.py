@@ -50,7 +50,7 @@ def main() -> None:
     except OSError as error:  # a file that vanished, a folder that is not the user's
         if debug:
             raise
-        _give_up(str(error), "check that the disk has room, and that you may read and write there")
+        _give_up(str(error), "check that the disk is not full, and that you may read and write there")
     except ImportError as error:
         if debug:
             raise
@@ -69,7 +69,7 @@ def main() -> None:
             raise
         _give_up(
             f"out of memory: {' '.join(str(error).split())[:200]}",
-            "lower batch_size (or dim), or take a larger machine",
+            "lower batch_size (or dim), or use a machine with more memory",
         )
 
 
@@ -88,7 +88,7 @@ def _stopped(number: int) -> None:
         sys.exit(128 + number)
     print(  # noqa: T201
         f"error: stopped by {signal.Signals(number).name}; earlier results are as they were\n"
-        "  hint: run the command again; training goes on with --resume FOLDER",
+        "  hint: run the command again; training continues with --resume FOLDER",
         file=sys.stderr,
     )
     sys.exit(128 + number)

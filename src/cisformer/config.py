@@ -43,18 +43,18 @@ class Section(BaseModel):
 
 
 class DataPreprocess(Section):
-    """How many tokens and targets of a cell one training example holds. Sampled when a batch is made, not on disk."""
+    """Number of tokens and targets of a cell in one training example. Sampled when a batch is made, not on disk."""
 
     enc_max_len: WholeNumber | Literal["whole"] = Field(
         description="Maximum number of input tokens (open cCREs or expressed genes) per cell that attention "
         "sees; 'whole' = all. They are sampled again in every epoch. The linear path always sees all."
     )
     dec_max_len: WholeNumber | Literal["whole"] = Field(
-        description="Number of targets (genes or cCREs) sampled per cell, times `multiple`; 'whole' = all. "
-        "Prediction gives all."
+        description="Number of targets (genes or cCREs) sampled per cell, multiplied by `multiple`; 'whole' = all. "
+        "Prediction always gives all."
     )
     multiple: WholeNumber = Field(
-        description="Multiplies dec_max_len: how many samples of targets a cell gives in one epoch."
+        description="Number of samples of dec_max_len targets per cell in one epoch."
     )
 
 
@@ -93,7 +93,7 @@ class Model(Section):
         250_000, description="cis: a gene attends to open cCREs within this many bp of its body."
     )
     mask_padding: bool = Field(
-        True, description="full: keep padding out of attention; the published tool does not."
+        True, description="full: mask padding in attention; the published tool does not."
     )
     prior: bool = Field(False, description="full: start from the training mean of every target.")
 

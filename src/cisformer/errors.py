@@ -1,6 +1,6 @@
 """Exceptions of cisformer.
 
-Everything that a user can mend is a :class:`CisformerError`: its message says what went wrong, where, what was
+Every error that a user can correct is a :class:`CisformerError`: its message says what went wrong, where, what was
 found and what was wanted; its hint says what to do next. The command line prints both and no traceback.
 """
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class CisformerError(Exception):
-    """Base of all errors that a user can mend.
+    """Base of all errors that a user can correct.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class ReferenceMismatchError(CisformerError):
 
 
 class StoreError(CisformerError):
-    """A preprocessed data set is missing, damaged or of another version."""
+    """A preprocessed data set is missing, damaged, or of an unknown version."""
 
 
 class CheckpointError(CisformerError):
@@ -58,11 +58,11 @@ class OutputExistsError(CisformerError):
 
 
 class WriteError(CisformerError):
-    """A result cannot be written: the disk is full, read-only, or not the user's."""
+    """A result cannot be written: the disk is full or read-only, or the user may not write there."""
 
 
 class TrainingError(CisformerError):
-    """Training cannot start or cannot go on."""
+    """Training cannot start or cannot continue."""
 
 
 def brief(value: object) -> str:

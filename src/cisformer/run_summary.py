@@ -26,7 +26,7 @@ class RunSummary:
     found
         What the data are, a sentence each.
     verdicts
-        How good the model of each direction is, beside simple methods, on cells that none of them has seen.
+        How good the model of each direction is, compared with simple methods, on cells not used for training.
     links
         How many links there are, or why there are none.
     files
@@ -126,9 +126,9 @@ def _found(journal: Journal) -> list[str]:
     ]
     preprocessed = journal.facts("preprocess_atac2rna")
     splits = preprocessed["n_cells"]
-    lines.append(f"counted in the reference {preprocessed['reference']}")
+    lines.append(f"reference: {preprocessed['reference']}")
     lines.append(
-        f"{sum(splits.values()):,} cells have both: {splits['train']:,} to learn from, {splits['val']:,} to choose "
+        f"{sum(splits.values()):,} cells have both: {splits['train']:,} to train on, {splits['val']:,} to choose "
         f"the best epoch, {splits['test']:,} to test"
     )
     return lines
@@ -138,11 +138,11 @@ def _about_links(links: Facts) -> list[str]:
     if "skipped" in links:
         return [f"none: {links['skipped']}"]
     if not links["best_gene"]:
-        return ["none: no gene has an open cCRE within reach"]
+        return ["none: no gene has an open cCRE within the largest distance"]
     return [
         f"{links['n_pairs']:,} pairs of gene and cCRE are scored, over all cell types",
-        f"{links['n_significant']:,} of them have a false discovery rate of at most 5 %: expression and openness go "
-        "together from cell to cell within the type, beyond what depth explains",
+        f"{links['n_significant']:,} of them have a false discovery rate of at most 5 %: expression and accessibility "
+        "vary together from cell to cell within the type, more than sequencing depth explains",
         f"{links['n_likely']:,} have a score of at least 0.5. Use the score to rank pairs: it was calibrated on "
         "screens of one cell line, and may be too high or too low on these cells. Test what matters to you",
     ]
@@ -151,7 +151,7 @@ def _about_links(links: Facts) -> list[str]:
 def _files(journal: Journal, links: Facts) -> list[tuple[str, str]]:
     files = [(PAGE, "this summary as a page, with links to the reports")]
     if LINKS_PAGE in links["files"]:
-        files.append((LINKS_PAGE, "the links to look at: search a gene, sort, filter, download"))
+        files.append((LINKS_PAGE, "a page to explore the links: search a gene, sort, filter, download"))
     if "skipped" not in links:
         files.append(
             ("cisformer_link/links.tsv.gz", "one row per cell type and pair: score, effect, p-value, FDR")
@@ -159,10 +159,14 @@ def _files(journal: Journal, links: Facts) -> list[tuple[str, str]]:
         files.append(("cisformer_link/*.h5ad", "the same per cell type, genes × cCREs"))
     for direction in DIRECTIONS:
         report = journal.facts(f"evaluate_{direction}")["files"][0]
-        files.append((report, f"{ARROWS[direction]} beside simple methods"))
+        files.append((report, f"{ARROWS[direction]} compared with simple methods"))
     for direction in DIRECTIONS:
         files.append((journal.facts(f"train_{direction}")["model"], f"model {ARROWS[direction]}"))
-    return [*files, ("data", "preprocessed cells"), ("run.json", "which steps are done, and from what")]
+    return [
+        *files,
+        ("data", "preprocessed cells"),
+        ("run.json", "finished steps, with their input files and options"),
+    ]
 
 
 def _next_steps(journal: Journal, links: Facts, rna: str, types: str) -> list[tuple[str, str]]:

@@ -74,7 +74,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 
 @dataclass(frozen=True)
 class SimulatedCells:
-    """Paired cells and what is true of them.
+    """Simulated paired cells, and their planted links.
 
     Attributes
     ----------
@@ -128,12 +128,12 @@ def simulate(
     n_cells, n_genes, n_ccres, n_types
         Sizes; `n_types` at most `n_cells`.
     mode
-        Which cCREs are linked, and whether cells of one state vary together: "contact", "uniform" or "no-coupling";
-        see the text of this module.
+        Which cCREs are linked, and whether gene and cCRE vary together in cells of one state: "contact", "uniform" or
+        "no-coupling"; see the text of this module.
     seed
         The same seed gives the same cells, bit by bit.
     reference
-        Where genes and cCREs are drawn from: a name that `load_reference` takes, or a loaded one.
+        Reference that genes and cCREs are taken from: a name that `load_reference` takes, or a loaded one.
     window_bp
         Largest distance of a planted link from the TSS.
 
@@ -195,7 +195,7 @@ def _draw_regions(
     if n_genes > len(genes) or n_ccres > len(ccres):
         raise InputError(
             f"{n_genes} genes and {n_ccres} cCREs wanted; the reference has {len(genes)} and {len(ccres)}",
-            hint="simulate fewer, or draw from a larger reference",
+            hint="simulate fewer, or use a larger reference",
         )
     in_tiles, near = _draw_tiles(genes, ccres, n_genes, n_ccres, rng)
     genes = _keep(genes[in_tiles], n_genes, ~_is_noncoding(genes["gene_name"][in_tiles]), rng)

@@ -98,9 +98,8 @@ def run(
     Parameters
     ----------
     rna, atac
-        A file or folder with RNA counts, and one with ATAC: peaks, or fragments; may be the same. Which kinds are
-        read, docs/formats.md says. Fragments are counted on the built-in cCREs of the genes' species, or on those of
-        `reference`.
+        A file or folder with RNA counts, and one with ATAC: peaks, or fragments; may be the same. docs/formats.md lists
+        the formats. Fragments are counted on the built-in cCREs of the genes' species, or on those of `reference`.
     output_dir
         Where everything goes.
     groupby
@@ -108,8 +107,8 @@ def run(
     celltype_info
         Table of cell types without header, separated by tabs: barcode, cell type. In place of `groupby`.
     reference
-        As of `preprocess`, but by default ``"dataset"``, the data's own genes and peaks: this works for any genome
-        and takes least time. ``"human"`` or ``"mouse"`` make models that fit other data, too.
+        As in `preprocess`, but by default ``"dataset"``, the data's own genes and peaks: this works for any genome
+        and is fastest. With ``"human"`` or ``"mouse"`` the models can be used on other data, too.
     genome
         ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: assembly of the built-in gene coordinates that
         ``reference="dataset"`` uses; guessed from the peaks by default.
@@ -123,8 +122,8 @@ def run(
     seed
         Random seed of the split, of training, evaluation and links.
     force
-        Do steps again whose files or options have changed, which replaces their results; write into a folder
-        that holds something else.
+        Repeat the steps whose files or options have changed, which replaces their results; write into a folder that
+        holds something else.
 
     Returns
     -------
@@ -247,7 +246,7 @@ class _Workflow:
         except CheckpointError as error:
             if resume is None:
                 raise
-            logger.warning("%s; the training begins anew", error.message)
+            logger.warning("%s; training starts again from the beginning", error.message)
             best = train(data, direction, direction=direction, save=models, config=config)
         assert best.folder is not None
         model = f"{MODELS}/{best.folder.parent.name}"
@@ -330,7 +329,7 @@ def _with_reference(options: RunOptions, rna: Path, atac: Path) -> RunOptions:
         return options
     if options.gtf is not None:
         raise InputError(
-            f"{atac} holds fragments, which are counted on the cCREs of a reference; a GTF has none",
+            f"{atac} holds fragments, which are counted on the cCREs of a reference; a GTF has no cCREs",
             hint="leave --gtf out, or make a reference: cisformer build_reference --gtf GTF --peaks BED -o DIR",
         )
     with open_rows(rna, "rna") as source:
@@ -338,10 +337,12 @@ def _with_reference(options: RunOptions, rna: Path, atac: Path) -> RunOptions:
     species = GENOMES.get(options.genome or "", species)
     if not species:
         raise InputError(
-            f"{atac} holds fragments, and nothing says on which cCREs to count them; the genes are {named_by}",
+            f"{atac} holds fragments, but nothing says on which cCREs to count them; the genes are {named_by}",
             hint="give --reference human, mouse, or a folder of `cisformer build_reference`",
         )
-    logger.info("%s: fragments; counted on the built-in cCREs of %s, which the genes are of", atac, species)
+    logger.info(
+        "%s: fragments, counted on the built-in cCREs of %s (the species of the genes)", atac, species
+    )
     return replace(options, reference=species)
 
 
@@ -373,7 +374,7 @@ def _require_known(types: pd.Series, barcodes: pd.Index, source: str) -> None:
         raise InputError(
             f"none of the {len(types)} barcodes in {source} is in the data: "
             f"{', '.join(types.index[:3])} against {', '.join(barcodes[:3])}",
-            hint="give the barcodes as the RNA file has them",
+            hint="use the same barcodes as the RNA file",
         )
 
 

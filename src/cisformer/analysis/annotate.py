@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 FORMAT, FORMAT_VERSION = "cisformer-variants", 1
 LINKS, VARIANTS, ENRICHMENT, REPORT = "variant_links.tsv", "variants.tsv", "enrichment.tsv", "report.json"
 FILES = (LINKS, VARIANTS, ENRICHMENT, REPORT)
+SIGNIFICANT = 0.05
 EVIDENCE = ("score_fdr", "specificity", "p_value", "fdr")
 """What of the links is carried over, beside the score."""
 
@@ -47,7 +48,7 @@ class VariantOptions:
     """
 
     genome: str | None = None
-    min_score: float = 0.1
+    min_score: float = 0.5
     min_pip: float | None = None
     n_permutations: int = 10_000
     seed: int = 0
@@ -55,7 +56,7 @@ class VariantOptions:
     def __post_init__(self) -> None:
         if self.n_permutations < 1 or self.seed < 0:
             raise InputError(
-                f"{self.n_permutations} permutations with seed {self.seed}",
+                f"permutations is {self.n_permutations}, seed is {self.seed}",
                 hint="give at least 1 permutation, and a seed of 0 or more",
             )
 
@@ -69,7 +70,7 @@ class VariantAnnotation:
     links
         One row per variant, gene and cell type, the highest score first.
     variants
-        One row per variant, in their order: its best linked gene beside the nearest gene.
+        One row per variant, in their order: its best linked gene and the nearest gene.
     enrichment
         One row per cell type.
     counts
@@ -88,8 +89,8 @@ class VariantAnnotation:
         """Return the result as lines of text."""
         c = self.counts
         lines = [
-            f"{c['variants']:,} variants: {c['in_no_ccre']:,} in no cCRE, {c['in_ccre']:,} in a cCRE, "
-            f"{c['linked']:,} of these linked to a gene",
+            f"{c['variants']:,} variant{'s' * (c['variants'] != 1)}: {c['in_no_ccre']:,} in no cCRE, "
+            f"{c['in_ccre']:,} in a cCRE, {c['linked']:,} of these linked to a gene",
         ]
         if c["linked"]:
             lines.append(
@@ -98,10 +99,11 @@ class VariantAnnotation:
         tested = self.enrichment.dropna(subset=["p_value"])
         if tested.empty:
             lines.append("enrichment is not tested: too few loci")
-        for row in tested.head(3).itertuples():
+        elif not (tested["fdr"] <= SIGNIFICANT).any():
+            lines.append(f"no cell type stands out: the smallest FDR is {tested['fdr'].min():.2g}")
+        for row in tested[tested["fdr"] <= SIGNIFICANT].itertuples():
             lines.append(
-                f"{row.cell_type}: {row.fold:.2f} times as linked as matched cCREs, p {row.p_value:.2g}, "
-                f"FDR {row.fdr:.2g}"
+                f"{row.cell_type}: {row.fold:.2f} times as linked as matched cCREs, FDR {row.fdr:.2g}"
             )
         return "\n".join(lines)
 
@@ -124,12 +126,12 @@ def annotate_variants(
     variants: str | Path,
     *,
     genome: str | None = None,
-    min_score: float = 0.1,
+    min_score: float = 0.5,
     min_pip: float | None = None,
     n_permutations: int = 10_000,
     seed: int = 0,
 ) -> VariantAnnotation:
-    """Find the genes that variants may act on, by the links of the cCREs they lie in, in each cell type.
+    """Find the genes that variants may act on, from the links of the cCREs in which they lie, in each cell type.
 
     Parameters
     ----------
@@ -138,22 +140,22 @@ def annotate_variants(
     variants
         VCF, BED, or a table with a header; see `cisformer.analysis.variants.read_variants`.
     genome
-        Genome of the variants, such as ``"hg38"``. What the file says otherwise; that of the links, with a warning,
-        where it says nothing.
+        Genome of the variants, such as ``"hg38"``. By default the one that the file names; if it names none, that of
+        the links, with a warning.
     min_score
         Smallest score of a link that counts.
     min_pip
         Leave out variants of a smaller posterior inclusion probability.
     n_permutations
-        Number of matched draws of the enrichment.
+        Number of random matched samples in the enrichment test.
     seed
-        Random seed of these draws.
+        Random seed of these samples.
 
     Returns
     -------
     VariantAnnotation
-        Variants with genes and cell types, a summary with the nearest gene beside, and for each cell type whether the
-        variants' cCREs are linked more than cCREs like them (Benjamini–Hochberg over types).
+        Variants with genes and cell types; a summary with the nearest gene; and for each cell type whether the
+        variants' cCREs are linked more often than similar cCREs (Benjamini–Hochberg over types).
 
     Raises
     ------
@@ -176,7 +178,7 @@ def _of_genome(found: Variants, stored: StoredLinks, options: VariantOptions) ->
     if given and found.genome and given != found.genome:
         raise InputError(
             f"{found.source} says that its genome is {found.genome}, --genome says {given}",
-            hint="leave --genome out, or mend the file",
+            hint="leave --genome out, or correct the file",
         )
     genome = given or found.genome
     if genome and stored.genome and genome != stored.genome:
@@ -186,7 +188,7 @@ def _of_genome(found: Variants, stored: StoredLinks, options: VariantOptions) ->
         )
     if not genome:
         logger.warning(
-            "%s does not say of which genome it is; taken to be %s, as the links are. --genome states it",
+            "%s does not say of which genome it is; assumed to be %s, as the links are. Give --genome to be sure",
             found.source, stored.genome or "that of the links",
         )  # fmt: skip
     elif not stored.genome:
@@ -216,7 +218,7 @@ def _likely(found: Variants, min_pip: float | None) -> Variants:
 def _annotate(stored: StoredLinks, found: Variants, options: VariantOptions) -> VariantAnnotation:
     variant, ccre = overlap_pairs(found.table, stored.ccres)
     hits = pd.DataFrame({"variant": variant, "ccre": ccre})
-    rows, linked = _collect(stored, hits, options.min_score)
+    rows, linked = collect(stored, hits, options.min_score)
     told = found.table.iloc[variant].reset_index(drop=True)[["chrom", "start", "pip"]].assign(ccre=ccre)
     enrichment = linked_enrichment(
         told, linked, stored.ccres, stored.genes, n_draws=options.n_permutations, seed=options.seed
@@ -238,7 +240,7 @@ def _annotate(stored: StoredLinks, found: Variants, options: VariantOptions) -> 
     return VariantAnnotation(links, summary, enrichment, counts, source)
 
 
-def _collect(stored: StoredLinks, hits: pd.DataFrame, min_score: float) -> tuple[pd.DataFrame, LinkedShare]:
+def collect(stored: StoredLinks, hits: pd.DataFrame, min_score: float) -> tuple[pd.DataFrame, LinkedShare]:
     """Read each type once: the links of the variants' cCREs, and how far every cCRE is linked."""
     n = len(stored.ccres)
     is_hit = np.isin(np.arange(n), hits["ccre"])

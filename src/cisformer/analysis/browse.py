@@ -62,7 +62,7 @@ def browse(
     min_score: float = 0.05,
     title: str = "",
 ) -> Path:
-    """Write one HTML page of links that needs nothing else: no network, no other file.
+    """Write one HTML page of links that needs no network and no other file.
 
     Parameters
     ----------
@@ -71,11 +71,11 @@ def browse(
     output
         The page, `.html`.
     max_links
-        Show at most so many links, the ones with the highest scores.
+        Maximum number of links to show: those with the highest scores.
     min_score
-        Smallest score of a link that is shown.
+        Smallest score of a link to show.
     title
-        Heading of the page; the name of the links otherwise.
+        Heading of the page; by default the name of the links.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def _markup(text: str) -> Any:
 def choose_links(stored: StoredLinks, max_links: int, min_score: float) -> PageLinks:
     """Read links type by type and keep the strongest; see `browse`."""
     if max_links < 1:
-        raise InputError(f"{max_links} links make no page", hint="give --max_links of 1 or more")
+        raise InputError(f"max_links is {max_links}", hint="give --max_links of 1 or more")
     n_open = np.zeros((len(stored.cell_types), len(stored.ccres)), dtype=np.float32)
     parts, n_links, highest = [], 0, 0.0
     for number, name in enumerate(stored.cell_types):
@@ -150,12 +150,11 @@ def strength(rows: pd.DataFrame, n_types: int) -> np.ndarray:
     if np.isfinite(specificity).any():
         strengths: np.ndarray = score * np.nan_to_num(specificity)
         return strengths
-    ranked = rows.assign(score=score).sort_values("score", ascending=False, kind="stable")
-    pair = ranked.groupby(["gene", "ccre"], sort=False)["score"]
-    first, second = pair.transform("first"), pair.transform(lambda s: s.iloc[1] if len(s) > 1 else 0.0)
-    is_first = ~ranked.duplicated(["gene", "ccre"])
-    rivals = pd.Series(np.where(is_first, second, first), ranked.index).reindex(rows.index)
-    less: np.ndarray = score - rivals.to_numpy(np.float64)
+    pair = pd.MultiIndex.from_frame(rows[["gene", "ccre"]])
+    ranked = pd.Series(score, pair).sort_values(ascending=False, kind="stable")
+    place = ranked.groupby(level=[0, 1], sort=False).cumcount()
+    first, second = (ranked[place == k].reindex(pair).fillna(0).to_numpy() for k in (0, 1))
+    less: np.ndarray = score - np.where(score == first, second, first)
     return less
 
 

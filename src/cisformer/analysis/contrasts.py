@@ -89,7 +89,8 @@ class ContrastOptions:
             )
         if self.cell_types and self.condition is None:
             raise InputError(
-                "cell types are chosen by --groups", hint="leave --cell_type out, or add --condition"
+                "without --condition, cell types are chosen by --groups",
+                hint="leave --cell_type out, or add --condition",
             )
 
 
@@ -153,35 +154,36 @@ def compare_links(
 ) -> LinkContrast:
     """Find links that differ between two cell types, or between two conditions within each cell type.
 
-    A link's strength in some cells is its coupling: by which share the gene's expression is higher in cells in which
-    the cCRE is open, beyond what their depth explains. Neither depth nor the level of expression changes it.
+    A link's strength in a group of cells is its coupling: how far the gene's expression in cells with an open cCRE is
+    above the group's mean, as a fraction of it, after depth is accounted for. Neither depth nor the gene's mean
+    expression changes it.
 
     Parameters
     ----------
     links
         Links to compare: the `cisformer_link` folder, its table, or a table of another tool with gene and cCRE.
     data
-        Preprocessed cells: a store, or where one is.
+        Preprocessed cells: a store, or its path.
     cell_types
         Cell type by barcode (a Series indexed by barcode), or a two-column table without header.
     groups
         A and B: two cell types, or two values of the column `condition`.
     condition
-        Column of the store's `cell_info` whose values are compared, in each cell type by itself.
+        Column of the store's `cell_info` whose two values are compared within each cell type.
     donor
-        Column that names the donor of each cell. Donors are then the replicates: two in each group at least; where
-        three or more are in both groups, they are compared with themselves. Else cells are replicates.
+        Column with the donor of each cell. Donors are then the replicates, at least two in each group; if three or
+        more have cells in both groups, the comparison is paired within donors. Without it cells are replicates.
     covariates
-        Columns to adjust expression for, beside the depths of RNA and ATAC.
+        Columns to adjust expression for, in addition to the depths of RNA and ATAC.
     only
-        With `condition`, the cell types to compare in; all otherwise.
+        With `condition`, the cell types to compare in; by default all.
     min_score
-        Smallest score of a link to compare, where links have a score.
+        Smallest score of a link to compare, if links have a score.
 
     Returns
     -------
     LinkContrast
-        Effect (coupling in A less that in B), its standard error, p-value and FDR of each link.
+        Effect (coupling in A minus that in B), its standard error, p-value and FDR of each link.
 
     Raises
     ------
@@ -199,8 +201,8 @@ def compare_links(
     comparisons = choose_comparisons(store, members, options.groups, condition, donor, options.cell_types)
     if donor is None:
         logger.warning(
-            "cells are taken as replicates: differences between single donors count as differences of the groups. "
-            "Where there are donors, name their column with --donor"
+            "cells are taken as replicates: differences between single donors count as differences between the groups. "
+            "If there are several donors, name their column with --donor"
         )
     wanted = sorted({name for one in comparisons for name in one.links_of})
     candidates = read_candidates(links, min_score=min_score, cell_types=wanted)
@@ -245,7 +247,7 @@ def _compare(
     found = compare_units(units, one, placed)
     if one.has_donors:
         logger.info(
-            "%s: estimates vary between donors %.2f times as much as cells alone would make them",
+            "%s: estimates vary between donors %.2f times as much as the sampling of cells explains",
             one.describe(), found.spread,
         )  # fmt: skip
     about: dict[str, object] = {

@@ -186,11 +186,11 @@ def _comparison(
                             for group, own in zip(groups, names, strict=True))  # fmt: skip
         raise InputError(
             f"donors as replicates need {FEWEST_DONORS} in each group: {have}",
-            hint="without --donor cells are the replicates; then what is peculiar to one donor counts as a difference",
+            hint="without --donor cells are the replicates; then a link of one donor only counts as a difference",
         )
     elif shared:
         logger.warning(
-            "%s in both groups: too few for pairs (%d), so they are taken as different donors", ", ".join(shared),
+            "%s in both groups: too few for a paired test (%d), so they count as different donors", ", ".join(shared),
             FEWEST_SHARED,
         )  # fmt: skip
     units = tuple(

@@ -29,7 +29,7 @@ def annotate_peaks(
     genome: str | None = None,
     gtf: str | Path | None = None,
     promoter_bp: int = 1000,
-    min_score: float = 0.1,
+    min_score: float = 0.5,
 ) -> pd.DataFrame:
     """Say where peaks lie relative to genes, and which genes they are linked to.
 
@@ -42,11 +42,11 @@ def annotate_peaks(
     genome
         hg38, hg19, mm39 or mm10; guessed from the peaks otherwise.
     gtf
-        Genes of another genome. Without it, genes are those of the links' folder, or the built-in ones of the genome.
+        Genes to use. Without it, genes are those of the links' folder, or the built-in ones of the genome.
     promoter_bp
-        A peak within so many bp of a TSS is a promoter.
+        A peak within this many bp of a TSS is a promoter.
     min_score
-        Smallest score of a link that counts.
+        Smallest score of a link to use.
 
     Returns
     -------

@@ -62,7 +62,7 @@ class RegulonOptions:
 
 @dataclass(frozen=True)
 class Regulon:
-    """Factors, the cCREs they bind, and the genes these drive.
+    """Transcription factors, the cCREs with their motifs, and the linked genes.
 
     Attributes
     ----------
@@ -138,7 +138,7 @@ def link_tfs(
     fasta
         The genome of the links, plain or gzipped.
     motifs
-        Motifs in MEME's text format; their names say which genes they belong to.
+        Motifs in MEME's text format; their names contain the symbols of their genes.
     min_score
         Smallest score of a link.
     max_p
@@ -149,14 +149,14 @@ def link_tfs(
     Returns
     -------
     Regulon
-        The score of a triplet is the chance that the link works in the type, times the chance that the match is one
-        of those beyond what cCREs alike have, times that it is this factor's, by its expression in the type and over
-        types; `score_fdr` is the mean of 1 − score of the type's triplets at least as strong.
+        The score of a triplet is the product of three probabilities: that the link works in the type; that the motif
+        match is not a chance match, as similar cCREs have; and that the site is this factor's, from its expression in
+        the type and over types. `score_fdr` is the mean of 1 − score over the type's triplets with at least this score.
 
     Raises
     ------
     InputError
-        If a file is not what it should be, they are of different genomes, or no motif is of a gene of the links.
+        If a file cannot be read, the genomes differ, or no motif has the name of a gene of the links.
     """
     options = RegulonOptions(min_score, max_p, min_triplet)
     named = read_motifs(motifs)
@@ -203,14 +203,17 @@ def _factors(named: dict[str, np.ndarray], stored: StoredLinks, source: str) -> 
     found, unknown = factors_of(named, names)
     if not found:
         raise InputError(
-            f"no motif of {source} is named like a gene of the links: {', '.join(list(named)[:3])} against "
+            f"no motif of {source} has the name of a gene of the links: {', '.join(list(named)[:3])} against "
             f"{', '.join(names[:3])}",
             hint="give motifs whose names hold gene symbols, such as MA0139.1 CTCF",
         )
     if unknown:
         some = ", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else "")
         logger.warning(
-            "%d of %d motifs are of no gene of the links: left out (%s)", len(unknown), len(named), some
+            "%d of %d motifs belong to no gene of the links and are left out (%s)",
+            len(unknown),
+            len(named),
+            some,
         )
     factors = sorted({"::".join(genes) for genes in found.values()})
     number = {name: n for n, name in enumerate(factors)}
@@ -264,9 +267,7 @@ class _Types:
 def _of_factors(expression: np.ndarray, factors: _Factors) -> np.ndarray:
     """Return the expression of factors: of dimers the lower one; where a gene is not listed in a type, the least."""
     if np.isnan(expression).all():
-        logger.warning(
-            "the links do not say how genes are expressed: factors count as expressed in all types"
-        )
+        logger.warning("the links hold no expression of genes, so factors count as expressed in all types")
         return np.zeros((len(factors.names), expression.shape[1]))
     known = np.where(np.isnan(expression), -MOST_EXPRESSION, expression)
     return np.stack([known[rows].min(axis=0) for rows in factors.rows])

@@ -163,7 +163,7 @@ def _check(path: Path, record: Mapping[str, Any], found: Mapping[str, tuple[Path
         if any(str(record[key]) != str(earlier[key]) for key in same) or str(record["cell_type"]) in found:
             raise InputError(
                 f"{path.name} and {other.name} are of two runs of atac2rna_link",
-                hint="give each run a folder of its own",
+                hint="use a separate folder for each run",
             )
 
 

@@ -237,7 +237,7 @@ def _read_bed(path: Path, body: Sequence[str]) -> Variants:
             )
         rows.append((fields[0], int(fields[1]), int(fields[2]), fields[3] if len(fields) > 3 else ""))
     if all(start == end for _, start, end, _ in rows):
-        logger.warning("%s: start is end in all rows, so positions are taken to count from 1", path)
+        logger.warning("%s: start equals end in all rows, so positions are taken as counted from 1", path)
         rows = [(chrom, start - 1, end, name) for chrom, start, end, name in rows]
     full = (
         (_name(name, chrom, start, "", ""), chrom, start, max(end, start + 1), "", "", np.nan)
@@ -253,11 +253,12 @@ def _read_table(path: Path, body: Sequence[str], genome: str) -> Variants:
     header = body[0].lstrip("#")
     separator = "\t" if "\t" in header else "," if "," in header else r"\s+"
     quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
+    _refuse_unnamed(path, header, body, separator)
     try:
         table = pd.read_csv(
             io.StringIO("\n".join([header, *body[1:]])), sep=separator, dtype=str, keep_default_na=False,
-            quoting=quoting, index_col=False, skipinitialspace=True,
-        )  # fmt: skip
+            quoting=quoting, usecols=range(_n_fields(header, separator)), index_col=False, skipinitialspace=True,
+        ).fillna("")  # fmt: skip
     except ValueError as error:
         raise InputError(
             f"cannot read a table of variants from {path}: {str(error).strip()}",
@@ -279,6 +280,22 @@ def _read_table(path: Path, body: Sequence[str], genome: str) -> Variants:
     lost = int((~placed).sum())
     left_out = {"rows have no position": lost} if lost else {}
     return Variants(str(path), "table", stated, frame[list(COLUMNS)].reset_index(drop=True), left_out)
+
+
+def _n_fields(line: str, separator: str) -> int:
+    if separator == ",":
+        return len(next(csv.reader([line])))
+    return len(line.rstrip("\t").split("\t") if separator == "\t" else line.split())
+
+
+def _refuse_unnamed(path: Path, header: str, body: Sequence[str], separator: str) -> None:
+    """Raise `InputError` where rows have a field more than the header: columns would be taken for one another."""
+    wanted, found = (_n_fields(line, separator) for line in (header, body[1] if len(body) > 1 else header))
+    if found > wanted:
+        raise InputError(
+            f"{path} names {wanted} columns and has {found} in its first row",
+            hint="name all columns; in R, write.table(..., row.names = FALSE)",
+        )
 
 
 def _bases(ref: str) -> int:
@@ -323,11 +340,11 @@ def _places_in_names(
             return {**places, "name": column, "id": column}, genome
     if any(table[column].str.strip().str.match(RSID).mean() >= 0.5 for column in table.columns):
         raise InputError(
-            f"{path} names variants by rsid and has no positions; it has {', '.join(table.columns[:12])}",
+            f"{path} names variants by rsid and has no positions; its columns are {', '.join(table.columns[:12])}",
             hint="add columns chrom and pos: look the rsids up in dbSNP or with Ensembl VEP, on the links' genome",
         )
     raise InputError(
-        f"{path} has no columns for chromosome and position; it has {', '.join(map(str, table.columns[:12]))}",
+        f"{path} has no columns for chromosome and position; its columns are {', '.join(map(str, table.columns[:12]))}",
         hint="name them chrom and pos (counted from 1), or give a VCF or a BED",
     )
 
@@ -377,7 +394,7 @@ def on_chroms(variants: Variants, known: Sequence[str], source: str) -> Variants
         theirs = ", ".join(variants.table["chrom"].drop_duplicates().head(3))
         raise InputError(
             f"no variant of {variants.source} lies on a chromosome of {source}: {theirs} against {ours}",
-            hint="give variants of the same genome, with its chromosomes spelt alike",
+            hint="give variants of the same genome, with the same chromosome names",
         )
     lost = variants.table["chrom"][~shared]
     told = {f"are on chromosomes without cCREs, such as {lost.iloc[0]}": len(lost)} if len(lost) else {}

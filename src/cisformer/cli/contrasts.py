@@ -14,18 +14,18 @@ _FORCE = click.option("--force", is_flag=True, help="Overwrite an existing outpu
 
 @click.command("compare_links", context_settings=CONTEXT)
 @click.option("-l", "--links", required=True,
-              help="Links to compare: the cisformer_link folder, or a table with gene and cCRE.")  # fmt: skip
+              help="Links to compare: the cisformer_link folder, or a table with gene and cCRE columns.")  # fmt: skip
 @click.option("-d", "--data_path", required=True, help="Preprocessed cells: the folder, or one .pt file.")
 @click.option("-c", "--celltype_info", required=True,
               help="Cell types: a table without header; barcode, cell type. Or FILE:COLUMN of obs.")  # fmt: skip
 @click.option("--groups", required=True, nargs=2, metavar="A B",
               help="What to compare: two cell types, or two values of --condition.")  # fmt: skip
 @click.option("--condition", metavar="COLUMN",
-              help="Column of cell_info.tsv whose values are compared, in each cell type by itself.")  # fmt: skip
+              help="Column of cell_info.tsv whose two values are compared within each cell type.")  # fmt: skip
 @click.option("--donor", metavar="COLUMN",
-              help="Column of cell_info.tsv that names donors, who are then the replicates.")  # fmt: skip
+              help="Column of cell_info.tsv with donors; donors, not cells, are then the replicates.")  # fmt: skip
 @click.option("--covariates", type=Names(), default=(), metavar="COLUMNS",
-              help="Columns of cell_info.tsv to adjust expression for, beside depths.")  # fmt: skip
+              help="Columns of cell_info.tsv to adjust expression for, in addition to depths.")  # fmt: skip
 @click.option("--cell_type", "only", multiple=True,
               help="With --condition, compare in this cell type only; may be repeated.")  # fmt: skip
 @click.option("--min_score", default=0.1, show_default=True, help="Smallest score of a link to compare.")
@@ -48,8 +48,8 @@ def compare_links(data_path: str, celltype_info: str, output_dir: str, force: bo
 @click.option("--fasta", required=True, help="The genome that the links are on: FASTA, plain or .gz.")
 @click.option("--motifs", required=True, help="Motifs in MEME's text format, named by gene symbols.")
 @click.option("-o", "--output_dir", default="./output/regulon", show_default=True, help="Output directory.")
-@click.option("--min_score", default=0.1, show_default=True, help="Smallest score of a link.")
-@click.option("--max_p", default=1e-4, show_default=True, help="Largest p-value of a motif's match.")
+@click.option("--min_score", default=0.1, show_default=True, help="Smallest score of a link to use.")
+@click.option("--max_p", default=1e-4, show_default=True, help="Largest p-value of a motif match.")
 @click.option("--min_triplet", default=0.02, show_default=True, help="Smallest score of a triplet to write.")
 @_FORCE
 def link_tfs(output_dir: str, force: bool, **options: Any) -> None:

@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     "-a",
     "--atac",
     required=True,
-    help="ATAC peaks, likewise, or fragments.tsv.gz; may be the same file or folder.",
+    help="ATAC peaks in one of these formats, or fragments.tsv.gz; may be the same file or folder as -r.",
 )
 @click.option("-c", "--config", help="Config file. [default: cisformer_config/<direction>_config.yaml]")
 @click.option("-s", "--save_dir", default=".", show_default=True, help="Save directory.")
 @click.option("--cnt", type=LENIENT_INT, default=10_000, show_default=True,
               help="Number of cells per output file (training sets only).")  # fmt: skip
 @click.option("--batch_size", type=LENIENT_INT, default=10, show_default=True,
-              help="Cells per worker and iteration.")  # fmt: skip
+              help="Number of cells per worker and iteration.")  # fmt: skip
 @click.option(
     "--num_workers", type=LENIENT_INT, default=10, show_default=True, help="Number of parallel workers."
 )
 @click.option("--atac2rna", is_flag=True, help="Process ATAC to RNA; RNA to ATAC otherwise.")
 @click.option("--manually", is_flag=True, help="Manual mode: no split into train, val and test.")
-@click.option("--shuffle", is_flag=True, help="Shuffle the cells; no cell_info.tsv is written then.")
+@click.option("--shuffle", is_flag=True, help="Shuffle the cells; cell_info.tsv is then not written.")
 @click.option("--reference", "--species", default="human", show_default=True,
               help="human, mouse, dataset (the input's own features), or a folder.")  # fmt: skip
 @click.option("--gtf", help="Gene annotation for the gene coordinates of --reference dataset.")
@@ -48,13 +48,13 @@ if TYPE_CHECKING:
 @click.option(
     "--min_fragments",
     type=LENIENT_INT,
-    help="Leave out cells with fewer fragments, where ATAC is a fragments file.",
+    help="If ATAC is a fragments file: leave out cells with fewer fragments than this.",
 )
 @click.option(
     "--split-by",
     "--split_by",
     metavar="COLUMN",
-    help="Keep groups of this obs column together.",
+    help="Column of obs, such as donors: cells of one value stay in the same split.",
 )
 @click.option(
     "--seed",
@@ -85,7 +85,7 @@ def data_preprocess(config: str | None, atac2rna: bool, **options: Any) -> None:
     "--verify", is_flag=True, help="Compare data sets, checkpoints and references with their checksums."
 )
 def inspect(files: tuple[Path, ...], reference: str | None, as_json: bool, verify: bool) -> None:
-    """Tell what FILES are: kind, cells, features, values, genome, coverage, shared barcodes."""
+    """Describe FILES: kind, cells, features, values, genome, coverage, shared barcodes."""
     import json
 
     from cisformer.data.inspect import as_text
@@ -101,7 +101,7 @@ def inspect(files: tuple[Path, ...], reference: str | None, as_json: bool, verif
 @click.option("-o", "--output", required=True, help="Folder to write the reference to.")
 @click.option("--force", is_flag=True, help="Overwrite an existing folder.")
 def build_reference(gtf: str, peaks: str, output: str, force: bool) -> None:
-    """Make a reference of any genome, for data_preprocess --reference DIR."""
+    """Make a reference for any genome, to use with data_preprocess --reference DIR."""
     from cisformer.data.reference import build_reference as build
 
     reference = build(gtf, peaks, output, force=force)

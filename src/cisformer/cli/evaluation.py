@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     type=click.Choice(["test", "val"]),
     default="test",
     show_default=True,
-    help="With --data: which cells; val, on which the model was chosen, flatters it.",
+    help="With --data: which cells to score. Scores on val are too good, since the model was chosen on them.",
 )
 @click.option(
     "--direction",
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Overwrite an earlier report.")
 def evaluate(output_dir: str, force: bool, **options: Any) -> None:
-    """Score predictions beside baselines, with intervals and a plain verdict."""
+    """Compare predictions with those of simple methods, with intervals and a verdict in one sentence."""
     from cisformer.evaluation.report import write_report
     from cisformer.runtime.files import refuse_existing
 

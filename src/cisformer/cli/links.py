@@ -51,9 +51,9 @@ class Names(click.ParamType):  # type: ignore[type-arg]  # not generic before cl
 @click.option("--formats", type=Names(FORMAT_NAMES), default=(), metavar="NAMES",
               help=f"Genome browser files of the strongest links: {','.join(FORMAT_NAMES)}.")  # fmt: skip
 @click.option("--covariates", type=Names(), default=(), metavar="COLUMNS",
-              help="Columns of cell_info.tsv to adjust p-values for, beside depth; such as donor,batch.")  # fmt: skip
+              help="Columns of cell_info.tsv, such as donor,batch, to adjust p-values for besides depth.")  # fmt: skip
 @click.option("--donor", metavar="COLUMN",
-              help="Column of cell_info.tsv that names donors: p-values then take donors as replicates.")  # fmt: skip
+              help="Column of cell_info.tsv with donors; donors, not cells, are then the replicates.")  # fmt: skip
 @click.option(
     "--genes", metavar="NAMES", help="Link these genes only: A,B,C, or a file with one name a line."
 )
@@ -123,15 +123,17 @@ def export_links(output: str, force: bool, **options: Any) -> None:
 @click.option("-o", "--output", help="Write the result to this JSON file as well.")
 @click.option("--score", help="Column to rank by.  [default: found by name]")
 @click.option("--cell_type", help="Links of this cell type only.  [default: best of all]")
-@click.option("--reference", help="human, mouse or a folder: where genes are, if the truth has no distance.")
+@click.option(
+    "--reference", help="human, mouse or a folder with gene coordinates, if the truth has no distance."
+)
 @click.option("--min_distance", type=LENIENT_INT, default=0, show_default=True,
-              help="Leave out pairs nearer than this, such as promoters.")  # fmt: skip
+              help="Leave out pairs closer than this many bp, such as promoters.")  # fmt: skip
 @click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Random seed of the bootstrap.")
 @_FORCE
 def evaluate_links(
     output: str | None, reference: str | None, min_distance: int, force: bool, **options: Any
 ) -> None:
-    """Score links against tested ones, beside distance, the nearest gene and activity by distance."""
+    """Compare links with known ones, and with distance, the nearest gene and activity by distance."""
     from cisformer.data.reference import load_reference
     from cisformer.links.benchmark import evaluate_links as evaluate
     from cisformer.runtime.files import refuse_existing
@@ -173,11 +175,13 @@ def plot_links(gene: str, output: str | None, force: bool, **options: Any) -> No
 @click.option("-o", "--output_dir", required=True, help="Output directory.")
 @click.option("--n_cells", type=LENIENT_INT, default=2000, show_default=True, help="Number of cells.")
 @click.option("--n_genes", type=LENIENT_INT, default=5000, show_default=True, help="Number of genes.")
-@click.option("--n_ccres", type=LENIENT_INT, default=40_000, show_default=True, help="cCREs.")
+@click.option("--n_ccres", type=LENIENT_INT, default=40_000, show_default=True, help="Number of cCREs.")
 @click.option("--n_types", type=LENIENT_INT, default=8, show_default=True, help="Number of cell types.")
 @click.option("--mode", type=click.Choice(MODES), default="contact", show_default=True,
-              help="How links are drawn; see the page on links.")  # fmt: skip
-@click.option("--reference", default="human", show_default=True, help="Where genes and cCREs are drawn from.")
+              help="How links are sampled; see the page on links.")  # fmt: skip
+@click.option(
+    "--reference", default="human", show_default=True, help="Reference to sample genes and cCREs from."
+)
 @click.option(
     "--seed",
     type=LENIENT_INT,

@@ -1,4 +1,4 @@
-"""Commands that make configurations, train models and predict with them."""
+"""Commands that write configurations, train models, and export, share and demonstrate them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _training_options(command: Any) -> Any:
         click.option("-s", "--save", default="./save", show_default=True, help="Save directory."),
         click.option("-c", "--config_file", help="Config file.  [default: cisformer_config/<direction>_config.yaml]"),
         click.option("-m", "--model_parameters", help="Load previous model: a checkpoint to continue from."),
-        click.option("--resume", help="Finish an interrupted run: its folder under the save directory."),
+        click.option("--resume", help="Folder of an interrupted run (under the save directory) to finish."),
         shared_options,
     )):  # fmt: skip
         command = option(command)
@@ -116,13 +116,13 @@ def export_checkpoint(model_parameters: str, output: str, force: bool) -> None:
 @click.command("pack_model", context_settings=CONTEXT)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", default="model.zip", show_default=True, help="Zip to write.")
-@click.option("--report", help="report.json of evaluate: its scores go on the card.")
+@click.option("--report", help="report.json of evaluate: its scores are written to the card.")
 @click.option("--license", "license_", default="", help="Terms of use: a name such as MIT, or a text file.")
-@click.option("--data", default="", help="What it was trained on, in words, for the card.")
-@click.option("--half", is_flag=True, help="Store matrices as float16; scores may move a little.")
+@click.option("--data", default="", help="Description of the training data, for the card.")
+@click.option("--half", is_flag=True, help="Store matrices as float16; scores may change a little.")
 @_FORCE
 def pack_model(model: Path, license_: str, **options: Any) -> None:
-    """Put MODEL, a checkpoint or training run, into one zip to share; -m takes it like the folder."""
+    """Put MODEL, a checkpoint or training run, into one zip to share; -m takes the zip as it takes the folder."""
     from cisformer.model.pack import pack_model
 
     text = Path(license_).read_text(encoding="utf-8") if Path(license_).is_file() else license_
@@ -131,11 +131,11 @@ def pack_model(model: Path, license_: str, **options: Any) -> None:
 
 @click.command("demo", context_settings=CONTEXT)
 @click.option("-o", "--output_dir", default="./cisformer_demo", show_default=True, help="Output directory.")
-@click.option("--quick", is_flag=True, help="A tiny data set: does it run at all?")
-@click.option("--seed", default=0, show_default=True, help="Seed of the simulated cells.")
+@click.option("--quick", is_flag=True, help="Use a tiny data set, to check that everything runs.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of the simulated cells.")
 @_FORCE
 def demo(output_dir: str, **options: Any) -> None:
-    """Run everything on simulated cells: preprocess, train, predict, evaluate, link."""
+    """Run all steps on simulated cells: preprocess, train, predict, evaluate, link."""
     from cisformer.demo import run_demo
 
     results = run_demo(output_dir, **options)

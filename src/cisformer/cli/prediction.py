@@ -56,9 +56,9 @@ _WORKERS = click.option("--num_workers", default=2, show_default=True, help="Num
 @_WORKERS
 @click.option("--genes", default="expressed_in_training", show_default=True, metavar="CHOICE",
               help="architecture full: genes to predict; expressed_in_training, all, or a file of ids or names. "
-                   "Never those that the cell expresses.")  # fmt: skip
+                   "The genes that the cell itself expresses are never used.")  # fmt: skip
 @click.option("--min_fragments", type=LENIENT_INT, default=1000, show_default=True,
-              help="Fragments that make a barcode of fragments.tsv.gz a cell.")  # fmt: skip
+              help="Minimum number of fragments for a barcode of fragments.tsv.gz to count as a cell.")  # fmt: skip
 @shared_options
 @_FORCE
 def atac2rna_predict(
@@ -93,10 +93,12 @@ def atac2rna_predict(
 @click.option("--min_prob", default=0.0, show_default=True,
               help="Full matrix: leave out probabilities below this.")  # fmt: skip
 @click.option(
-    "--binarize", is_flag=True, help="Write open/closed: each cell's likeliest cCREs, as many as expected."
+    "--binarize",
+    is_flag=True,
+    help="Write 1 for each cell's most probable cCREs, as many as expected, and 0 for others.",
 )
 @click.option("--chunk", type=LENIENT_INT,
-              help="architecture full: cCREs decoded together, which bounds memory.  [default: 8192]")  # fmt: skip
+              help="architecture full: cCREs decoded at once; fewer need less memory.  [default: 8192]")  # fmt: skip
 @shared_options
 @_FORCE
 def rna2atac_predict(
@@ -123,7 +125,7 @@ def rna2atac_predict(
 @click.option("--cells", help="Only cells whose barcodes are in this text file, one a line.")
 @click.option("--groupby", help="One row per value of this obs column: the mean probability of its cells.")
 @click.option("--min_prob", default=0.0, show_default=True, help="Leave out probabilities below this.")
-@click.option("--top", type=LENIENT_INT, help="Keep only the likeliest cCREs of each row, so many.")
+@click.option("--top", type=LENIENT_INT, help="Keep only this many cCREs of each row: the most probable.")
 @_FORCE
 def expand(
     path: str, output: str, region: str | None, ccres: str | None, cells: str | None, **options: Any
@@ -162,7 +164,7 @@ def tracks(data: str, output_dir: str, **options: Any) -> None:
 )
 @click.option("--n_neighbors", default=30, show_default=True, help="Number of labelled neighbours that vote.")
 @click.option("--min_confidence", default=0.5, show_default=True,
-              help="Share of the votes below which a cell is called unknown.")  # fmt: skip
+              help="A cell with a smaller share of votes for its label is called unknown.")  # fmt: skip
 @_FORCE
 def transfer_labels(
     predicted: str, reference: str, key: str, output: str, force: bool, **options: Any
@@ -184,15 +186,15 @@ def transfer_labels(
     "-o", "--output_dir", default="./cisformer_completed", show_default=True, help="Output directory."
 )
 @click.option("--groupby", metavar="COLUMN",
-              help="Column of obs, such as cell types: warns of groups that no paired cell is of.")  # fmt: skip
-@click.option("--gtf", help="Gene annotation, for gene coordinates that the file lacks.")
+              help="Column of obs, such as cell types: warn of groups without any paired cell.")  # fmt: skip
+@click.option("--gtf", help="Gene annotation, if the file lacks gene coordinates.")
 @click.option("--preset", type=click.Choice(["small", "default"]), default="small", show_default=True,
               help="Size of the models; small trains in minutes on a laptop.")  # fmt: skip
 @click.option("--epochs", type=LENIENT_INT, help="Maximum number of epochs.  [default: the preset's]")
 @click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Random seed of every step.")
 @click.option("--force", is_flag=True, help="Replace results whose file or options have changed.")
 def complete(data: Path, output_dir: str, **options: Any) -> None:
-    """Fill the gaps of DATA, an .h5mu in which some cells lack RNA or ATAC. Run it again to go on after a stop."""
+    """Predict what is missing in DATA, an .h5mu in which some cells lack RNA or ATAC. If stopped, run it again."""
     from cisformer.prediction.complete import complete
 
     click.echo(f"wrote {complete(data, output_dir, **options)}")

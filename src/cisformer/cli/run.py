@@ -1,4 +1,4 @@
-"""The command that does everything: from two files to links."""
+"""The command that runs all steps: from two files to links."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cisformer.cli.common import CONTEXT, LENIENT_INT
 @click.option("--seed", type=LENIENT_INT, default=0, show_default=True, help="Random seed of every step.")
 @click.option("--force", is_flag=True, help="Replace results whose files or options have changed.")
 def run(**options: Any) -> None:
-    """Do it all: inspect, preprocess, train, evaluate, link. Run it again to go on after a stop."""
+    """Run all steps: inspect, preprocess, train, evaluate, link. If stopped, run it again: it continues."""
     from cisformer.workflow import run as run_all
 
     click.echo(run_all(**options).text())

@@ -247,7 +247,9 @@ def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, la
     if found.features == "peaks" and found.n_found and are_tiles(peak_regions(var)):
         genome = reference.genome or "the reference's genome"
         logger.warning(
-            "%s: the features are tiles, which do not tell their genome; taken as %s", label, genome
+            "%s: the features are tiles, from which the genome cannot be recognised; taken as %s",
+            label,
+            genome,
         )
         return
     head = f"{label}: only {found.n_found:,} of {found.n_features:,} {found.features}"

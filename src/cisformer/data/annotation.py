@@ -98,7 +98,7 @@ def one_locus(lines: pd.DataFrame, label: str) -> pd.DataFrame:
     if len(several):
         names = several["gene_name"].drop_duplicates()
         logger.warning(
-            "%s: %d genes have several loci, such as %s; one is kept, on a whole chromosome where there is one",
+            "%s: %d genes have several loci, such as %s; one is kept, on a main chromosome if there is one",
             label, len(names), ", ".join(names[:3]),
         )  # fmt: skip
     kept = loci.drop_duplicates("gene_id").sort_values("order")

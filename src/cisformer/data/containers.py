@@ -152,7 +152,7 @@ def _first_bytes(path: Path) -> bytes:
         with open(path, "rb") as handle:
             return handle.read(8)
     except PermissionError as error:
-        raise InputError(f"{path} may not be read by you", hint="ask its owner, or chmod u+r it") from error
+        raise InputError(f"you may not read {path}", hint="ask its owner, or chmod u+r it") from error
     except OSError as error:
         raise InputError(
             f"cannot read {path}: {error.strerror}", hint="check the path and the disk"
@@ -270,7 +270,7 @@ def read_mtx(matrix: Path) -> AnnData:
     prefix = matrix.name.removesuffix(".gz").removesuffix("matrix.mtx")
     if prefix == matrix.name.removesuffix(".gz"):
         prefix = matrix.name.removesuffix(".gz").removesuffix(".mtx") + "_"
-    logger.info("%s: a matrix in text form, loaded whole", matrix)
+    logger.info("%s: a matrix in text form, which is loaded whole", matrix)
     barcodes = _table_beside(matrix, prefix, ("barcodes.tsv", "barcodes.txt", "cells.tsv"))
     features = _table_beside(matrix, prefix, ("features.tsv", "genes.tsv", "peaks.bed", "features.txt"))
     with told_as_damage(str(matrix)):
@@ -280,7 +280,7 @@ def read_mtx(matrix: Path) -> AnnData:
     if cells.shape != (len(barcodes), len(features)):
         raise InputError(
             f"{matrix} is of {stored.shape[0]:,} x {stored.shape[1]:,}, but there are {len(features):,} features and "
-            f"{len(barcodes):,} barcodes beside it",
+            f"{len(barcodes):,} barcodes in the files next to it",
             hint="give the three files of one sample",
         )
     return anndata.AnnData(cells, pd.DataFrame(index=pd.Index(barcodes[0])), _features(features))
@@ -307,7 +307,7 @@ def _table_beside(matrix: Path, prefix: str, names: tuple[str, ...]) -> pd.DataF
     path = next((path for path in tried if path.is_file()), None)
     if path is None:
         raise InputError(
-            f"{matrix} has no {prefix}{names[0]} beside it",
+            f"{matrix}: there is no {prefix}{names[0]} in the same folder",
             hint=f"put {prefix}barcodes.tsv and {prefix}features.tsv into the same folder",
         )
     opener = gzip.open if path.suffix == ".gz" else open

@@ -37,7 +37,7 @@ MIN_FRAGMENTS = 1000
 
 _BLOCK_BYTES = 4 << 20  # of text parsed at once
 _RUN = 1 << 21  # pairs sorted at once
-_MOST_PAIRS = 1 << 22  # pairs of the cells that are read back at once
+_MOST_PAIRS = 1 << 20  # pairs of the cells that are read back at once
 _CHECKED = 2_000_000  # insertions that tell whether the genome is the reference's
 _STRIDE = 1 << 40  # as in genome.py: more than any chromosome is long
 _COLUMNS = ("chrom", "start", "end", "barcode", "count", "strand")
@@ -238,7 +238,7 @@ class FragmentCells:
             raise InputError(
                 f"{path}: {n_hit / n_checked:.0%} of its insertions lie in the reference's cCREs, "
                 f"{n_moved / n_checked:.0%} when moved by 20 kb: they are of another genome",
-                hint="take the reference of the fragments' genome; `cisformer build_reference` makes one",
+                hint="use a reference of the fragments' genome; `cisformer build_reference` makes one",
             )
 
     def _cell_codes(self, barcodes: pa.DictionaryArray, wanted: pa.Array | None) -> NDArray[np.int64]:
@@ -361,7 +361,7 @@ def require_pyarrow(path: Path) -> Any:
         import pyarrow
     except ImportError as error:
         raise InputError(
-            f"reading the fragments in {path} takes pyarrow, which is not installed",
+            f"reading the fragments in {path} needs pyarrow, which is not installed",
             hint='pip install "cisformer-links[io]"',
         ) from error
     return pyarrow
@@ -388,7 +388,7 @@ def count_fragments(path: Path, options: FragmentOptions, files: contextlib.Exit
             raise InputError(
                 f"{path} has no fragment on a chromosome of the reference: it has {', '.join(cells.chroms[:3])}, the "
                 f"reference has {', '.join(cells.pieces.chroms[:3])}",
-                hint="give fragments of the reference's genome, or a reference of theirs",
+                hint="give fragments and a reference of the same genome",
             )
         raise InputError(
             f"{path} shares no barcode with the RNA: it has {', '.join(example_barcodes(path))}, the RNA has "

@@ -21,7 +21,8 @@ GENE_COLUMNS = ["gene_id", "gene_name", "chrom", "start", "end", "strand"]
 CCRE_COLUMNS = ["chrom", "start", "end"]
 """Columns of a table of cCREs."""
 
-_REGION = (
+_PLAIN = re.compile(r"^([A-Za-z0-9]+):([0-9]{1,12})-([0-9]{1,12})$")  # nearly all: a quick first look
+_REGION = re.compile(
     r"^([^\s\x00\ud800-\udfff]*[^\s:_\x00\ud800-\udfff-])[:_-]([0-9]{1,12})[_-]([0-9]{1,12})(?::[*+.-])?$"
 )
 _CUT_NAME = re.compile(
@@ -66,16 +67,26 @@ def parse_regions(names: Iterable[str]) -> pd.DataFrame:
     1  GL000194.1      5    9
     2        chr1     10   20
     """
-    text = pd.Series([str(name) for name in names], dtype=object)
-    found = text.str.strip().str.extract(_REGION).set_axis(CCRE_COLUMNS, axis=1)
-    odd = found["chrom"].isna() | found["chrom"].str.match(_CUT_NAME, na=False)
-    if odd.any():
-        found[odd] = [_odd_region(name) for name in text[odd]]
-    regions = found.astype({"start": np.int64, "end": np.int64})
+    text = [str(name) for name in names]
+    read = [_parts(name) for name in text]
+    chrom, start, end = zip(*read, strict=True) if read else ((), (), ())
+    regions = pd.DataFrame({"chrom": np.array(chrom, dtype=object), "start": start, "end": end})
+    regions = regions.astype({"start": np.int64, "end": np.int64})
     backward = np.flatnonzero(regions["end"].to_numpy() <= regions["start"].to_numpy())
     if len(backward):
         raise _bad_region(text[backward[0]])
     return regions
+
+
+def _parts(name: str) -> tuple[str, int, int]:
+    """Return chromosome, start and end out of the text form of a region."""
+    found = _PLAIN.match(name)
+    if found is not None:
+        return found[1], int(found[2]), int(found[3])
+    found = _REGION.match(name)
+    if found is None or _CUT_NAME.match(found[1]):
+        return _odd_region(name)
+    return found[1], int(found[2]), int(found[3])
 
 
 def _odd_region(name: str) -> tuple[str, int, int]:

@@ -104,7 +104,7 @@ def open_zarr(folder: Path) -> Any:
         import zarr
     except ImportError as error:
         raise InputError(
-            f"reading {folder} takes zarr, which is not installed", hint='pip install "cisformer-links[io]"'
+            f"reading {folder} needs zarr, which is not installed", hint='pip install "cisformer-links[io]"'
         ) from error
     with told_as_damage(str(folder)):
         return zarr.open_group(str(folder), mode="r")
@@ -117,7 +117,9 @@ def _refuse_changed(path: Path, before: os.stat_result) -> None:
     """
     after = path.stat() if path.exists() else before
     if after.st_ino == before.st_ino and _state(after) != _state(before):
-        raise InputError(f"{path} changed while it was read", hint="run the command again when it is whole")
+        raise InputError(
+            f"{path} changed while it was read", hint="run the command again when the file is complete"
+        )
 
 
 def _state(found: os.stat_result) -> tuple[int, int]:
@@ -186,7 +188,7 @@ def _require_filters(name: str, node: h5py.Dataset, label: str) -> None:
         if not h5py.h5z.filter_avail(code):
             called = called.decode(errors="replace") or f"filter {code}"
             raise InputError(
-                f"{label} is compressed with {called} ({name}), which takes hdf5plugin; that is not installed",
+                f"{label} is compressed with {called} ({name}), which needs hdf5plugin; that is not installed",
                 hint='pip install "cisformer-links[io]"',
             )
 

@@ -79,7 +79,7 @@ def inspect(
         of cisformer, or a
         folder of such.
     reference
-        What to count found genes and peaks in; by default the built-in one that fits the genome.
+        Reference in which genes and peaks are counted; by default the built-in one that fits the genome.
     verify
         Compare the files of data sets, checkpoints and references with their checksums.
 
@@ -92,7 +92,7 @@ def inspect(
     Raises
     ------
     InputError, StoreError, CheckpointError
-        If a file is missing, damaged, or nothing of the above.
+        If a file is missing, damaged, or of none of these kinds.
     """
     records: list[Record] = []
     barcodes: dict[tuple[str, Modality], set[str]] = {}

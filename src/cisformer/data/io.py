@@ -127,7 +127,7 @@ class H5adWriter:
     path
         The ``.h5ad`` file to write.
     obs, var
-        Annotation of all cells and of the features, indexed by name.
+        Annotation of all cells and of the features, indexed by name; `obs` may be set anew until the file is closed.
     uns
         Unstructured annotation; ``uns["cisformer"]`` with the provenance is added where it is missing.
     varm
@@ -164,7 +164,7 @@ class H5adWriter:
     ) -> None:
         self.path = Path(path)
         self.n_cells = 0
-        self._obs, self._var, self._varm = obs, var, dict(varm or {})
+        self.obs, self._var, self._varm = obs, var, dict(varm or {})
         self._uns = {"cisformer": provenance()} | (uns or {})
         self._layout = layout
         self._compression, self._force = compression, force
@@ -237,13 +237,13 @@ class H5adWriter:
             self._finish()
 
     def _finish(self) -> None:
-        if self.n_cells != len(self._obs):
-            raise ValueError(f"{self.n_cells} cells were written, {len(self._obs)} are annotated")
+        if self.n_cells != len(self.obs):
+            raise ValueError(f"{self.n_cells} cells were written, {len(self.obs)} are annotated")
         if self._layout == "csr":
             self._file["X"].attrs["shape"] = np.array([self.n_cells, len(self._var)], np.int64)
         write_elements(
             self._file,
-            obs=storable_frame(self._obs),
+            obs=storable_frame(self.obs),
             var=storable_frame(self._var),
             varm=self._varm,
             uns=self._uns,

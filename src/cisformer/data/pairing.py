@@ -50,7 +50,7 @@ def pair_barcodes(
     if counted and not same_file:
         raise InputError(
             f"the cells of {' and '.join(counted)} are named by row numbers ({rna[0]}, {rna[1]}, … and {atac[0]}, "
-            f"{atac[1]}, …): they do not tell which cells are the same",
+            f"{atac[1]}, …), which do not show which cells are the same",
             hint="put the barcodes into obs_names of both, or into a column 'barcode' of obs",
         )
     found = translate(rna, atac)
@@ -59,7 +59,7 @@ def pair_barcodes(
     if found.share(len(rna), len(atac)) < CHANCE_SHARE:
         raise _by_chance(rna, atac, found)
     if found.how:
-        logger.warning("barcodes of RNA and ATAC are spelt in two ways and were translated: %s", found.how)
+        logger.warning("barcodes of RNA and ATAC are written in two ways and were translated: %s", found.how)
     for name, all_cells in (("RNA", rna), ("ATAC", atac)):
         if len(all_cells) > len(found.left):
             logger.warning(
@@ -77,8 +77,8 @@ def _by_chance(rna: pd.Index, atac: pd.Index, found: Translation) -> InputError:
     ).format(f"{len(found.left):,}", f"{len(rna):,}", f"{len(atac):,}", *examples)
     return InputError(
         message,
-        hint="give two files of the same cells; ATAC barcodes of the whitelist of 10x Multiome's ATAC side stand in "
-        "the same line of 737K-arc-v1.txt.gz as the RNA barcode (cellranger-arc writes the latter)",
+        hint="give two files of the same cells; if ATAC has barcodes of 10x Multiome's ATAC whitelist, translate them: "
+        "the same line of the RNA whitelist 737K-arc-v1.txt.gz has the RNA barcode",
     )
 
 
@@ -146,7 +146,7 @@ def split_cells(n_cells: int, seed: int, groups: NDArray[np.object_] | None = No
     if len(np.unique(groups[rest])) > 1:
         val = _draw_groups(rest, groups, VAL_SHARE, rng)
     else:
-        logger.warning("one group is left to train on; validation cells are drawn from within it")
+        logger.warning("only one group is left to train on; validation cells are taken from it too")
         val = _draw(rest, VAL_SHARE, rng)
     return Split(np.setdiff1d(rest, val), val, test)
 

@@ -65,13 +65,14 @@ class PreprocessOptions:
             raise InputError("cnt, batch_size, num_workers and min_fragments must be at least 1")
         if self.manually and self.split_by is not None:
             raise InputError(
-                "there is no split to keep groups together in", hint="leave out --manually or --split-by"
+                "--manually makes no split, so --split-by has no effect",
+                hint="leave out --manually or --split-by",
             )
         own = not isinstance(self.reference, Reference) and str(self.reference) == "dataset"
         if self.gtf is not None and not own:
             raise InputError(
-                f"a GTF does not go with reference {str(self.reference)!r}, whose genes have coordinates",
-                hint="leave it out, or take the data's own features with --reference dataset",
+                f"a GTF cannot be used with reference {str(self.reference)!r}, whose genes have coordinates",
+                hint="leave it out, or use the data's own features with --reference dataset",
             )
         if self.genome is not None and self.genome not in GENOMES:
             raise InputError(
@@ -131,8 +132,8 @@ def preprocess(
 ) -> dict[SplitName, CellStore]:
     """Align paired RNA and ATAC to a reference, split the cells, and write them as data sets for training.
 
-    The input is read in blocks of cells: memory does not grow with their number, but for their annotation
-    (about 1 kB each). Cells are matched by barcode and written sorted by barcode, so that the order of cells
+    The input is read in blocks of cells, so memory does not grow with their number, apart from their annotation
+    (about 1 kB per cell). Cells are matched by barcode and written sorted by barcode, so that the order of cells
     and features in the input does not matter.
 
     Parameters
@@ -148,7 +149,7 @@ def preprocess(
         ``"human"``, ``"mouse"``, ``"dataset"`` (the input's own genes and peaks), a folder that
         `build_reference` made, or a `Reference`.
     config
-        The task configuration; how cells are to be sampled is noted in the manifest, with ``multiple = 1``
+        The task configuration. Its sampling of tokens and targets is recorded in the manifest, with ``multiple = 1``
         for validation and test.
     cnt
         Maximum number of training cells per shard.
@@ -158,18 +159,18 @@ def preprocess(
     manually
         Do not split: one folder ``<direction>_all``.
     shuffle
-        Write the cells of each split in random order, and no ``cell_info.tsv``.
+        Write the cells of each split in random order, without ``cell_info.tsv``.
     split_by
-        Column of `obs` (donor, batch) whose groups are kept together by the split.
+        Column of `obs`, such as donor or batch: cells of one value stay in the same split.
     seed
         Random seed of the split and of the shuffling.
     gtf
         Gene annotation, for the gene coordinates of ``reference="dataset"``.
     genome
-        ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: whose built-in gene coordinates ``reference="dataset"`` takes.
-        Guessed from the peaks where it is not given.
+        ``"hg38"``, ``"hg19"``, ``"mm39"`` or ``"mm10"``: assembly of the built-in gene coordinates that
+        ``reference="dataset"`` uses; by default guessed from the peaks.
     min_fragments
-        Leave out cells with fewer fragments, where ATAC is a fragments file.
+        If ATAC is a fragments file: leave out cells with fewer fragments than this.
     force
         Overwrite existing folders.
     write_h5ad
@@ -268,15 +269,15 @@ def _opened(
                 and are_tiles(peak_regions(peaks.var))
             ):
                 raise InputError(
-                    f"the features of {peaks.label} are tiles, such as {peaks.var.index[0]}, which do not tell "
-                    "their genome",
-                    hint=f"say it with --genome {chosen.genome}, or another of {', '.join(GENOMES)}",
+                    f"the features of {peaks.label} are tiles, such as {peaks.var.index[0]}, from which the genome "
+                    "cannot be recognised",
+                    hint=f"give --genome {chosen.genome}, or another of {', '.join(GENOMES)}",
                 )
             if options.genome not in (None, chosen.genome):
                 raise InputError(
                     f"reference {chosen.name!r} is of {chosen.genome or 'an unknown genome'}, the data of "
                     f"{options.genome}",
-                    hint=f"take the data's own features: --reference dataset --genome {options.genome}",
+                    hint=f"use the data's own features: --reference dataset --genome {options.genome}",
                 )
             logger.info("reference %s", chosen.describe())
             yield (genes, peaks), chosen
@@ -348,7 +349,7 @@ def _without_empty(cells: UnsortedCells) -> tuple[UnsortedCells, list[str]]:
     if len(empty) == len(filled):
         raise InputError(
             "no cell has both a gene and an open cCRE of the reference",
-            hint="look at both files with `cisformer inspect`",
+            hint="check both files with `cisformer inspect`",
         )
     logger.warning(
         "%d of %d cells have no gene or no cCRE of the reference and are left out: %s%s",

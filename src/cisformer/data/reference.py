@@ -148,13 +148,13 @@ def load_reference(source: str | Path) -> Reference:
     InputError
         If there is no such reference or the folder is not one.
     ReferenceMismatchError
-        If the tables in the folder are not those it was saved with.
+        If the tables in the folder have changed since it was saved.
     """
     folder = Path(source)
     if str(source) in BUILT_IN and not (isinstance(source, Path) and folder.is_dir()):
         if (folder / "reference.json").is_file():
             logger.warning(
-                "the built-in reference %s is taken, not the folder of that name; ./%s names the folder",
+                "using the built-in reference %s, not the folder of that name; write ./%s for the folder",
                 source,
                 source,
             )
@@ -243,7 +243,7 @@ def _load_folder(folder: Path) -> Reference:
         ) from error
     if reference.fingerprint != about.get("fingerprint"):
         raise ReferenceMismatchError(
-            f"the tables in {folder} are not those it was built with "
+            f"the tables in {folder} have changed: they are not those it was built with "
             f"(fingerprint {reference.fingerprint[:12]}, saved {str(about.get('fingerprint'))[:12]})",
             hint="build the reference again",
         )
@@ -258,7 +258,7 @@ def build_reference(
     Parameters
     ----------
     gtf
-        GTF file, plain or gzipped; its ``gene`` lines, or where it has none, the extent of each gene's lines.
+        GTF file, plain or gzipped. Genes are its ``gene`` lines; without such lines, the extent of each gene's lines.
     peaks
         BED file (at least three columns), plain or gzipped. Identical regions are kept once.
     folder
@@ -294,10 +294,10 @@ def require_shared_chroms(genes: pd.DataFrame, ccres: pd.DataFrame, gtf: str, pe
     shared = genes["chrom"].isin(set(ccres["chrom"]))
     if placed.any() and not shared.any():
         spelt = _few(genes["chrom"][placed])
-        accession = "; they are accessions: take the GTF of GENCODE, Ensembl or UCSC" if "NC" in spelt else ""
+        accession = "; these are accessions: use the GTF of GENCODE, Ensembl or UCSC" if "NC" in spelt else ""
         raise InputError(
             f"{gtf} and {peaks} share no chromosome: {spelt} and {_few(ccres['chrom'])}",
-            hint=f"take both of the same genome, with its chromosomes spelt alike{accession}",
+            hint=f"use files of the same genome, with the same chromosome names{accession}",
         )
     lost = placed & ~shared
     if lost.any():
@@ -346,7 +346,7 @@ def dataset_reference(
     unknown = genes[genes["start"] < 0]
     if len(unknown):
         logger.warning(
-            "%d of %d genes have no coordinates and get no cis window, such as %s%s",
+            "%d of %d genes have no coordinates, so they get no cis window and no links, such as %s%s",
             len(unknown), len(genes), _few(unknown["gene_name"]),
             "" if gtf else _who_has_them(genome),
         )  # fmt: skip
@@ -397,7 +397,7 @@ def _with_strands(stated: pd.DataFrame, genes: pd.DataFrame) -> pd.DataFrame:
         logger.info("%d genes have no strand in var; taken from the built-in annotation by id", filled.sum())
     if doubtful.any():
         logger.warning(
-            "%d of %d genes have no strand: their TSS, taken at their start, may be at their end; --gtf tells it",
+            "%d of %d genes have no strand: their start is used as TSS, which is wrong on the minus strand; give --gtf",
             doubtful.sum(), len(stated),
         )  # fmt: skip
     return stated

@@ -85,8 +85,8 @@ def choose_slot(
             return values
         raise InputError(
             f"{label}: X holds {values.holds} values, {share:.0%} of them above 0, as a model or smoothing makes "
-            "them; wanted observed counts or 0 and 1",
-            hint="store the observed counts in layers['counts'], or give the file from before imputation",
+            "them; wanted measured counts, or 0 and 1",
+            hint="store the measured counts in layers['counts'], or give the file from before imputation",
         )
     looks = ", ".join(f"{slot.holds} values in {slot.name}" for slot in slots) or "no matrix"
     beside = f"; not looked at: {', '.join(others[:5])}" if others else ""

@@ -170,7 +170,7 @@ def open_rows(
         elif not (hasattr(data, "obs") and hasattr(data, "var_names")):
             raise InputError(
                 f"{modality.upper()} is given as {type(data).__name__}; wanted a path, an AnnData or a MuData",
-                hint="of a table of cells x features: anndata.AnnData(table)",
+                hint="make an AnnData of a table of cells x features: anndata.AnnData(table)",
             )
         elif hasattr(data, "mod"):
             name = modality_name(list(data.mod), modality, label or "the MuData")
@@ -211,7 +211,7 @@ def _of_fragments(
         raise InputError(f"{label} holds ATAC fragments; wanted RNA counts", hint="give it with -a or -d")
     if options is None:
         raise InputError(
-            f"{label} holds fragments, and nothing says on which cCREs to count them",
+            f"{label} holds fragments, but nothing says on which cCREs to count them",
             hint="use --reference human, mouse, or a folder of `cisformer build_reference`; or give a peak matrix",
         )
     cells = count_fragments(path, options, stack)
@@ -299,7 +299,9 @@ def _of_old_h5ad(group: h5py.Group, modality: Modality, label: str, strict: bool
     """Load an h5ad of before anndata 0.7, whose tables are encoded otherwise."""
     import anndata
 
-    logger.warning("%s is of an old anndata format and is loaded whole; write it anew to save memory", label)
+    logger.warning(
+        "%s is in an old anndata format and is loaded whole; read and write it again to save memory", label
+    )
     return _of_anndata(anndata.read_h5ad(group.file.filename), modality, label, strict)
 
 

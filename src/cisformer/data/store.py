@@ -239,7 +239,7 @@ def _open_shard(path: Path, about: dict[str, Any]) -> _Shard:
     except UnpicklingError as error:
         raise StoreError(
             f"{path} is damaged, or holds more than tensors",
-            hint="it is not loaded, since it may run code; restore it, or preprocess the data again",
+            hint="it is not loaded, because it may run code; restore it, or preprocess the data again",
         ) from error
     except Exception as error:  # damaged archives raise whatever torch, zipfile or pickle come upon
         raise _damaged(path, f"torch cannot load it ({type(error).__name__})") from error

@@ -57,7 +57,7 @@ def check_barcodes(obs: pd.DataFrame, label: str) -> None:
     if len(repeated):
         raise InputError(
             f"{label} has {len(repeated):,} barcodes more than once, such as {', '.join(repeated[:3])}",
-            hint="make them unique, for instance by adding the sample to each, in RNA and ATAC alike",
+            hint="make them unique, for instance by adding the sample's name, in the same way in RNA and ATAC",
         )
 
 
@@ -98,7 +98,7 @@ def check_orientation(obs: pd.DataFrame, var: pd.DataFrame, label: str) -> None:
         raise InputError(
             f"{label} is transposed: its obs are {', '.join(few[0][:2])}, …, its var {', '.join(few[1][:2])}, …; "
             "wanted cells in obs and features in var",
-            hint='turn it: adata.T.write_h5ad("turned.h5ad")',
+            hint='transpose it: adata.T.write_h5ad("transposed.h5ad")',
         )
 
 

@@ -180,7 +180,7 @@ def _add_training(
     if len(leaked):
         raise InputError(
             f"{len(leaked):,} test cells are among the training cells, such as {leaked[0]}",
-            hint="give the cells that the model was trained on, and others to test",
+            hint="give the training cells of the model, and test cells that are not among them",
         )
     aligned_input = _align_input(tests, inputs.var, source, names[2])
     position = tests.obs_names.get_indexer(case.barcodes)
@@ -204,12 +204,12 @@ def _add_training(
 def _scored(case: Case, kept: np.ndarray) -> Case:
     if not kept.any():
         raise InputError(
-            "no feature is in the prediction, in the truth and in the training data alike",
+            "no feature is in all three: the prediction, the truth and the training data",
             hint="check that the files are of the same genome and annotation",
         )
     if kept.all():
         return case
-    note = f"{kept.sum():,} of {len(kept):,} features scored: those of the truth's file that training showed"
+    note = f"{kept.sum():,} of {len(kept):,} features scored: those in the truth's file that were seen in training"
     return replace(case.with_features(np.flatnonzero(kept)), notes=(*case.notes, note))
 
 
@@ -391,7 +391,7 @@ def _shared(
         raise InputError(
             f"{left_label} and {right_label} share no barcode: "
             f"{', '.join(left[:3])} against {', '.join(right[:3])}",
-            hint="name the cells alike in both",
+            hint="use the same barcodes in both",
         )
     return rows, position[rows]
 
@@ -462,7 +462,10 @@ def _check_range(case: Case, label: str) -> None:
         return  # a compact prediction: probabilities as they are computed
     values = sp.csr_matrix(case.predicted).data
     if len(values) and not np.isfinite(values).all():
-        raise InputError(f"{label} holds NaN or infinite values", hint="look for the cells that they are in")
+        raise InputError(
+            f"{label} holds NaN or infinite values",
+            hint="find the cells that hold them, and remove or correct these",
+        )
     if case.direction == "rna2atac" and len(values) and (values.min() < 0 or values.max() > 1):
         raise InputError(
             f"{label} holds values from {values.min():.3g} to {values.max():.3g}; wanted probabilities",

@@ -109,7 +109,7 @@ def evaluate(
     training_log: str | Path | None = None,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Evaluate a prediction against what was measured, beside baselines fitted to the training cells.
+    """Compare a prediction with the measurement, and with baselines fitted to the training cells.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def evaluate_model(
     seed: int = 0,
     **options: Any,
 ) -> EvaluationReport:
-    """Predict a split of a preprocessed data set with a model, and evaluate it beside baselines.
+    """Predict a split of a preprocessed data set with a model, and compare it with baselines.
 
     Parameters
     ----------
@@ -167,13 +167,13 @@ def evaluate_model(
     model
         A checkpoint.
     split
-        "test", or "val" for the cells that the checkpoint was chosen on, which flatter it.
+        "test", or "val" for the cells that the checkpoint was chosen on: their scores are too good.
     cell_type
         Column of the cells' annotation; "cell_type" where there is one, unless given.
     direction
-        What the checkpoint has to be for, where given.
+        If given, the checkpoint has to be of this direction.
     training_log
-        `metrics.jsonl` of the training run; looked for beside the checkpoint unless given.
+        `metrics.jsonl` of the training run; by default the one in the checkpoint's run folder.
     max_cells
         Maximum number of cells to score; of a larger split a random sample of this size is scored, and baselines learn
         from at most 5 times as many training cells. The report says so.

@@ -167,7 +167,7 @@ def _gains(plain: dict[str, Any], methods: list[str]) -> dict[str, Any]:
             svgs.append(_gain_chart(metric, against, methods))
     about = (
         "How much better the model is than each baseline, with 95 % intervals from a bootstrap over test "
-        "cells that is the same for both. Right of the line: the model is better. Open circle: no difference."
+        "cells that is the same for both. Right of the line: the model is better. Open circle: no clear difference."
     )
     return _figure("gains", "Gain over each baseline", about, svgs, [], wide=True, columns=True)
 
@@ -211,7 +211,7 @@ def _reliability(data: dict[str, Any], plain: dict[str, Any], methods: list[str]
         positive = [value or None for value in data[name]["observed"]]
         chart.line(data[name]["predicted"], positive, style_of(name, methods), name=name)
     about = (
-        "A probability means what it says where the line follows the diagonal. Calibration error of the "
+        "Where the line follows the diagonal, probabilities are right on average. Calibration error of the "
         f"model: {score_text(ece)}. Its probabilities add up to {ratio:.1%} of the cCREs that are open."
     )
     return _figure("reliability", "Calibration", about, [chart.svg()], _legend(list(data), methods))

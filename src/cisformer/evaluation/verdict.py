@@ -1,4 +1,4 @@
-"""Say plainly whether a model beats the baselines, and on what it does not."""
+"""Say in one sentence whether a model beats the baselines, and on which scores it does not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cisformer.evaluation.scores import METRICS, Comparison, Measured
 
 MODEL = "model"
 TOLD_TYPES = "cell-type mean"
-"""The baseline that is told more than the model sees: it is named, but does not decide."""
+"""The baseline that uses more than the model does (the types): it is named, but does not decide the verdict."""
 
 SEVERITY = ("better", "tie", "worse")
 
@@ -32,7 +32,7 @@ def judge(
             for key, metric in headline.items()
             if key in measured[MODEL].value
         )
-        return "alone", f"Not compared with any baseline. That needs training data; alone: {values}."
+        return "alone", f"Not compared with any baseline, which needs training data. Scores: {values}."
     fair = [c for c in comparisons if c.baseline != TOLD_TYPES]
     groups: dict[str, list[Comparison]] = {"better": [], "tie": [], "worse": []}
     for key in headline:
@@ -50,7 +50,7 @@ def judge(
         names = " and ".join(
             f"{headline[c.metric].name} ({score_text(measured[TOLD_TYPES].value[c.metric])})" for c in told
         )
-        sentence += f" The {TOLD_TYPES}, which is told the cell types, is better on {names}."
+        sentence += f" The {TOLD_TYPES}, which uses the cells' type labels, is better on {names}."
     return standing, sentence
 
 

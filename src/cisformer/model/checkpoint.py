@@ -40,7 +40,7 @@ WEIGHTS, CONFIG, MANIFEST, REFERENCE = "model.safetensors", "config.yaml", "chec
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model with all that it takes to use it.
+    """A trained model with everything that is needed to use it.
 
     Attributes
     ----------
@@ -137,7 +137,7 @@ def load_checkpoint(
         The folder, a file in it, or a training run's folder (its `best` is taken); a zip that `pack_model` wrote;
         or published weights (`pytorch_model.bin`), which need `direction` and `config`.
     direction, config, reference
-        What the checkpoint has to agree with, where given.
+        If given, the checkpoint has to agree with them.
 
     Returns
     -------
@@ -354,6 +354,7 @@ def _load_model(
         ):  # shapes first: a configuration may ask for any amount of memory
             model = _new_model(config, layout, manifest["linear_rank"], windows)
         wanted = model.state_dict()
+        tensors |= _likeness_if_missing(tensors, wanted)
         _check_names(folder, tensors, wanted)
         _check_shapes(tensors, wanted)
         if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in wanted):
@@ -365,6 +366,14 @@ def _load_model(
             f"{folder} does not fit its own config: {reason}", hint="copy it again"
         ) from None
     return model.eval()
+
+
+def _likeness_if_missing(
+    found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint of an earlier version does not say of its training cells: nothing known."""
+    missing = [n for n in wanted if n.startswith("likeness.") and n not in found]
+    return {name: torch.full(wanted[name].shape, torch.nan) for name in missing}
 
 
 class _NoDraws(TorchFunctionMode):
@@ -406,7 +415,7 @@ def _load_published(
     """Make a checkpoint of published weights: of all features, with nothing known of their training."""
     if direction is None or config is None:
         raise CheckpointError(
-            f"{path} holds bare weights, which say neither their direction nor their configuration",
+            f"{path} holds weights alone, which say neither their direction nor their configuration",
             hint="give the config.yaml it was trained with (-c)",
         )
     reference = reference or load_reference("human")

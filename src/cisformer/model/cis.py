@@ -28,6 +28,7 @@ from cisformer.model.cis_path import CisAttention, CisPath
 from cisformer.model.closed_form import LinearStart, link_loss, pace_of
 from cisformer.model.closed_form_atac import change_of_log_odds
 from cisformer.model.closed_form_cis import LocalStart, Windows
+from cisformer.model.likeness import Likeness
 from cisformer.model.projection import Projection
 from cisformer.model.target_states import TargetStates
 
@@ -84,6 +85,7 @@ class CisModel(nn.Module):
             self.register_buffer("target_axes", torch.zeros(n_target, rank))
             self.register_buffer("readout", torch.zeros(rank, rank))
             self.register_buffer("leverage", torch.zeros(()))
+        self.likeness = Likeness(n_input)
         self.bias = nn.Parameter(torch.zeros(n_target))
         width = max(model.emb_rank, rank)
         self.loadings = nn.Parameter(torch.empty(n_target, width).normal_(std=LOADING_STD))

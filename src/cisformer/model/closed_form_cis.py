@@ -13,6 +13,7 @@ so that near cCREs may have larger weights (the contact exponent of the activity
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,27 +121,28 @@ def fit_local(
     slope = np.linalg.pinv(gram, hermitian=True) @ ((fit.x.T @ fit.z).T - np.outer(fit.z.sum(axis=0), mean))
     by_gene = np.argsort(windows.gene, kind="stable")
     genes, first = np.unique(windows.gene[by_gene], return_index=True)
-    judged = set(_some(genes, SELECTION_GENES, rng).tolist())
-    weight = np.zeros((len(windows.gene), len(PENALTIES)), np.float32)
-    losses = np.zeros(len(PENALTIES))
+    pairs_of = dict(zip(genes.tolist(), np.split(by_gene, first[1:]) if len(genes) else [], strict=True))
     ccre = windows.ccre
-    pairs_of = np.split(by_gene, first[1:]) if len(genes) else []
-    for gene, pair in zip(genes, pairs_of, strict=True):
-        near = ccre[pair]
-        inner = _Cut(fit, near, mean, slope, gram)
-        weight[pair] = _ridge(inner, _residual(fit, gene, start), weight_variance(windows.distance[pair]))
-        if gene in judged:
-            guess = _Cut(held_out, near, mean, slope, gram).predict(weight[pair])
-            losses += np.square(_residual(held_out, gene, start)[:, None] - guess).sum(axis=0)
-    best = int(np.argmin(losses))
-    logger.info("cis start: %d gene-cCRE pairs, penalty %g", len(weight), PENALTIES[best])
-    chosen = weight[:, best]
+
+    def weights(gene: int, penalties: Sequence[float]) -> np.ndarray:
+        pair = pairs_of[gene]
+        inner = _Cut(fit, ccre[pair], mean, slope, gram)
+        return _ridge(inner, _residual(fit, gene, start), weight_variance(windows.distance[pair]), penalties)
+
+    losses = np.zeros(len(PENALTIES))
+    for gene in _some(genes, SELECTION_GENES, rng).tolist():
+        guess = _Cut(held_out, ccre[pairs_of[gene]], mean, slope, gram).predict(weights(gene, PENALTIES))
+        losses += np.square(_residual(held_out, gene, start)[:, None] - guess).sum(axis=0)
+    best = PENALTIES[int(np.argmin(losses))]
+    logger.info("cis start: %d gene-cCRE pairs, penalty %g", len(ccre), best)
+    chosen = np.zeros(len(ccre), np.float32)
+    if np.isfinite(best):
+        for gene, pair in pairs_of.items():
+            chosen[pair] = weights(gene, (best,))[:, 0]
     n_targets = len(layout.target_index)
     bias = -np.bincount(windows.gene, chosen * mean[ccre], n_targets)
     spread = sp.csr_matrix((chosen, (windows.gene, ccre)), shape=(n_targets, len(mean)))
-    return LocalStart(
-        chosen, bias.astype(np.float32), -(spread @ slope.T).astype(np.float32), PENALTIES[best]
-    )
+    return LocalStart(chosen, bias.astype(np.float32), -(spread @ slope.T).astype(np.float32), best)
 
 
 def weight_variance(distance_bp: np.ndarray) -> np.ndarray:
@@ -184,20 +186,23 @@ class _Cut:
 
     def gram(self) -> np.ndarray:
         """Return x̃ᵀx̃, exact on the fitted cells."""
-        own = (self.x.T @ self.x).toarray() - self.x.shape[0] * np.outer(self.mean, self.mean)
-        return own - self.slope.T @ self.states_gram @ self.slope
+        own: np.ndarray = (self.x.T @ self.x).toarray()
+        explained = np.vstack([self.mean, self.slope])  # one product for both: the mean is a state of 1
+        own -= explained.T @ np.vstack([self.x.shape[0] * self.mean, self.states_gram @ self.slope])
+        return own
 
     def cross(self, residual: np.ndarray) -> np.ndarray:
         """Return x̃ᵀ residual."""
         return self.x.T @ residual - self.mean * residual.sum() - self.slope.T @ (self.z.T @ residual)
 
 
-def _ridge(cut: _Cut, residual: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Return the weights for every penalty, float64 [pairs, penalties]; none at an infinite one."""
+def _ridge(cut: _Cut, residual: np.ndarray, variance: np.ndarray, penalties: Sequence[float]) -> np.ndarray:
+    """Return the weights for some penalties, float64 [pairs, penalties]; none at an infinite one."""
     gram, cross = cut.gram(), cut.cross(residual)
-    weights = np.zeros((len(cross), len(PENALTIES)))
-    for column, penalty in enumerate(PENALTIES):
+    weights = np.zeros((len(cross), len(penalties)))
+    for column, penalty in enumerate(penalties):
         if np.isfinite(penalty):
             system = gram + np.diag(penalty / variance)
-            weights[:, column] = cho_solve(cho_factor(system, check_finite=False), cross, check_finite=False)
+            factor = cho_factor(system, overwrite_a=True, check_finite=False)
+            weights[:, column] = cho_solve(factor, cross, check_finite=False)
     return weights

@@ -61,8 +61,8 @@ def pack_model(
 ) -> Path:
     """Put a model into one zip to share: weights, configuration, reference, model card and checksums.
 
-    The zip stands wherever a checkpoint is taken, and predicts the same to the last bit. The same input gives the
-    same bytes. A built-in reference is named, not copied.
+    The zip can be used wherever a checkpoint is expected; its predictions are identical to the last bit. The same
+    input gives the same bytes. Of a built-in reference only the name is stored.
 
     Parameters
     ----------
@@ -71,11 +71,11 @@ def pack_model(
     output
         The zip to write.
     report
-        `report.json` of `evaluate`, whose scores go on the card.
+        `report.json` of `evaluate`, whose scores are written to the card.
     license
-        Under which terms others may use the model: a name, or the whole text.
+        Terms of use of the model: a name, or the whole text.
     data
-        What it was trained on, in words.
+        Description of the training data.
     half
         Store matrices as float16; they are loaded as float32. Vectors stay as they are.
     force
@@ -96,7 +96,9 @@ def pack_model(
         `output` exists and `force` is not given.
     """
     if not is_archive(output):
-        raise InputError(f"{output} is not called .zip", hint="name it so: -m tells packed models by it")
+        raise InputError(
+            f"{output} is not called .zip", hint="end its name in .zip: -m recognises packed models by it"
+        )
     refuse_existing(output, force=force)
     options = PackOptions(report, license, data, half)
     checkpoint = load_checkpoint(model)  # which checks it

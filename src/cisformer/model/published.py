@@ -74,7 +74,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(
-            f"{path} holds more than weights: {reason}", hint="it is not loaded, since it may run code"
+            f"{path} holds more than weights: {reason}", hint="it is not loaded, because it may run code"
         ) from None
     except Exception as error:  # damaged archives raise whatever torch, zipfile or pickle come upon
         raise CheckpointError(

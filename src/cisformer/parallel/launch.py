@@ -161,7 +161,7 @@ def _launch(path: Path, config: dict[str, Any]) -> None:
         if killed:
             raise TrainingError(
                 f"process {killed[0].local_rank} was killed by {signal.Signals(-killed[0].exitcode).name}",
-                hint="where memory ran out: lower batch_size, or start fewer processes",
+                hint="if memory ran out, lower batch_size, or start fewer processes",
             ) from None
         sys.exit(1)
     except SignalException as stopped:

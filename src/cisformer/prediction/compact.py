@@ -91,7 +91,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class CompactPrediction:
-    """Predicted accessibility of cells, computed where it is asked for.
+    """Predicted accessibility of cells, computed when it is needed.
 
     Attributes
     ----------
@@ -214,7 +214,7 @@ class CompactPrediction:
         min_prob
             Leave out probabilities below.
         top
-            Keep each row's likeliest cCREs, so many.
+            Keep only this many cCREs of each row: the most probable.
 
         Returns
         -------
@@ -300,9 +300,7 @@ class CompactPrediction:
         try:
             import dask.array as da
         except ImportError:
-            raise InputError(
-                "a lazy array needs dask, which is not installed", hint="pip install dask"
-            ) from None
+            raise InputError("to_dask needs dask, which is not installed", hint="pip install dask") from None
         size = cells_per_chunk or max(1, BLOCK_VALUES // max(1, len(self.var)))
         sizes = [min(size, len(self.obs) - start) for start in range(0, len(self.obs), size)]
         states = da.from_array(self.states, chunks=(size, -1))
@@ -328,7 +326,7 @@ def open_prediction(path: str | Path) -> CompactPrediction:
     Returns
     -------
     CompactPrediction
-        The factors in memory; probabilities are computed where they are asked for.
+        The two factors in memory; probabilities are computed when they are needed.
 
     Raises
     ------
@@ -338,7 +336,7 @@ def open_prediction(path: str | Path) -> CompactPrediction:
     adata = load_h5ad(path)
     if not is_compact(adata):
         raise InputError(
-            f"{path} is no compact prediction: it has no obsm['{STATES}'] beside varm['{LOADINGS}']",
+            f"{path} is no compact prediction: it has no obsm['{STATES}'] and varm['{LOADINGS}']",
             hint="give a file of rna2atac_predict --compact; a full matrix is read by anndata.read_h5ad",
         )
     return compact_of(adata, str(path))

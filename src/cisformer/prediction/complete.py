@@ -61,11 +61,11 @@ def complete(
     seed: int = 0,
     force: bool = False,
 ) -> Path:
-    """Fill the gaps of a mosaic: RNA and ATAC of cells of which some lack one.
+    """Predict what is missing in a mosaic: a data set in which some cells lack RNA or ATAC.
 
-    Cells are paired by barcode. Models are trained on the cells that have both, on the data's own genes and peaks,
-    for the directions that are needed; they predict what the other cells lack. A row without any count counts as
-    lacking. Measured values stay as they are, and never share a matrix with predicted ones.
+    Cells are paired by barcode; a modality with no counts in a cell is taken as missing. Models of the directions
+    that are needed are trained on the cells that have both modalities, with the data's own genes and peaks, and
+    predict what the other cells lack. Measured and predicted values are never in the same matrix.
 
     Parameters
     ----------
@@ -74,9 +74,9 @@ def complete(
     output_dir
         Where everything goes.
     groupby
-        Column of `obs`, such as cell types: warns of groups that are to be completed and have no paired cell.
+        Column of `obs`, such as cell types: warn of groups that lack a modality and have no paired cell.
     gtf
-        Gene annotation, for gene coordinates that the file lacks.
+        Gene annotation, if the file lacks gene coordinates.
     preset
         Size of the models; see `default_config`.
     epochs
@@ -84,8 +84,7 @@ def complete(
     seed
         Random seed of the split and of training.
     force
-        Do everything again where the file or the options have changed; write into a folder that holds something
-        else.
+        Repeat everything if the file or the options have changed; write into a folder that holds something else.
 
     Returns
     -------
@@ -93,7 +92,7 @@ def complete(
         ``completed.h5mu``. Both modalities have all cells [n_cells, n_features of the input] and no `X`:
         ``layers["measured"]`` is X of the input, in its unit; ``layers["predicted"]`` holds
         log1p(counts per 10,000) or probabilities of being open, in compact form where it would be large;
-        ``obs["measured"]`` says which of both a cell has, ``var["seen_in_training"]`` what could be predicted.
+        ``obs["measured"]`` says which of them a cell has, ``var["seen_in_training"]`` what could be predicted.
 
     Raises
     ------
@@ -161,7 +160,7 @@ class _Completion:
         model, metrics = f"{MODELS}/{best.folder.parent.name}/best", best.metrics
         if metrics["val_loss"] >= metrics["mean_val_loss"]:
             logger.warning(
-                "the %s model predicts validation cells no better than a mean profile: do not rely on what it fills in",
+                "the %s model predicts validation cells no better than a mean profile: do not rely on its predictions",
                 direction,
             )
         return {"files": [model], "model": model}
@@ -213,6 +212,6 @@ def _warn_of_unpaired_groups(mosaic: Mosaic, groups: dict[str, pd.Series]) -> No
         if len(unseen):
             told = ", ".join(f"{value} ({count} cells)" for value, count in unseen.items())
             logger.warning(
-                "no cell of these groups of %s has both modalities, so models do not learn from them: %s",
+                "no cell of these groups of %s has both modalities, so models are not trained on them: %s",
                 name, told,
             )  # fmt: skip

@@ -144,7 +144,7 @@ def _read(path: str | Path) -> MuData:
         import mudata
     except ImportError as error:
         raise InputError(
-            "completing a mosaic takes mudata, which is not installed",
+            "completing a mosaic needs mudata, which is not installed",
             hint='pip install "cisformer-links[io]"',
         ) from error
     with told_as_damage(str(path)), mudata.set_options(pull_on_update=False):
@@ -159,19 +159,19 @@ def _check(mosaic: Mosaic) -> None:
         raise InputError(
             f"{len(neither):,} of {len(has_rna):,} cells in {mosaic.path} have neither RNA nor ATAC, such as "
             f"{', '.join(neither[:3])}",
-            hint="remove them: there is nothing to predict from",
+            hint="remove them: there is no modality to predict from",
         )
     n_paired = len(mosaic.paired)
     if not n_paired:
         raise InputError(
             f"no cell in {mosaic.path} has both RNA and ATAC: RNA has {', '.join(has_rna.index[has_rna][:3])}, …; "
             f"ATAC has {', '.join(has_atac.index[has_atac][:3])}, …",
-            hint=f"{LEAST_PAIRED} such cells are wanted; where barcodes are spelt in two ways, rename obs_names in one",
+            hint=f"{LEAST_PAIRED} such cells are needed; if barcodes are written in two ways, rename obs_names in one",
         )
     if n_paired == len(has_rna):
         raise InputError(
             f"all {n_paired:,} cells in {mosaic.path} have both RNA and ATAC: nothing is to be completed",
-            hint="to learn from them, use `cisformer run`",
+            hint="to train models on them, use `cisformer run`",
         )
     if n_paired < LEAST_PAIRED:
         raise InputError(
@@ -231,7 +231,7 @@ def _matrices(side: AnnData) -> dict[str, Any]:
     if side.raw is not None and side.raw.var_names.equals(side.var_names):
         found[f"{MEASURED}_raw"] = side.raw.X
     elif side.raw is not None:
-        logger.info("raw has other features and stays in the input file alone")
+        logger.info("raw has other features, and is not copied to the output")
     return {name: matrix for name, matrix in found.items() if matrix is not None}
 
 

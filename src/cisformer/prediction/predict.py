@@ -57,38 +57,39 @@ def predict(
     Parameters
     ----------
     checkpoint
-        A `Checkpoint`, or where one is.
+        A `Checkpoint`, or its path.
     data
         Cells of the input modality: AnnData with counts (RNA) or peaks (ATAC), a file of one, or a preprocessed
         store, or some rows of one. In a store only the input modality is read.
     output
         Write to this `.h5ad` in blocks instead of returning an AnnData.
     direction
-        What the checkpoint has to be for, where given.
+        If given, the checkpoint has to be of this direction.
     batch_size
-        Number of cells predicted at once; memory follows it.
+        Number of cells predicted at once; memory grows with it.
     num_workers
         Number of threads that prepare batches ahead.
     max_tokens
         Maximum number of tokens per cell that attention sees; `None` takes the configuration's `enc_max_len`.
     min_prob
-        RNA→ATAC: leave probabilities below out of the matrix. 0 keeps all.
+        RNA→ATAC: leave smaller probabilities out of the matrix. 0 keeps all.
     binarize
-        RNA→ATAC: 1 for as many of a cell's likeliest cCREs as its probabilities sum up to, in place of
-        probabilities. A threshold of 0.5 would close nearly all: few cCREs are open in more than half of the cells.
+        RNA→ATAC: write 1 for the most probable cCREs of each cell and 0 for the others, in place of probabilities. The
+        number of ones is the sum of the cell's probabilities. With a threshold of 0.5 nearly all would be 0: few
+        cCREs are open in more than half of the cells.
     genes
-        ATAC→RNA, architecture full: which genes to predict: "expressed_in_training" (all that the model knows),
-        "all" of the reference, or a file of ids or names. Never those that a cell expresses: that is the answer.
+        ATAC→RNA, architecture full: genes to predict: "expressed_in_training" (all seen in training), "all" of the
+        reference, or a file of ids or names. The genes that a cell expresses are never used: they are the answer.
     chunk
-        RNA→ATAC, architecture full: number of cCREs decoded together, which bounds memory; 8,192 if not given.
+        RNA→ATAC, architecture full: number of cCREs decoded at once; fewer need less memory. Default 8,192.
     compact
-        RNA→ATAC: keep two small matrices in place of all probabilities; see `open_prediction`. `None` does so where
-        the full matrix would take more than 2 GB on disk.
+        RNA→ATAC: write two small matrices in place of all probabilities; see `open_prediction`. `None` does so if the
+        full matrix would take more than 2 GB on disk.
     min_fragments
-        ATAC→RNA: number of fragments that make a barcode of a fragments file a cell.
+        ATAC→RNA: minimum number of fragments for a barcode of a fragments file to count as a cell.
     device
-        Where to compute; an NVIDIA GPU where there is one, else the CPU. Under `accelerate launch`, processes share
-        the cells where there is an `output`.
+        Where to compute; by default an NVIDIA GPU if there is one, else the CPU. Under `accelerate launch` with an
+        `output`, each process predicts a part of the cells.
     force
         Overwrite `output`.
 
@@ -105,7 +106,7 @@ def predict(
     CheckpointError, ReferenceMismatchError, InputError, OutputExistsError
         The parts do not belong together, or the result would overwrite something.
     WriteError
-        The disk has no room for the full matrix.
+        The full matrix does not fit on the disk.
     """
     options = PredictionOptions(
         batch_size, num_workers, max_tokens, min_prob, binarize, genes, chunk, compact, min_fragments
@@ -148,7 +149,7 @@ def _choose_compact(
     if possible and options.compact is None and n_bytes > COMPACT_ABOVE_BYTES:
         logger.info(
             "the full matrix would take %.1f GB: written in compact form, which holds every probability; "
-            "`cisformer expand` makes parts of it full, --full writes all",
+            "`cisformer expand` writes parts of it as a matrix, --full writes all",
             n_bytes / 1e9,
         )
         return True
@@ -159,7 +160,7 @@ def _choose_compact(
         raise WriteError(
             f"the full matrix of {n_cells} cells takes up to {n_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
             f"free where {output} would be",
-            hint="write the compact form (--compact), or free some room" if possible else "free some room",
+            hint="write the compact form (--compact), or free disk space" if possible else "free disk space",
         )
     return False
 
@@ -179,7 +180,7 @@ def _as_asked(checkpoint: Checkpoint, options: PredictionOptions) -> Checkpoint:
 def _with_chunk(checkpoint: Checkpoint, chunk: int) -> Checkpoint:
     if checkpoint.direction != "rna2atac" or not isinstance(checkpoint.model, FullTask):
         raise InputError(
-            "a chunk of cCREs is for RNA→ATAC models of architecture full",
+            "chunk is only for RNA→ATAC models of architecture full",
             hint="leave it out: this model gives all cCREs at once",
         )
     if chunk < 1:
@@ -190,8 +191,8 @@ def _with_chunk(checkpoint: Checkpoint, chunk: int) -> Checkpoint:
 def _with_genes(checkpoint: Checkpoint, genes: str | Path) -> Checkpoint:
     if checkpoint.direction != "atac2rna" or not isinstance(checkpoint.model, FullTask):
         raise InputError(
-            "a choice of genes is for ATAC→RNA models of architecture full",
-            hint="leave it out: all genes known from training are predicted",
+            "a choice of genes is only for ATAC→RNA models of architecture full",
+            hint="leave it out: all genes seen in training are predicted",
         )
     rows = choose_genes(genes, checkpoint.layout, checkpoint.reference)
     return replace(checkpoint, model=checkpoint.model.with_targets(rows))

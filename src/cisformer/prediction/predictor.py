@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from cisformer.prediction.compact import (
     STATES,
     LowRank,
 )
+from cisformer.prediction.likeness import DEPTH, DISTANCE, UNLIKE, warn_if_unlike
 from cisformer.runtime.progress import progress
 from cisformer.runtime.provenance import provenance
 
@@ -87,10 +88,15 @@ class Predicted:
         Known targets, float32 [B, F]; `None` in a compact prediction.
     states
         Places in the space of the model's loadings, float32 [B, R]; `None` for architecture full, which has none.
+    distance, depth
+        How unlike the training cells each cell is, and how many known features it has; `None` where the model does not
+        know what is usual among its training cells.
     """
 
     matrix: np.ndarray | None
     states: np.ndarray | None
+    distance: np.ndarray | None = None
+    depth: np.ndarray | None = None
 
     @property
     def obsm(self) -> dict[str, np.ndarray]:
@@ -147,8 +153,14 @@ class Predictor:
             place = self.model.place(batch)
         else:
             matrix, place = self.model.predict_with_place(batch)
-        states = self.low_rank.states(place).cpu().numpy()
-        return Predicted(None if matrix is None else matrix.float().cpu().numpy(), states)
+        known = Predicted(
+            None if matrix is None else matrix.float().cpu().numpy(),
+            self.low_rank.states(place).cpu().numpy(),
+        )
+        if not self.model.likeness.known:
+            return known
+        distance = self.model.likeness.distance(batch).cpu().numpy()
+        return replace(known, distance=distance, depth=batch.indptr.diff().cpu().numpy())
 
     # ---- output
 
@@ -166,7 +178,18 @@ class Predictor:
             )
         states = [block.states for block in blocks if block.states is not None]
         obsm = {STATES: np.concatenate(states)} if states else {}
-        return AnnData(matrix, obs=self.cells.obs.copy(), var=var, uns=uns, obsm=obsm, varm=varm)
+        obs = self._with_distances(self.cells.obs, blocks)
+        return AnnData(matrix, obs=obs, var=var, uns=uns, obsm=obsm, varm=varm)
+
+    def _with_distances(self, obs: pd.DataFrame, blocks: Sequence[Predicted]) -> pd.DataFrame:
+        """Return `obs` with how unlike the training cells each cell is; warn where many are."""
+        found = [(b.distance, b.depth) for b in blocks if b.distance is not None and b.depth is not None]
+        if not found or not isinstance(self.model, CisModel):
+            return obs.copy()
+        distance, depth = (np.concatenate(values) for values in zip(*found, strict=True))
+        if len(distance) == len(self.cells.obs):  # once, where several processes share the cells
+            warn_if_unlike(self.model.likeness, distance, depth)
+        return obs.assign(**{DISTANCE: distance.astype(np.float32), DEPTH: depth, UNLIKE: distance > 1})
 
     def write(self, path: Path, processes: Processes, *, force: bool) -> None:
         """Write the prediction; several processes share the cells, and the first of them joins their parts."""
@@ -194,9 +217,12 @@ class Predictor:
         blocks = iter(()) if first is None else itertools.chain([first], blocks)
         layout = self._matrix_layout(first)
         var, varm, uns = self._features()
+        cells = []
         with H5adWriter(path, obs, var, uns, varm=varm, layout=layout, force=force) as writer:
             for block in blocks:
                 writer.append(self._matrix(block.matrix, layout), **block.obsm)
+                cells.append(replace(block, matrix=None, states=None))
+            writer.obs = self._with_distances(obs, cells)
 
     def _matrix_layout(self, first: Predicted | None) -> MatrixLayout:
         if self.options.compact:
@@ -298,7 +324,7 @@ def _read(path: Path, known: np.ndarray) -> Iterator[Predicted]:
     from anndata.io import sparse_dataset
 
     with h5py.File(path) as file:
-        states = file["obsm"].get(STATES)
+        states, obs = file["obsm"].get(STATES), file["obs"]
         cells = file.get("X")
         if isinstance(cells, h5py.Group):
             cells = sparse_dataset(cells)
@@ -308,7 +334,8 @@ def _read(path: Path, known: np.ndarray) -> Iterator[Predicted]:
             matrix = None if cells is None else cells[part]
             if matrix is not None:
                 matrix = (matrix.toarray() if sp.issparse(matrix) else matrix)[:, known]
-            yield Predicted(matrix, None if states is None else states[part])
+            distance, depth = (obs[name][part] if name in obs else None for name in (DISTANCE, DEPTH))
+            yield Predicted(matrix, None if states is None else states[part], distance, depth)
 
 
 def _likeliest(probability: np.ndarray) -> np.ndarray:

@@ -54,10 +54,10 @@ def transfer_labels(
 ) -> pd.DataFrame:
     """Label predicted cells like their nearest neighbours among labelled cells.
 
-    Where both come from one model (its predictions of labelled cells, say of the multiome it was trained on), cells
-    are compared by their states in that model. Else both are compared by the expression of their common genes:
-    standardised within each of the two, since a prediction varies less than a measurement, then principal components
-    of the reference and cosine distance.
+    If both are predictions of one model (the reference, for example, of the multiome it was trained on), cells are
+    compared by their states in that model. Otherwise they are compared by the expression of their common genes. It is
+    standardised within each of the two sets, since a prediction varies less than a measurement, and projected on
+    principal components of the reference; the distance is cosine.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def transfer_labels(
     n_neighbors
         Number of labelled neighbours that vote.
     min_confidence
-        Below this share of the votes a cell is called "unknown".
+        A cell with a smaller share of votes for its label is called "unknown".
     seed
         Random seed of the principal components.
 
@@ -83,7 +83,7 @@ def transfer_labels(
     Raises
     ------
     InputError
-        No such column, too few labelled cells, or no space in which both can be compared.
+        No such column, too few labelled cells, or too few common genes.
     """
     options = TransferOptions(n_neighbors, min_confidence, seed)
     cells, labelled = load_h5ad(predicted), load_h5ad(reference)
@@ -146,7 +146,7 @@ def _common_genes(cells: AnnData, labelled: AnnData) -> tuple[NDArray[np.floatin
     if len(best[0]) < FEWEST_GENES:
         names = [", ".join(adata.var_names[:3]) for adata in (cells, labelled)]
         raise InputError(
-            f"the two share {len(best[0])} genes, at least {FEWEST_GENES} are needed: {names[0]} against {names[1]}",
+            f"both files share {len(best[0])} genes, at least {FEWEST_GENES} are needed: {names[0]} against {names[1]}",
             hint="give expression of the same species, or predictions of one model for both",
         )
     return _expression(cells)[:, best[0]], _expression(labelled)[:, best[1]]

@@ -102,13 +102,15 @@ def _check_entries(archive: zipfile.ZipFile, n_bytes: int) -> None:
         if entry.filename not in known:
             raise ValueError(f"it holds {entry.filename[:80]!r}, which no packed model has")
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise ValueError(f"{entry.filename} is compressed or encrypted; wanted files stored as they are")
+            raise ValueError(
+                f"{entry.filename} is compressed or encrypted; wanted files stored as they are, uncompressed"
+            )
     if len(names) > len(set(names)):
         raise ValueError("it holds a file twice")
     if missing := {*REQUIRED, SUMS}.difference(names):
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
     if sum(max(entry.file_size, entry.compress_size) for entry in entries) > n_bytes:
-        raise ValueError("its files claim more bytes than it has")
+        raise ValueError("its list of files claims more bytes than the zip has")
 
 
 def _read_sums(archive: zipfile.ZipFile) -> dict[str, str]:

@@ -157,7 +157,7 @@ def write_errors(path: Path, temporary: Path) -> Iterator[None]:
             raise
         raise WriteError(
             f"cannot write {path}: {reason}; nothing was changed there",
-            hint="make room, or choose another folder, and run the command again",
+            hint="free disk space, or choose another folder, and run the command again",
         ) from error
 
 

@@ -61,7 +61,7 @@ class Journal:
             return cls(folder, _read(path))
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not force):
             raise OutputExistsError(
-                f"{folder} exists already, and no earlier run has written it",
+                f"{folder} exists already, and no earlier run has written it (it has no run.json)",
                 hint="choose another output folder, or write into this one with --force",
             )
         make_folder(folder)
@@ -131,7 +131,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(
             f"{path} does not say which steps are done: {error!r}",
-            hint="remove it, and run again with --force: all steps are done again then",
+            hint="remove it, and run again with --force: then all steps are repeated",
         ) from error
 
 
@@ -187,7 +187,7 @@ def _refuse_changes(journal: Journal, steps: list[Step], force: bool) -> None:
         what = ", ".join(dict.fromkeys(change for changes in changed.values() for change in changes))
         raise OutputExistsError(
             f"{journal.folder} holds the results of an earlier run, and this has changed since: {what}",
-            hint=f"choose another output folder, or do again what depends on it ({', '.join(changed)}) with --force",
+            hint=f"choose another output folder, or repeat the changed steps ({', '.join(changed)}) with --force",
         )
 
 

@@ -25,6 +25,9 @@ from cisformer.model.closed_form_cis import Windows, fit_local
 from cisformer.model.target_states import CellRidge, assemble, axis_scores
 from cisformer.training.split import CellSplit
 
+LIKENESS_CELLS = 5_000
+"""At most so many training cells that say what is usual among them."""
+
 
 def fold_in(best: Checkpoint, cells: CellSplit) -> Checkpoint:
     """Return `best` with what the validation cells add to its closed-form part.
@@ -88,11 +91,14 @@ def fit_closed_form(
     train, val = both_sides(cells)
     options = StartOptions(model.linear_rank, model.linear_ridge, seed)
     start = fit_linear(train, val, layout, counts, options)
-    if layout.direction == "rna2atac":
-        return CisModel.from_start(config, layout, start, None, None), start
-    windows = Windows.of(cells.train.reference, layout, model.cis_window)
-    local = fit_local(train, val, layout, start, windows, seed)
-    return CisModel.from_start(config, layout, start, windows, local), start
+    windows = local = None
+    if layout.direction == "atac2rna":
+        windows = Windows.of(cells.train.reference, layout, model.cis_window)
+        local = fit_local(train, val, layout, start, windows, seed)
+    network = CisModel.from_start(config, layout, start, windows, local)
+    sample = train.sample(LIKENESS_CELLS, np.random.default_rng([seed, 9])).read(layout).x
+    network.likeness.fit(sample, counts.n_open[layout.input_index], counts.n_cells)
+    return network, start
 
 
 def make_layout(counts: FeatureCounts, direction: Direction, store: CellStore) -> Layout:

@@ -80,7 +80,7 @@ def train(
     direction
         "rna2atac" or "atac2rna": which modality is predicted from which.
     val_data
-        Folder of the validation cells; by default the one beside the training cells, or a tenth of these.
+        Folder of the validation cells; by default the one next to the training cells, or else a tenth of these.
     save
         Folder for training runs.
     config
@@ -90,12 +90,12 @@ def train(
     resume
         The folder of an interrupted run to finish, with its own settings.
     cpu
-        Use the CPU, also where there is a GPU.
+        Use the CPU even if there is a GPU.
 
     Returns
     -------
     Checkpoint
-        The epoch of lowest validation loss, as `<save>/<date>_<name>/best` holds it.
+        The epoch with the lowest validation loss, which is in `<save>/<date>_<name>/best`.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def _require_compiler(*, cpu: bool) -> None:
     usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if (cpu or best_device() == "cpu") and not shutil.which(os.environ.get("CXX", usual)):
         raise TrainingError(
-            "the configuration says compile: true, and there is no C++ compiler on this machine",
+            "the configuration says compile: true, but there is no C++ compiler on this machine",
             hint=f"install {usual}, or set training.compile to false",
         )
 
@@ -276,7 +276,7 @@ class Run:
             self._finish_epoch(0, train_loss=float("nan"), seconds=0.0)
         for epoch in range(len(self.history), self.settings.epoch + 1):
             if self._out_of_patience():
-                logger.info("no better validation loss for %d epochs: stopped", self.settings.patience)
+                logger.info("stopped: no better validation loss for %d epochs", self.settings.patience)
                 break
             started = time.perf_counter()
             train_loss = self._train_epoch(epoch)
@@ -312,8 +312,8 @@ class Run:
         mean = float(self.accelerator.reduce(share.detach(), "sum"))
         if not np.isfinite(mean):
             raise TrainingError(
-                f"the loss is {mean} at {where}; weights are those of the batch before",
-                hint=f"lower training.lr (now {self.settings.lr:g}), or go on with --resume after that",
+                f"the loss is {mean} at {where}; the weights are those from before this batch",
+                hint=f"lower training.lr (now {self.settings.lr:g}), then start again, or continue with --resume",
             )
         # Accelerate averages gradients over processes; a share of the global mean has to be summed instead.
         self.accelerator.backward(share * self.accelerator.num_processes)

@@ -80,7 +80,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # damaged archives raise whatever torch, zipfile or pickle come upon
         raise CheckpointError(
             f"{path} is damaged, or holds more than a training state: {' '.join(str(error).split())[:200]}",
-            hint="restore it, or go on from the best epoch in a new run: -m FOLDER",
+            hint="restore it, or continue from the best epoch in a new run: -m FOLDER",
         ) from error
 
 

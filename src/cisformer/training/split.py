@@ -57,7 +57,7 @@ class CellSplit:
         if len(shared):
             raise TrainingError(
                 f"{len(shared)} cells are in the training and the validation data, such as {shared[0]}",
-                hint="give folders of different cells, as data_preprocess writes them",
+                hint="give two folders that data_preprocess wrote together, which share no cell",
             )
         return cls(store, np.arange(store.n_cells), val_store, np.arange(val_store.n_cells))
 

@@ -49,7 +49,11 @@ function drawStart() {
       element("td", { class: "n" }, number(L.score[i])), element("td", { class: "n" }, number(L.specificity[i])),
       element("td", { class: "n" }, bp(L.distance[i])), element("td", {}, region(L.ccre[i]))))));
   const specific = D.heat.what === "specificity", most = specific ? 4 : 1;
-  $("heat-what").textContent = specific ? "Specificity (log odds; orange: more at work than in the mean of the other types, blue: less)" : "Score";
+  $("top-what").textContent = specific ?
+    "For each type, links with the highest score × specificity: likely, and more at work here than in the other types." :
+    D.types.length > 1 ? "For each type, links whose score is highest above that of the same pair in any other type." :
+    "Links with the highest score.";
+  $("heat-what").textContent = specific ? "Specificity (log odds; orange: stronger than the mean of the other types, blue: weaker)" : "Score";
   $("heat").replaceChildren(
     element("thead", {}, element("tr", {}, element("td"), ...D.types.map(type =>
       element("th", { scope: "col", title: type }, element("span", {}, type))))),
@@ -182,7 +186,7 @@ function drawLocus() {
 }
 function drawTrack(svg, type, top, { x, width, seen, highest, tss }) {
   const base = top + HALF, linked = new Set(shown.filter(i => L.type[i] === type).map(i => L.ccre[i]));
-  const cells = D.cells[type] ? ` ${bp(D.cells[type])} cells` : "";
+  const cells = D.cells[type] ? ` ${bp(D.cells[type])} cell${D.cells[type] === 1 ? "" : "s"}` : "";
   svg.append(mark("line", { class: "base", x1: 0, x2: width, y1: base, y2: base }));
   for (const ccre of seen) {
     const share = open(type, ccre), tall = share / highest * (HALF - 14), wide = Math.max(C.width[ccre] / (view[1] - view[0]) * width, 2);

@@ -1,0 +1,287 @@
+"""Measure `annotate_variants`: is the linked gene right more often than the nearest one, and is the enrichment honest?
+
+    python benchmarks/variants.py WORK --simulated contact 31     one mode and seed at a time, a minute and a half each
+    python benchmarks/variants.py WORK --enrichment contact 31    on the links that --simulated left in WORK
+    python benchmarks/variants.py WORK --real DATA                DATA holds `truth/`, `crispr/` and `heme_bulk_14/`
+
+*Simulated*: 1,500 cells, 1,200 genes, 10,000 cCREs, 6 types; the `small` preset; all cells are linked. One variant is
+planted in each cCRE whose links are all distal (more than 1 kb from the TSS), at a random base. A gene is right if the
+cCRE is linked to it in some type.
+
+*Enrichment*: random variants fall into listed cCREs in proportion to their length, scattered (80) or five neighbours
+around each of 40 places. Planted traits: half of the loci in cCREs with a distal link in one type, of which the third
+most open there relative to other types; the other half anywhere.
+
+*Real*: fine-mapped eQTL (label 1) and links of 14 sorted blood populations: the prior fitted to CRISPRi screens alone,
+which are K562, and correlation over populations with the weight that the data give it, as `atac2rna_link` estimates
+it. Prints markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cisformer.analysis.annotate import annotate_variants, collect
+from cisformer.analysis.enrichment import linked_enrichment
+from cisformer.analysis.stored import open_links
+from cisformer.config import default_config
+from cisformer.data.genome import region_names, signed_distance, tss, window_pairs
+from cisformer.data.preprocess import preprocess
+from cisformer.data.reference import Reference, load_reference
+from cisformer.links.files import COMPONENTS, Links, TypeLinks
+from cisformer.links.score import link
+from cisformer.simulation import simulate
+from cisformer.training.loop import train
+
+DISTAL_BP, WINDOW_BP = 1_000, 250_000
+BINS_BP = (1_000, 10_000, 50_000, 250_000)
+SCORES = (0.0, 0.1, 0.5, 0.9)
+N_NULL, N_PLANTED = 200, 30
+EVERYTHING = {"min_score": 0.0, "genome": "hg38", "n_permutations": 1}
+
+
+def right(table: pd.DataFrame, genes_of: dict[str, set[str]]) -> pd.DataFrame:
+    """Say of each variant whether the linked gene, the nearest gene and the two together are right."""
+    truth = [genes_of[name] for name in table["variant"]]
+    columns = {
+        "linked": [gene in known for gene, known in zip(table["linked_gene"], truth, strict=True)],
+        "nearest": [gene in known for gene, known in zip(table["nearest_gene"], truth, strict=True)],
+        "same": (table["linked_gene"] == table["nearest_gene"]).tolist(),
+        "score": table["score"].fillna(0).tolist(),
+    }
+    return pd.DataFrame(columns)
+
+
+def compare(answers: pd.DataFrame, distance: np.ndarray) -> None:
+    """Print how often each is right, over all and by distance to the nearest right gene, with a sign test."""
+    print(
+        "| distance of right gene, or score | variants | nearest right | linked right | linked : nearest alone | p |"
+    )
+    print("|---|---|---|---|---|---|")
+    parts = {"all": np.ones(len(answers), dtype=bool)}
+    for low, high in zip((0, *BINS_BP[:-1]), BINS_BP, strict=True):
+        parts[f"{low / 1000:g}–{high / 1000:g} kb"] = (distance >= low) & (distance < high)
+    for low, high in zip(SCORES, (*SCORES[1:], np.inf), strict=True):
+        inside = ((answers["score"] >= low) & (answers["score"] < high)).to_numpy()
+        parts[f"score {low:g}–{high:g}" if high < 1 else f"score {low:g} or more"] = inside
+    for name, inside in parts.items():
+        own = answers[inside]
+        if len(own):
+            ours, theirs = (own["linked"] & ~own["nearest"]).sum(), (own["nearest"] & ~own["linked"]).sum()
+            p = stats.binomtest(ours, ours + theirs).pvalue if ours + theirs else 1.0
+            shares = f"{own['nearest'].mean():.1%} | {own['linked'].mean():.1%}"
+            print(f"| {name} | {len(own):,} | {shares} | {ours} : {theirs} | {p:.1g} |")
+    same = answers["same"]
+    print(
+        f"\nthe two agree on {same.sum():,} variants, and are right for {answers['nearest'][same].mean():.1%} of these"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- simulated
+
+
+def simulated(work: Path, mode: str, seed: int) -> None:
+    """Make links of simulated cells, plant variants in cCREs with distal links, and ask for their genes."""
+    folder = work / f"{mode}{seed}"
+    if not (folder / "cisformer_link").is_dir():
+        make_links(folder, mode, seed)
+    planted = pd.read_csv(folder / "true_links.tsv", sep="\t", keep_default_na=False)
+    nearest = planted.assign(far=planted["distance"].abs()).groupby("ccre")["far"].min()
+    distal = planted[planted["ccre"].isin(nearest.index[nearest > DISTAL_BP])]
+    genes_of = distal.groupby("ccre")["gene_name"].agg(set).to_dict()
+    ends = pd.Series(list(genes_of)).str.extract(r"(.+):(\d+)-(\d+)").astype({1: int, 2: int})
+    rng = np.random.default_rng(seed)
+    position = rng.integers(ends[1], ends[2])
+    bed = pd.DataFrame({"chrom": ends[0], "start": position, "end": position + 1, "name": list(genes_of)})
+    bed.to_csv(folder / "variants.bed", sep="\t", header=False, index=False)
+    table = annotate_variants(folder, folder / "variants.bed", **EVERYTHING).variants
+    near = distal.assign(far=distal["distance"].abs()).groupby("ccre")["far"].min().reindex(table["variant"])
+    print(f"\n{mode}, seed {seed}:\n")
+    compare(right(table, genes_of), near.to_numpy())
+
+
+def make_links(folder: Path, mode: str, seed: int) -> None:
+    """Simulate cells, train, and link all of them."""
+    cells = simulate(1500, 1200, 10_000, n_types=6, mode=mode, seed=seed)
+    cells.write(folder)
+    options = {"direction": "atac2rna", "reference": "dataset", "force": True}
+    preprocess(cells.rna, cells.atac, folder / "data", **options)
+    small = default_config("atac2rna", "small")
+    best = train(folder / "data", "v", direction="atac2rna", save=folder / "save", cpu=True, config=small)
+    store = preprocess(cells.rna, cells.atac, folder / "all", manually=True, **options)["all"]
+    link(best, store.path, cells.rna.obs["cell_type"], folder)
+
+
+def enrichment(work: Path, mode: str, seed: int) -> None:
+    """Print the calibration of p-values of random variants, and how often planted traits are found."""
+    stored = open_links(work / f"{mode}{seed}")
+    _, linked = collect(stored, pd.DataFrame({"variant": [0], "ccre": [0]}), 0.0)
+    rng = np.random.default_rng(seed)
+    width = (stored.ccres["end"] - stored.ccres["start"]).to_numpy()[linked.ccre]
+
+    def tested(rows: np.ndarray) -> pd.Series:
+        about = stored.ccres.iloc[rows][["chrom", "start"]].assign(pip=np.nan, ccre=rows)
+        found = linked_enrichment(about, linked, stored.ccres, stored.genes, n_draws=500, seed=int(rows[0]))
+        return found.set_index("cell_type")["p_value"]
+
+    print(
+        f"\n{mode}, seed {seed}:\n\n| random variants | λ (median χ²) | p below 0.05 | below 0.01 | KS, worst type |"
+    )
+    print("|---|---|---|---|---|")
+    for name in ("scattered", "clustered"):
+        found = []
+        for _ in range(N_NULL):
+            if name == "scattered":
+                rows = rng.choice(linked.ccre, 80, replace=False, p=width / width.sum())
+            else:
+                places = rng.choice(len(width), 40, replace=False)[:, None] + np.arange(-2, 3)
+                rows = linked.ccre[np.unique(np.clip(places, 0, len(width) - 1))]
+            found.append(tested(np.sort(rows)))
+        p = pd.concat(found, axis=1)
+        inflation = np.median(stats.chi2.isf(p.to_numpy(), 1)) / stats.chi2.ppf(0.5, 1)
+        worst = min(stats.kstest(row, "uniform").pvalue for row in p.to_numpy())
+        below = [(p < level).to_numpy().mean() for level in (0.05, 0.01)]
+        print(f"| {name} | {inflation:.2f} | {below[0]:.3f} | {below[1]:.3f} | {worst:.2g} |")
+    planted(stored, work / f"{mode}{seed}" / "true_links.tsv", linked, tested, rng)
+
+
+def planted(stored, truth: Path, linked, tested, rng: np.random.Generator) -> None:
+    """Print how often the type of a planted trait is significant, and first."""
+    links = pd.read_csv(truth, sep="\t", keep_default_na=False)
+    links = links[links["distance"].abs() > DISTAL_BP]
+    row_of = pd.Series(np.arange(len(stored.ccres)), region_names(stored.ccres))
+    share = {}
+    for name in stored.cell_types:
+        table = stored.of_type(name, ("n_open",)).drop_duplicates("ccre")
+        share[name] = np.bincount(table["ccre"], table["n_open"], len(stored.ccres)) / stored.n_cells[name]
+    mean = np.mean(list(share.values()), axis=0)
+    print("\n| planted trait, loci | right type: p below 0.05 / types | right type first |\n|---|---|---|")
+    for n in (30, 100):
+        hit = []
+        for number in range(N_PLANTED):
+            name = stored.cell_types[number % len(stored.cell_types)]
+            own = np.intersect1d(row_of[links.loc[links["cell_type"] == name, "ccre"].unique()], linked.ccre)
+            ratio = (share[name][own] + 0.005) / (mean[own] + 0.005)
+            own = own[ratio >= np.quantile(ratio, 2 / 3)]
+            rows = np.concatenate(
+                [rng.choice(own, n // 2, replace=False), rng.choice(linked.ccre, n - n // 2)]
+            )
+            p = tested(np.unique(rows))
+            hit.append((p[name] < 0.05 / len(p), p.idxmin() == name))
+        found, first = np.mean(hit, axis=0)
+        print(f"| {n} | {found:.0%} | {first:.0%} |")
+
+
+# ---------------------------------------------------------------------------------------------- real
+
+
+def real(work: Path, data: Path) -> None:
+    """Make links of blood populations, and ask for the genes of fine-mapped eQTL."""
+    if not (work / "heme").is_dir():
+        blood_links(data).write(work / "heme")
+    table = pd.read_csv(data / "truth" / "eqtl_finemapped_pgboost_example_hg38.tsv.gz", sep="\t")
+    table = table[
+        (table["label"] == 1) & table["gene"].isin(set(open_links(work / "heme").genes["gene_name"]))
+    ]
+    table["variant"] = table["chrom"] + ":" + table["end"].astype(str)
+    genes_of = table.groupby("variant")["gene"].agg(set).to_dict()
+    table.drop_duplicates("variant")[["chrom", "start", "end", "variant"]].to_csv(
+        work / "eqtl.bed", sep="\t", header=False, index=False
+    )
+    found = annotate_variants(work / "heme", work / "eqtl.bed", **EVERYTHING)
+    print(f"\n{found.counts}\n")
+    answers, within = found.variants, (found.variants["linked_gene"] != "").to_numpy()
+    genes = load_reference("human").genes.drop_duplicates("gene_name").set_index("gene_name")
+    known = table.assign(far=np.abs(table["start"].to_numpy() - tss(genes.loc[table["gene"]])))
+    near = known.groupby("variant")["far"].min().reindex(answers["variant"]).to_numpy()
+    print("variants in a peak:\n")
+    compare(right(answers[within], genes_of), near[within])
+    outside = right(answers[~within], genes_of)
+    print(
+        f"\nvariants in no peak: {len(outside):,}; the nearest gene is right for {outside['nearest'].mean():.1%}"
+    )
+
+
+def blood_links(data: Path) -> Links:
+    """Return links of the 14 populations: prior with the population's accessibility, expression, correlation."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    from link_truths import Blood, blood_correlation, screens
+    from sklearn.linear_model import LogisticRegression
+
+    from cisformer.links.prior import (
+        FEATURES,
+        LinkPrior,
+        count_between,
+        gene_competition,
+        is_noncoding,
+        pair_features,
+        relative_activity,
+    )  # fmt: skip
+    from cisformer.links.types import works
+    from cisformer.links.weights import Evidence, estimate_weights, exchange_genes, probability
+
+    blood, human = Blood.read(data), load_reference("human")
+    truth = screens(data, human, blood)
+    fitted = LogisticRegression(C=1e6, max_iter=2000).fit(truth.features[list(FEATURES)], truth.is_link)
+    prior = LinkPrior(float(fitted.intercept_[0]), tuple(fitted.coef_[0]))
+    genes = human.genes[(human.genes["end"] > 0) & human.genes["gene_name"].isin(blood.gene.index)]
+    genes = genes[~is_noncoding(genes["gene_name"])].drop_duplicates("gene_name")
+    level = blood.level[:, blood.gene.reindex(genes["gene_name"])]
+    genes, level = genes[level.max(axis=0) > 1].reset_index(drop=True), level[:, level.max(axis=0) > 1]
+    reference = Reference("dataset", "hg38", genes, blood.peaks)
+    site, middle = tss(genes), (blood.peaks["start"] + blood.peaks["end"]).to_numpy() // 2
+    gene, peak = window_pairs(genes, blood.peaks, WINDOW_BP)
+    distance = signed_distance(genes, blood.peaks, gene, peak)
+    names = genes["gene_name"]
+    between = count_between(human.genes, genes["chrom"].to_numpy()[gene], middle[peak], site[gene])
+    breadth, promoter = blood.breadth_of(names)[gene], blood.is_promoter(genes)
+    partner = exchange_genes(genes["chrom"].to_numpy(), level.mean(axis=0), np.random.default_rng(0))
+    correlation = blood_correlation(blood, names.iloc[gene], peak)
+    exchanged = blood_correlation(blood, names.iloc[partner[gene]], peak)
+
+    def log_odds(signal: np.ndarray) -> np.ndarray:
+        activity = relative_activity(signal, promoter)[peak]
+        rivals = gene_competition(gene, distance, activity, len(genes))[gene]
+        return prior.log_odds(pair_features(distance, activity, between, breadth, rivals))
+
+    one, zero = np.ones(len(gene)), np.zeros(len(gene))
+    evidence = Evidence(probability(log_odds(blood.signal.mean(axis=0))), correlation, exchanged, zero, one)
+    weights = estimate_weights(evidence.rows(np.abs(distance) > DISTAL_BP))
+    print(
+        f"{len(gene):,} pairs; weight of correlation {weights.of_association(one[:1])[0]:.2f} per unit of r"
+    )
+    expression = np.clip(level - level.mean(axis=0), -2, 2) * np.log(2)
+    types = []
+    for number, name in enumerate(blood.names):
+        odds = log_odds(blood.signal[number]) + weights.log_odds(correlation, zero, one)
+        score = probability(odds + works(expression[number][gene])).astype(np.float32)
+        blank = {key: np.full(len(gene), np.nan, np.float32) for key in COMPONENTS}
+        is_open = (blood.signal[number] > 0)[peak].astype(np.float32)
+        types.append(TypeLinks(name, 1, gene, peak, distance, blank | {"score": score, "n_open": is_open}))
+    return Links(reference, WINDOW_BP, sorted(types, key=lambda one: one.cell_type), {})
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description="Measure annotate_variants.")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--simulated", nargs=2, metavar=("MODE", "SEED"))
+    parser.add_argument("--enrichment", nargs=2, metavar=("MODE", "SEED"))
+    parser.add_argument("--real", type=Path, metavar="DATA")
+    options = parser.parse_args()
+    if options.simulated:
+        simulated(options.work, options.simulated[0], int(options.simulated[1]))
+    if options.enrichment:
+        enrichment(options.work, options.enrichment[0], int(options.enrichment[1]))
+    if options.real:
+        real(options.work, options.real)
+
+
+if __name__ == "__main__":
+    main()
