@@ -31,8 +31,8 @@ from cisformer.config import default_config
 from cisformer.data.genome import window_pairs
 from cisformer.data.preprocess import preprocess
 from cisformer.data.store import CellStore
-from cisformer.links.benchmark import average_precision, bootstrap_interval
 from cisformer.links.files import Links
+from cisformer.links.precision import average_precision, bootstrap_interval
 from cisformer.links.score import score_links
 from cisformer.links.statistics import distance_contact
 from cisformer.model.checkpoint import Checkpoint

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from fit_link_prior import EQTL, SCREENS, left_out, reliability
 from link_truths import Blood, Truth, blood_correlation, read_truths
 
-from cisformer.links.benchmark import average_precision, bootstrap_interval
+from cisformer.links.precision import average_precision, bootstrap_interval
 from cisformer.links.prior import FEATURES
 from cisformer.links.weights import Evidence, estimate_weights, exchange_genes, probability
 

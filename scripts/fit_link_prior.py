@@ -20,7 +20,7 @@ import numpy as np
 from link_truths import Truth, read_truths
 from sklearn.linear_model import LogisticRegression
 
-from cisformer.links.benchmark import average_precision
+from cisformer.links.precision import average_precision
 from cisformer.links.prior import FEATURES, LinkPrior
 
 PRIOR = Path(__file__).parents[1] / "src" / "cisformer" / "resources" / "link_prior.json"

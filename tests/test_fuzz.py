@@ -33,9 +33,9 @@ from cisformer.data.reference import load_reference
 from cisformer.data.store import CellStore
 from cisformer.errors import CisformerError
 from cisformer.evaluation.figures import read_training_log
-from cisformer.links.benchmark import read_truth
 from cisformer.links.files import read_cell_types, safe_name
 from cisformer.links.formats import export_links, read_links
+from cisformer.links.truth import read_truth
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.published import read_tensors
 from cisformer.parallel.launch import n_usable_processes, read_accelerate_config

@@ -9,15 +9,9 @@ from sklearn.metrics import average_precision_score
 
 from cisformer.data.reference import Reference
 from cisformer.errors import InputError
-from cisformer.links.benchmark import (
-    RECALLS,
-    average_precision,
-    bootstrap_interval,
-    enrichment,
-    evaluate_links,
-    match_scores,
-    read_truth,
-)
+from cisformer.links.benchmark import evaluate_links
+from cisformer.links.precision import RECALLS, average_precision, bootstrap_interval, enrichment
+from cisformer.links.truth import match_scores, read_truth
 
 
 def screen() -> pd.DataFrame:

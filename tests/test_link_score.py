@@ -305,7 +305,7 @@ def judged(strong, strong_links) -> pd.DataFrame:
 
 def test_score_finds_planted_links(strong, strong_links):
     """A floor, so that a score without one of its parts, or with a wrong sign, is seen."""
-    from cisformer.links.benchmark import average_precision
+    from cisformer.links.precision import average_precision
 
     pairs = judged(strong, strong_links)
     area = {

@@ -29,7 +29,7 @@ ORDER = {
     ],
     "links": [
         "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
-        "benchmark", "plot",
+        "precision", "truth", "benchmark", "plot",
     ],
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",

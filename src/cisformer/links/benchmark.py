@@ -16,52 +16,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cisformer.data.genome import overlap_pairs, rename_chroms, signed_distance
+from cisformer.data.genome import rename_chroms, signed_distance
 from cisformer.data.reference import Reference
 from cisformer.errors import InputError
-from cisformer.links.formats import (
-    GENE_ID_NAMES,
-    GENE_NAMES,
-    first_column,
-    is_bedpe,
-    places_of,
-    read_any_table,
-    read_bedpe,
-    read_links,
-    regions_of,
-)
+from cisformer.links.formats import read_links
+from cisformer.links.precision import average_precision, bootstrap_interval, enrichment
 from cisformer.links.statistics import distance_contact
+from cisformer.links.truth import TruePairs, match_scores, read_truth, same_genes, same_pairs
 from cisformer.runtime.files import atomic_path
 from cisformer.runtime.provenance import provenance
 
 logger = logging.getLogger(__name__)
 DISTANCE_BINS_BP = (0, 10_000, 50_000, 100_000, 250_000, np.inf)
-RECALLS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 N_BOOTSTRAP = 1000
-LABEL_NAMES = ("regulated", "significant", "label", "truth", "is_link", "positive")
-DISTANCE_NAMES = ("distance", "distancetotss", "distance_to_tss")
-ACTIVITY_NAMES = ("activity", "dhs.rpm", "atac.rpm", "h3k27ac.rpm")
-EQTL_PIP = 0.5
-
-
-@dataclass(frozen=True)
-class TruePairs:
-    """Pairs of an element and a gene, and which of them are links.
-
-    Attributes
-    ----------
-    table
-        Columns chrom, start, end, gene, is_link, distance (bp, absolute; NaN where unknown), and activity and
-        gene_id where known. One row per pair.
-    is_open
-        Whether the pairs are positives only, every other pair of the same genes being counted as no link.
-    source
-        Where they come from.
-    """
-
-    table: pd.DataFrame
-    is_open: bool
-    source: str
 
 
 @dataclass(frozen=True)
@@ -238,75 +205,6 @@ def _of_type(predicted: pd.DataFrame, cell_type: str) -> pd.DataFrame:
     return predicted[predicted["cell_type"] == cell_type]
 
 
-def read_truth(path: str | Path) -> TruePairs:
-    """Read true links.
-
-    Parameters
-    ----------
-    path
-        One of, told apart by their columns:
-
-        - tested pairs, such as the CRISPRi benchmark of Gschwind et al.: chrom, chromStart, chromEnd (or
-          start, end), a gene, and Regulated (or significant, label, …); distance and DHS.RPM are used;
-        - fine-mapped eQTL: chrom, pos (or variant_id chr_pos_ref_alt), a gene, and pip: 0.5 is a link;
-        - links only: BEDPE, or a table with a cCRE and a gene such as the true_links.tsv of `simulate`. All
-          other pairs of the same genes in the evaluated table then count as no link.
-
-    Raises
-    ------
-    InputError
-        If the file is missing or none of these.
-    """
-    path = Path(path)
-    if is_bedpe(path):
-        return TruePairs(read_bedpe(path).assign(is_link=True, distance=np.nan), True, str(path))
-    table = read_any_table(path)
-    places = places_of(table)
-    gene = first_column(places, GENE_NAMES)
-    if gene is None:
-        raise InputError(f"{path} has no column for a gene", hint=f"name it one of: {', '.join(GENE_NAMES)}")
-    pairs = _variants(table, places) if "pip" in places else regions_of(table, places, path)
-    pairs["gene"] = table[gene].astype(str)
-    if (name := first_column(places, GENE_ID_NAMES)) is not None:
-        pairs["gene_id"] = table[name].astype(str)
-    pairs["distance"] = np.nan
-    if (name := first_column(places, DISTANCE_NAMES)) is not None:
-        pairs["distance"] = pd.to_numeric(table[name], errors="coerce").abs()
-    if (name := first_column(places, ACTIVITY_NAMES)) is not None:
-        pairs["activity"] = pd.to_numeric(table[name], errors="coerce").fillna(0)
-    label = first_column(places, LABEL_NAMES)
-    if "pip" in places:
-        pairs["is_link"] = pd.to_numeric(table[places["pip"]], errors="coerce") >= EQTL_PIP
-    elif label is not None:
-        pairs["is_link"] = _booleans(table[label], f"{path}, column {label}")
-    else:
-        pairs["is_link"] = True
-    return TruePairs(pairs, bool(pairs["is_link"].all()), str(path))
-
-
-def _variants(table: pd.DataFrame, places: Mapping[str, str]) -> pd.DataFrame:
-    """Return the single base of each variant as a region."""
-    if "variant_id" in places and "pos" not in places:
-        parts = table[places["variant_id"]].astype(str).str.extract(r"^(\w+?)[_:](\d+)")
-        chrom, position = parts[0], pd.to_numeric(parts[1])
-    else:
-        chrom = table[first_column(places, ("chrom", "chr")) or "chrom"].astype(str)
-        position = pd.to_numeric(table[places["pos"]])
-    chrom = chrom.where(chrom.str.startswith("chr"), "chr" + chrom)
-    return pd.DataFrame({"chrom": chrom, "start": position - 1, "end": position}).astype(
-        {"start": np.int64, "end": np.int64}
-    )
-
-
-def _booleans(column: pd.Series, what: str) -> np.ndarray:
-    text = column.astype(str).str.strip().str.lower()
-    known = text.isin(["true", "1", "1.0", "yes", "false", "0", "0.0", "no"])
-    if not known.all():
-        raise InputError(f"{what} holds {column[~known].iloc[0]!r}", hint="wanted: TRUE or FALSE, 1 or 0")
-    truth: np.ndarray = text.isin(["true", "1", "1.0", "yes"]).to_numpy()
-    return truth
-
-
 def _universe(links: pd.DataFrame, predicted: pd.DataFrame, source: str) -> pd.DataFrame:
     """Return every pair of `predicted` whose gene has a true link, and the links that it lacks."""
     wanted, own = same_genes(links, predicted)
@@ -315,7 +213,7 @@ def _universe(links: pd.DataFrame, predicted: pd.DataFrame, source: str) -> pd.D
         raise _nothing_in_common(links, predicted, source)
     pairs = predicted[kept].assign(_gene=own[kept]).drop_duplicates(["chrom", "start", "end", "_gene"])
     pairs = pairs.drop(columns="_gene").reset_index(drop=True)
-    left, right = _same_pairs(pairs, links)
+    left, right = same_pairs(pairs, links)
     if len(left) == 0:
         raise _nothing_in_common(links, predicted, source)
     missing = np.setdiff1d(np.arange(len(links)), right)
@@ -325,58 +223,6 @@ def _universe(links: pd.DataFrame, predicted: pd.DataFrame, source: str) -> pd.D
     rest = links.assign(_gene=wanted).iloc[missing].drop_duplicates(["chrom", "start", "end", "_gene"])
     shared = [name for name in pairs.columns if name in rest.columns]
     return pd.concat([pairs, rest[shared]], ignore_index=True)
-
-
-def match_scores(pairs: pd.DataFrame, predicted: pd.DataFrame) -> np.ndarray:
-    """Return the highest score of predicted elements that overlap a pair's, for its gene; NaN if none."""
-    left, right = _same_pairs(pairs, predicted)
-    best = np.full(len(pairs), -np.inf)
-    values = predicted["score"].to_numpy(np.float64)[right]
-    np.fmax.at(best, left, values)
-    return np.where(np.isneginf(best), np.nan, best)
-
-
-def gene_keys(names: pd.Series) -> pd.Series:
-    """Return gene names or ids as they are compared: in one case, what stands before `|`, ids without version.
-
-    Examples
-    --------
-    >>> gene_keys(pd.Series(["Gata1", "ENSG00000102145.15", "TAL1|chr1:47681961"])).tolist()
-    ['gata1', 'ensg00000102145', 'tal1']
-    """
-    plain = names.astype(str).str.strip().str.split("|").str[0].str.casefold()
-    return plain.str.replace(r"^(ens[a-z]*\d+)\.\d+$", r"\1", regex=True)
-
-
-def same_genes(left: pd.DataFrame, right: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return the genes of two tables, spelled alike; by ids or names, whichever more rows have in common."""
-    columns = ("gene_id", "gene")
-    keys = [{name: gene_keys(table[name]) for name in columns if name in table} for table in (left, right)]
-    best = max(
-        ((a, b) for a in keys[0].values() for b in keys[1].values()),
-        key=lambda pair: int(pair[0].isin(pair[1]).sum()),
-    )
-    return best[0].to_numpy(), best[1].to_numpy()
-
-
-def _same_pairs(left: pd.DataFrame, right: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows of `left` and `right` that are the same gene and overlapping elements."""
-    genes = same_genes(left, right)
-    chroms = (
-        left["chrom"].astype(str),
-        rename_chroms(right["chrom"].astype(str), left["chrom"].astype(str).unique()),
-    )
-    code, _ = pd.factorize(np.concatenate(genes))
-
-    def keyed(table: pd.DataFrame, chrom: pd.Series, codes: np.ndarray) -> pd.DataFrame:
-        both = [f"{chrom}\t{gene}" for chrom, gene in zip(chrom, codes, strict=True)]
-        return pd.DataFrame(
-            {"chrom": both, "start": table["start"].to_numpy(), "end": table["end"].to_numpy()}
-        )
-
-    return overlap_pairs(
-        keyed(left, chroms[0], code[: len(left)]), keyed(right, chroms[1], code[len(left) :])
-    )
 
 
 def _nothing_in_common(pairs: pd.DataFrame, predicted: pd.DataFrame, source: str) -> InputError:
@@ -458,52 +304,3 @@ def _score_bins(
 
 def _bin_name(low: float, high: float) -> str:
     return f"{low / 1000:g} kb+" if np.isinf(high) else f"{low / 1000:g}-{high / 1000:g} kb"
-
-
-def average_precision(is_link: np.ndarray, score: np.ndarray) -> float:
-    """Return the area under the precision-recall curve by steps, ties being one; NaN without a link."""
-    return _average_precision(is_link.astype(np.float64), *_order(score), np.ones(len(is_link)))
-
-
-def _order(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the order of falling scores, and where in it each group of ties ends."""
-    order = np.argsort(-score, kind="stable")
-    ordered = score[order]
-    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True))
-    return order, last
-
-
-def _average_precision(is_link: np.ndarray, order: np.ndarray, last: np.ndarray, weight: np.ndarray) -> float:
-    found = np.cumsum((is_link * weight)[order])[last]
-    called = np.cumsum(weight[order])[last]
-    if len(found) == 0 or found[-1] == 0:
-        return float("nan")
-    precision = np.divide(found, called, out=np.zeros_like(found), where=called > 0)
-    return float(np.sum(np.diff(found, prepend=0) * precision) / found[-1])
-
-
-def bootstrap_interval(
-    is_link: np.ndarray, score: np.ndarray, gene: np.ndarray, n_draws: int, seed: int
-) -> tuple[float, float]:
-    """Return the 95 % interval of the average precision when genes, with all their pairs, are drawn anew."""
-    if not is_link.any() or n_draws == 0:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    order, last = _order(score)
-    _, gene = np.unique(gene, return_inverse=True)
-    n_genes = int(gene.max()) + 1
-    truth = is_link.astype(np.float64)
-    areas = []
-    for _ in range(n_draws):
-        times_drawn = np.bincount(rng.integers(0, n_genes, n_genes), minlength=n_genes)
-        areas.append(_average_precision(truth, order, last, times_drawn[gene]))
-    low, high = np.nanpercentile(areas, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def enrichment(is_link: np.ndarray, score: np.ndarray) -> list[float]:
-    """Return precision over the share of links, at the first threshold that reaches each of `RECALLS`."""
-    order, last = _order(score)
-    found, called = np.cumsum(is_link[order])[last], last + 1
-    at = np.searchsorted(found, np.array(RECALLS) * is_link.sum() - 1e-9)
-    return [float(value) for value in found[at] / called[at] / is_link.mean()]

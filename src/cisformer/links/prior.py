@@ -32,7 +32,8 @@ LEAST_COMPETITION = 0.03
 PROMOTER_BP = 500
 UNKNOWN_BREADTH = 0.5
 _NONCODING = (
-    r"^(?:[A-Z]{2}\d{6}|LINC|MIR|RNU|RN7|RNA5|Y_RNA|SNOR|ENSG|Gm\d|.*Rik$)|-AS\d|-DT$|-IT\d|-OT\d|\dP\d*$"
+    r"^(?:[A-Z]{2}\d{6}|LINC|M[Ii][Rr]\d|M[Ii][Rr][Ll]|RNU|RN7|RNA5|Y_RNA|S[Nn][Oo][Rr]|ENS|Gm\d|.*Rik$)"
+    r"|-AS\d|-DT$|-IT\d|-OT\d|\dP\d*$|-ps\d*$"
 )
 _STRIDE = 1 << 40  # more than any chromosome is long
 

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cisformer.data.genome import overlap_pairs, tss
+from cisformer.data.genome import overlap_pairs, rename_chroms, tss
+from cisformer.data.reference import GENOMES, Reference, load_annotation
 from cisformer.data.store import CellStore
 from cisformer.errors import CheckpointError, InputError
 from cisformer.links.evidence import state_profiles
@@ -42,7 +43,7 @@ from cisformer.links.inputs import (
     with_background,
 )
 from cisformer.links.measure import CellSums, LinkInputs, PairTests, read_attention, read_cells, read_tests
-from cisformer.links.prior import PROMOTER_BP, count_between, expression_breadth, load_prior
+from cisformer.links.prior import PROMOTER_BP, UNKNOWN_BREADTH, count_between, expression_breadth, load_prior
 from cisformer.links.statistics import Pairs, activity_contact, associate, false_discovery_rate
 from cisformer.links.types import SharedEvidence, TypeScorer, pair_power
 from cisformer.links.weights import (
@@ -68,7 +69,8 @@ logger = logging.getLogger(__name__)
 SMALLEST_P = 1e-37  # what float32 holds
 SEEN_GENE, SEEN_CCRE = 0.05, 0.02
 """Weights are estimated from genes and cCREs seen in at least these shares of the cells."""
-FEWEST_CELLS_OF_BREADTH = 20
+FEWEST_CELLS_OF_BREADTH, COUNTS_OF_BREADTH = 20, 20.0
+"""A type tells breadth of expression with so many cells; with so many counts a type, half of it is believed."""
 
 
 def score_links(
@@ -413,7 +415,6 @@ def share_evidence(inputs: LinkInputs, cells: CellSums, tests: PairTests) -> Sha
     """Return prior, association and weights of evidence, from all cells."""
     reference, layout, pairs = inputs.store.reference, inputs.layout, inputs.pairs
     genes = reference.genes.iloc[layout.target_index].reset_index(drop=True)
-    genes_and_labels = reference.genes.assign(gene_name=reference.gene_labels)
     ccres = reference.ccres.iloc[layout.input_index].reset_index(drop=True)
     site, middle = tss(genes), ((ccres["start"] + ccres["end"]) // 2).to_numpy()
     chrom = genes["chrom"].to_numpy()
@@ -423,7 +424,7 @@ def share_evidence(inputs: LinkInputs, cells: CellSums, tests: PairTests) -> Sha
         prior=load_prior(),
         weights=EvidenceWeights(),
         genes_between=count_between(
-            genes_and_labels, chrom[pairs.gene], middle[pairs.ccre], site[pairs.gene]
+            _genes_of_genome(reference), chrom[pairs.gene], middle[pairs.ccre], site[pairs.gene]
         ),
         breadth=_breadth(cells)[pairs.gene],
         is_promoter=_promoters(genes, ccres),
@@ -445,10 +446,30 @@ def share_evidence(inputs: LinkInputs, cells: CellSums, tests: PairTests) -> Sha
     return replace(shared, weights=weights, less=less)
 
 
+def _genes_of_genome(reference: Reference) -> pd.DataFrame:
+    """Return the genes of the reference's genome; its own where the genome is not built in, or has fewer.
+
+    A data set may hold few genes. A pair would then seem to have none between gene and cCRE.
+    """
+    own = reference.genes.assign(gene_name=reference.gene_labels)
+    if reference.genome not in GENOMES:
+        return own
+    known = load_annotation(reference.genome)
+    if (known["end"] > 0).sum() <= (own["end"] > 0).sum():
+        return own
+    return known.assign(chrom=rename_chroms(known["chrom"], own["chrom"]))
+
+
 def _breadth(cells: CellSums) -> np.ndarray:
-    """Return the breadth of expression over the types that have enough cells to tell; [G]."""
+    """Return the breadth of expression over the types that have enough cells to tell; [G].
+
+    Few counts make any gene look specific, so breadth is shrunk to that of an unknown gene.
+    """
     enough = cells.n_cells >= FEWEST_CELLS_OF_BREADTH
-    return expression_breadth(cells.counts[enough] if enough.sum() > 1 else cells.counts)
+    counts = cells.counts[enough] if enough.sum() > 1 else cells.counts
+    seen = counts.mean(axis=0)
+    trust: np.ndarray = seen / (seen + COUNTS_OF_BREADTH)
+    return UNKNOWN_BREADTH + trust * (expression_breadth(counts) - UNKNOWN_BREADTH)
 
 
 def _promoters(genes: pd.DataFrame, ccres: pd.DataFrame) -> np.ndarray:
