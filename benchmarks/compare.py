@@ -323,7 +323,9 @@ def cell(report: dict[str, Any], metric: Any, method: str) -> str:
         return f"{text} ±{score_text(score['high'] - score['value'], score['value'])}"
     marks = {"better": "+", "tie": "=", "worse": "−"}
     found = [c for c in report["comparisons"] if c["metric"] == metric.key and c["baseline"] == method]
-    return f"{text} {marks[found[0]['outcome']]}" if found else text
+    ours = report["scores"][MODEL][metric.key]["value"]
+    same = score_text(ours) == score_text(score["value"])  # the closed form itself, but for rounding
+    return f"{text} {'=' if same else marks[found[0]['outcome']]}" if found else text
 
 
 def winner(report: dict[str, Any], metric: Any) -> str:

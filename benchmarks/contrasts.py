@@ -1,12 +1,16 @@
 """Do compared links tell planted differences from depth, expression and donors?
 
     python benchmarks/contrasts.py [--seeds 1 2 3] [--n_cells 4000]
+    python benchmarks/contrasts.py --real FOLDER --batch batch
 
 Simulated cells of two types (`cisformer.simulate`) get donors, of two conditions. In the first half of some pairs that
 no link joins, a cCRE raises its gene in condition A alone: counts are added in cells in which it is open, and in B as
 many in any cells, so that the gene's level is the same. In the second half it does so in one donor alone, which is no
 difference between conditions. Then B loses half of its RNA and 40 % of its open cCREs, and two
 thirds of genes 60 % of their counts in one condition or the other.
+
+`--real` takes real cells (rna.h5ad and atac.h5ad in FOLDER, donors or batches in a column of obs), gives each batch, or
+each cell, one of two conditions at random, and confounds them likewise: nothing is to be found.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import scipy.sparse as sp
 from scipy import stats
 
 from cisformer import compare_links, preprocess, simulate
-from cisformer.data.genome import window_pairs
+from cisformer.data.genome import region_names, window_pairs
 
 GROUPS = ("A", "B")
 SEEN_GENE, SEEN_CCRE = 0.1, 0.05
@@ -122,6 +126,42 @@ def compare(
     return found.table.merge(cells.pairs[["gene_id", "ccre", "kind"]], on=["gene_id", "ccre"])
 
 
+def real_null(folder: Path, batch: str, seed: int, *, by_batch: bool) -> PlantedCells:
+    """Return real cells with conditions at random, confounded with depth and level; `pairs` within 100 kb."""
+    import anndata
+
+    rng = np.random.default_rng(seed)
+    rna, atac = (anndata.read_h5ad(folder / name) for name in ("rna.h5ad", "atac.h5ad"))
+    rna.obs["donor"] = rna.obs[batch].astype(str)
+    names = rng.permutation(rna.obs["donor"].unique())
+    chosen = rna.obs["donor"].isin(names[: len(names) // 2]).to_numpy()
+    in_a = chosen if by_batch else rng.permutation(chosen)
+    rna.obs["condition"] = np.where(in_a, *GROUPS)
+    rna.obs["cell_type"] = "all"
+    counts, is_open = _confound(rna.X.toarray(), atac.X.toarray() > 0, in_a, rng)
+    rna.X, atac.X = sp.csr_matrix(counts.astype(np.float32)), sp.csr_matrix(is_open.astype(np.float32))
+    atac.var_names = [str(name) for name in atac.var_names]
+    return PlantedCells(rna, atac, pd.DataFrame())
+
+
+def compare_real(cells: PlantedCells, folder: Path, donor: str | None) -> pd.DataFrame:
+    """Compare all pairs within 100 kb."""
+    store = preprocess(
+        cells.rna, cells.atac, folder, direction="atac2rna", reference="dataset", manually=True, force=True
+    )["all"]
+    gene, ccre = window_pairs(store.reference.genes, store.reference.ccres, 100_000)
+    pairs = pd.DataFrame(
+        {
+            "gene_id": store.reference.genes["gene_id"].to_numpy()[gene],
+            "ccre": region_names(store.reference.ccres)[ccre],
+        }
+    )
+    pairs.to_csv(folder / "pairs.tsv", sep="\t", index=False)
+    types = cells.rna.obs["cell_type"].astype(str)
+    found = compare_links(folder / "pairs.tsv", store, types, GROUPS, condition="condition", donor=donor)
+    return found.table.assign(kind="none")
+
+
 def inflation(p_value: pd.Series) -> float:
     """Return λ: the median χ² of the p-values over its expectation."""
     p = p_value.dropna()
@@ -167,8 +207,25 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--n_cells", type=int, default=4000)
+    parser.add_argument("--real", type=Path)
+    parser.add_argument("--batch", default="batch")
     given = parser.parse_args()
     logging.getLogger("cisformer").setLevel(logging.ERROR)
+    if given.real is not None:
+        print(
+            "| seed, conditions of, test | links tested | λ | p < 0.01 | FDR < 0.05 |\n|---|---|---|---|---|"
+        )
+        for seed, by_batch in ((seed, by_batch) for by_batch in (True, False) for seed in given.seeds):
+            cells = real_null(given.real, given.batch, seed, by_batch=by_batch)
+            for donor in ("donor", None) if by_batch else (None,):
+                with tempfile.TemporaryDirectory() as name:
+                    p = (table := compare_real(cells, Path(name), donor))["p_value"].dropna()
+                of, test = "batches" if by_batch else "cells", "donors" if donor else "cells"
+                print(
+                    f"| {seed}, {of}, {test} | {len(p):,} | {inflation(p):.3f} | {(p < 0.01).mean():.2%} | "
+                    f"{(table['fdr'] < 0.05).sum()} |", flush=True,
+                )  # fmt: skip
+        return
     print("| seed, test | links tested | λ none | λ linked in both | found | false: none + both + donors |")
     print("|---|---|---|---|---|---|")
     for seed in given.seeds:

@@ -5,7 +5,8 @@
 A genome of three chromosomes of 6 Mb is drawn with its genes and cCREs, cells of six types are simulated on it
 (`cisformer.simulate`), and one half of them is linked. The other half says which cCREs follow which gene over types:
 twelve genes are drivers, and their motifs are written into cCREs that follow them, and into others at random.
-Twelve more have motifs at random places only, and four share the motif of a driver, but not its expression.
+Twelve more have motifs at random places only, four share the motif of a driver, but not its expression, and a
+hundred have motifs that nobody wrote.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 from sklearn.metrics import average_precision_score
 
 from cisformer import default_config, link, link_tfs, preprocess, simulate, train
 from cisformer.data.reference import Reference
 
 CHROMS, CHROM_BP = ("chr1", "chr2", "chr3"), 6_000_000
-N_DRIVERS, N_IDLE, N_SHARED = 12, 12, 4
+N_DRIVERS, N_IDLE, N_SHARED, N_NULL = 12, 12, 4, 100
 MOTIF_WIDTH = 11
 BASES = np.frombuffer(b"ACGT", np.uint8)
 
 
 def small_genome(rng: np.random.Generator, n_genes: int = 500, n_ccres: int = 4000) -> Reference:
-    """Return genes and cCREs at random places; some cCREs at TSSs."""
+    """Return genes and cCREs at random places, some at TSSs; cCREs do not overlap."""
     genes = pd.DataFrame(
         {"chrom": rng.choice(CHROMS, n_genes), "start": rng.integers(50_000, CHROM_BP - 50_000, n_genes)}
     )
@@ -48,7 +50,9 @@ def small_genome(rng: np.random.Generator, n_genes: int = 500, n_ccres: int = 40
         }
     )
     ccres["end"] = ccres["start"] + rng.integers(250, 450, n_ccres)
-    ccres = ccres.sort_values(["chrom", "start"], ignore_index=True).drop_duplicates(["chrom", "start"])
+    ccres = ccres.sort_values(["chrom", "start"], ignore_index=True)
+    furthest = ccres.groupby("chrom")["end"].transform(lambda end: end.cummax().shift(fill_value=0))
+    ccres = ccres[ccres["start"] > furthest]
     columns = ["gene_id", "gene_name", "chrom", "start", "end", "strand"]
     return Reference("dataset", "", genes[columns], ccres.reset_index(drop=True))
 
@@ -170,7 +174,9 @@ def measure(work: Path, seed: int, n_cells: int) -> None:
     drivers = plant_drivers(expression, accessibility, rng)
     ccres = atac.var[["chrom", "start", "end"]].reset_index(drop=True)
     write_genome(work / "genome.fa.gz", ccres, drivers, rng)
-    write_motifs(work / "motifs.meme", drivers.motifs)
+    rest = [name for name in rna.var_names if name not in drivers.names][:N_NULL]
+    null = {name: rng.dirichlet(np.full(4, 0.15), MOTIF_WIDTH).T for name in rest}
+    write_motifs(work / "motifs.meme", drivers.motifs | null)
     folder = work / "cisformer_link"
     if not folder.is_dir():
         linked(work, rna[half].copy(), atac[half].copy(), types[half])
@@ -193,8 +199,8 @@ def judge(found, cells, drivers: Drivers, rna, expression: pd.DataFrame, names: 
     works = pd.MultiIndex.from_frame(cells.links[["gene_name", "ccre", "cell_type"]])
     level = np.log(expression + 1e-3)
     level = (level - level.mean()).set_axis(names)
-    triplets = found.triplets
     number = {name: n for n, name in enumerate(drivers.names)}
+    triplets = found.triplets[found.triplets["tf"].isin(drivers.names)]
     row = {name: n for n, name in enumerate(ccre_names)}
     factor = triplets["tf"].map(number).to_numpy()
     true = drivers.follows[factor, triplets["ccre"].map(row).to_numpy()]
@@ -202,7 +208,7 @@ def judge(found, cells, drivers: Drivers, rna, expression: pd.DataFrame, names: 
     up = np.array([level.loc[k, t] > 0 for k, t in zip(triplets["cell_type"], triplets["tf"], strict=True)])
     print("| | range | triplets | mean | planted |\n|---|---|---|---|---|")
     for name, truth in (("score", true & up & linked), ("site", true & up), ("link_score", linked)):
-        bins = pd.cut(triplets[name], [0.05, 0.1, 0.2, 0.3, 0.5, 1])
+        bins = pd.cut(triplets[name], [0, 0.05, 0.1, 0.2, 0.3, 0.5, 1])
         table = pd.DataFrame({"value": triplets[name], "true": truth}).groupby(bins, observed=True)
         for range_, part in table:
             print(
@@ -216,11 +222,8 @@ def judge(found, cells, drivers: Drivers, rna, expression: pd.DataFrame, names: 
     ours = found.network().pivot_table(index="source", columns="target", values="weight")
     ours = ours.reindex(index=edges.index, columns=edges.columns).fillna(0)
     log = np.log1p(rna.X.toarray() / np.maximum(rna.X.sum(axis=1), 1).reshape(-1, 1) * 1e4)
-    cell = pd.DataFrame(np.corrcoef(np.asarray(log).T), index=rna.var_names, columns=rna.var_names).loc[
-        edges.index
-    ]
-    by_type = pd.DataFrame(np.corrcoef(level.to_numpy().T), index=level.columns, columns=level.columns)
-    by_type = by_type.loc[edges.index, edges.columns]
+    cell = correlation(pd.DataFrame(np.asarray(log), columns=rna.var_names))
+    cell, by_type = (table.loc[edges.index, edges.columns] for table in (cell, correlation(level)))
     motif = found.base_grn.table().groupby("gene_short_name")[found.base_grn.genes].max().T
     motif = motif.reindex(index=edges.index, columns=edges.columns).fillna(0)
     truth = edges.to_numpy().ravel()
@@ -235,12 +238,20 @@ def judge(found, cells, drivers: Drivers, rna, expression: pd.DataFrame, names: 
             f"| {label} | {average_precision_score(truth, values.to_numpy().ravel()):.3f} |",
             flush=True,
         )
+    null = found.activity[~found.activity["tf"].isin(drivers.names)]
+    inflation = stats.chi2.isf(null["p_value"].median(), 1) / stats.chi2.isf(0.5, 1)
+    print(f"\n{null['p_value'].notna().sum()} tests of motifs that nobody wrote: λ {inflation:.3f}, ", end="")
+    print(
+        f"{(null['fdr'] < 0.05).sum()} with FDR < 0.05, {(found.triplets['tf'].isin(null['tf'])).sum():,} of ",
+        end="",
+    )
+    print(f"{len(found.triplets):,} triplets")
     active = found.activity[(found.activity["fdr"] < 0.05) & (found.activity["activity"] > 0)]
     active = active[active["expression"] > 0]["tf"].unique()
     kind = np.array(["driver"] * N_DRIVERS + ["idle"] * N_IDLE + ["shared motif"] * N_SHARED)
     counts = {
         name: f"{np.isin(np.array(drivers.names)[kind == name], active).sum()}/{(kind == name).sum()}"
-        for name in np.unique(kind)
+        for name in np.unique(kind).tolist()
     }
     print(f"\nactive (FDR < 0.05) in a type in which they are expressed above the mean: {counts}")
 

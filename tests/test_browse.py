@@ -177,7 +177,7 @@ def test_the_strongest_are_shown_and_the_rest_is_counted(folder, tmp_path):
 def test_the_page_is_refused_where_there_is_nothing_to_show(folder, tmp_path):
     with pytest.raises(InputError, match=r"no link of .* has a score of 0\.99: the highest is 0\.95"):
         write_page(folder, tmp_path / "a.html", min_score=0.99)
-    with pytest.raises(InputError, match="make no page"):
+    with pytest.raises(InputError, match="max_links is 0"):
         write_page(folder, tmp_path / "a.html", max_links=0)
     with pytest.raises(InputError, match="cannot write a page"):
         write_page(folder, tmp_path / "a.txt")

@@ -12,7 +12,13 @@ import scipy.sparse as sp
 from scipy import stats
 
 from cisformer import compare_links, preprocess
-from cisformer.analysis.coupling import common_ratio, dispersion, ratio_variance, sum_unit
+from cisformer.analysis.coupling import (
+    common_ratio,
+    dispersion,
+    open_dispersion,
+    ratio_variance,
+    sum_unit,
+)
 from cisformer.analysis.moderated import compare_donors, compare_pairs, fit_scaled_f
 from cisformer.errors import InputError, OutputExistsError
 from cisformer.links.statistics import Pairs
@@ -39,7 +45,7 @@ def one_pair(rng, n, *, level=0.5, ratio=2.0, depth=1.0, capture=1.0):
     size = depth * rng.lognormal(0, 0.4, n)
     is_open = rng.random(n) < 0.2
     counts = rng.poisson(size * level * np.where(is_open, ratio, 1.0) * rng.gamma(4, 0.25, n))
-    seen = is_open & (rng.random(n) < capture)
+    seen = is_open & (rng.random(n) < capture * (1 if capture == 1 else size))  # deep cells show more
     rna, atac = (
         sp.csr_matrix(counts[:, None].astype(np.float32)),
         sp.csr_matrix(seen[:, None].astype(np.float32)),
@@ -65,7 +71,9 @@ def test_the_variance_is_that_of_repeated_draws(ratio, level):
     draws = [one_pair(rng, 400, ratio=ratio, level=level) for _ in range(250)]
     units, pairs = [unit for unit, _ in draws], draws[0][1]
     estimate = np.array([unit.observed[0] / unit.expected[0] for unit in units])
-    predicted = [ratio_variance(unit, pairs, common_ratio(units), dispersion(units))[0] for unit in units]
+    common, phi = common_ratio(units), dispersion(units)
+    open_phi = open_dispersion(units, pairs, common, phi)
+    predicted = [ratio_variance(unit, pairs, common, phi, open_phi)[0] for unit in units]
     assert np.mean(predicted) == pytest.approx(estimate.var(), rel=0.3)
 
 

@@ -22,6 +22,7 @@ from cisformer.model.projection import states
 from cisformer.runtime import device
 from cisformer.training import loop
 from cisformer.training.closed_form_start import both_sides
+from cisformer.training.follow import follow_training, validation_losses
 from cisformer.training.loop import mixed_precision, train
 from cisformer.training.run_folder import precision_of
 from cisformer.training.split import CellSplit, validation_batches
@@ -59,11 +60,41 @@ def test_every_epoch_is_saved_with_the_loss_it_has(direction, tiny_checkpoints, 
         assert math.isclose(float(torch.cat(losses).mean()), record["val_loss"], rel_tol=1e-5)
 
 
+def unfolded(best, cells):
+    """Return what a run's best checkpoint was before validation cells were folded in."""
+    epoch, start = (load_checkpoint(best.folder.parent / f"epoch{n}") for n in (best.metrics["epoch"], 0))
+    return follow_training(epoch, start, cells)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_training_is_followed_as_far_as_validation_cells_are_sure(direction, tiny_checkpoints, tiny_data):
+    """The share by hand; where the gain is nothing but chance the start is kept."""
+    best = tiny_checkpoints[direction]
+    cells = CellSplit.open(tiny_data[direction], None, direction, 0)
+    epoch, start = (load_checkpoint(best.folder.parent / f"epoch{n}") for n in (2, 0))
+    gain = validation_losses(start, cells) - validation_losses(epoch, cells)
+    z2 = len(gain) * gain.mean() ** 2 / gain.var(ddof=1)
+    share = 1 - 1 / z2 if z2 > 1 and gain.mean() > 0 else 0
+    followed = follow_training(epoch, start, cells)
+    assert followed.metrics["training_share"] == pytest.approx(share, abs=1e-4)
+    trained = dict(load_checkpoint(best.folder.parent / "epoch2").model.named_parameters())
+    for (name, weight), (_, first) in zip(
+        followed.model.named_parameters(), start.model.named_parameters(), strict=True
+    ):
+        wanted = (first + share * (trained[name] - first)).detach()
+        np.testing.assert_allclose(weight.detach(), wanted, atol=1e-5)
+    back = follow_training(
+        start, load_checkpoint(best.folder.parent / "epoch2"), cells
+    )  # a loss in place of a gain
+    if share > 0:
+        assert back.metrics["training_share"] == 0
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_best_is_its_epoch_with_the_closed_form_of_all_cells(direction, tiny_checkpoints, tiny_data):
     """Where nothing was trained, folding in gives the closed form of training and validation cells together."""
     best = tiny_checkpoints[direction]
-    epoch = load_checkpoint(best.folder.parent / f"epoch{best.metrics['epoch']}")
+    epoch = unfolded(best, CellSplit.open(tiny_data[best.direction], None, best.direction, 0))
     cells = CellSplit.open(tiny_data[direction], None, direction, 0)
     assert best.metrics["n_validation_cells_folded_in"] == cells.val.n_cells
     train, val = both_sides(cells)
@@ -88,7 +119,7 @@ def test_best_is_its_epoch_with_the_closed_form_of_all_cells(direction, tiny_che
 def test_folding_in_gives_the_regression_of_all_cells(tiny_checkpoints, tiny_data):
     """Scores of the same components of expression, by scikit-learn's ridge on training and validation cells."""
     best = tiny_checkpoints["atac2rna"]
-    epoch = load_checkpoint(best.folder.parent / f"epoch{best.metrics['epoch']}")
+    epoch = unfolded(best, CellSplit.open(tiny_data[best.direction], None, best.direction, 0))
     model, layout = best.model, best.layout
     train, val = both_sides(CellSplit.open(tiny_data["atac2rna"], None, "atac2rna", 0))
     matrix = (train + val).read(layout)
@@ -172,7 +203,7 @@ def test_no_epochs_means_the_linear_model(tiny_data, tiny_config, tmp_path):
 def test_only_the_last_epochs_are_kept_where_asked(tiny_data, tiny_config, tmp_path):
     config = tiny_config("rna2atac", epoch=3, keep_epochs=1)
     best = train(tiny_data["rna2atac"], "x", direction="rna2atac", save=tmp_path, config=config)
-    assert [p.name for p in best.folder.parent.glob("epoch*")] == ["epoch3"]
+    assert sorted(p.name for p in best.folder.parent.glob("epoch*")) == ["epoch0", "epoch3"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_weights_change(tiny_data, tiny_config, tmp_path):
@@ -329,7 +360,7 @@ def test_each_target_is_saved_with_its_correlation_in_validation_cells(
     direction, tiny_checkpoints, tiny_data
 ):
     best = tiny_checkpoints[direction]
-    epoch = load_checkpoint(best.folder.parent / f"epoch{best.metrics['epoch']}")
+    epoch = unfolded(best, CellSplit.open(tiny_data[best.direction], None, best.direction, 0))
     store = CellStore.open(find_split(tiny_data[direction], "val"))
     batches = list(validation_batches(store, np.arange(store.n_cells), epoch.layout, epoch.config))
     predicted = torch.cat([epoch.model.predict(batch) for batch in batches]).numpy().astype(np.float64)

@@ -122,7 +122,8 @@ class Training(Section):
         description="cis: after training, fit the closed form of `best` again with the validation cells added.",
     )
     keep_epochs: Annotated[int, Field(ge=0)] = Field(
-        0, description="Keep the checkpoints of the last N epochs; 0 = of every epoch. `best` is always kept."
+        0,
+        description="Keep the checkpoints of the last N epochs; 0 = of every epoch. The start and `best` are kept.",
     )
     compile: bool = Field(
         False, description="Compile the attention blocks (torch.compile); needs a C++ compiler on a CPU."

@@ -62,10 +62,12 @@ def read_candidates(
     else:
         found = _table_candidates(path)
     kept = found[~(found["score"] < min_score)]
+    if found.empty:
+        raise InputError(f"{path} holds no links", hint="give a table with links in it")
     if kept.empty:
         raise InputError(
-            f"none of the links in {path} has a score of at least {min_score:g}",
-            hint="lower --min_score" if len(found) else "give a table with links in it",
+            f"none of the {len(found):,} links in {path} has a score of at least {min_score:g}",
+            hint="lower --min_score",
         )
     return kept.reset_index(drop=True)
 
@@ -77,7 +79,7 @@ def _stored_candidates(stored: StoredLinks, min_score: float, cell_types: Sequen
         if cell_types and name not in cell_types:
             continue
         table = stored.of_type(name)
-        table = table[table["score"] >= min_score]
+        table = table[~(table["score"] < min_score)]
         genes = stored.genes.iloc[table["gene"]].reset_index(drop=True)
         regions = stored.ccres.iloc[table["ccre"]].reset_index(drop=True)
         about = genes[["gene_id", "gene_name"]].assign(cell_type=name, score=table["score"].to_numpy())

@@ -17,6 +17,7 @@ from cisformer.analysis.coupling import (
     UnitSums,
     common_ratio,
     dispersion,
+    open_dispersion,
     ratio_variance,
     sum_unit,
 )
@@ -294,7 +295,8 @@ def compare_units(units: Sequence[UnitSums], one: Comparison, placed: PlacedPair
     expected = np.stack([np.maximum(unit.expected, 0) for unit in units])
     observed = np.stack([unit.observed for unit in units])
     estimate = np.divide(observed, expected, out=np.full(expected.shape, np.nan), where=expected > 0)
-    variance = np.stack([ratio_variance(unit, pairs, ratio, phi) for unit in units])
+    open_phi = open_dispersion(units, pairs, ratio, phi)
+    variance = np.stack([ratio_variance(unit, pairs, ratio, phi, open_phi) for unit in units])
     both = np.stack([unit.cells_with_both(pairs) for unit in units])
     in_a = np.array([unit.group == 0 for unit in one.units])
     tested = (both[in_a].sum(axis=0) >= FEWEST_EXPECTED) & (both[~in_a].sum(axis=0) >= FEWEST_EXPECTED)

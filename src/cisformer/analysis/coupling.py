@@ -8,13 +8,16 @@ gene's level enters; that sequencing misses open cCREs leaves M as it is, since 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
 
 from cisformer.links.statistics import PairProducts, Pairs
+
+PRIOR_SQUARES = 3.0
+"""How many squared expected counts the gene's own dispersion is worth."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,11 @@ class UnitSums:
         Cells that express each gene; [G].
     n_open, open_size, open_size2
         Cells in which each cCRE is open, and sums of their sizes and squared sizes; [P].
-    observed, expected
-        Counts of each pair's gene in cells in which its cCRE is open, and those expected there; [E].
+    observed, observed2, observed_size
+        Of each pair, over cells in which the cCRE is open: sums of the gene's counts, of their squares, of counts
+        times size; [E].
+    expected
+        Counts expected in these cells; [E].
     """
 
     n_cells: int
@@ -48,6 +54,8 @@ class UnitSums:
     open_size: np.ndarray
     open_size2: np.ndarray
     observed: np.ndarray
+    observed2: np.ndarray
+    observed_size: np.ndarray
     expected: np.ndarray
 
     def cells_with_both(self, pairs: Pairs) -> np.ndarray:
@@ -70,7 +78,8 @@ def sum_unit(blocks: Iterable[Block], pairs: Pairs, shape: tuple[int, int]) -> U
     products = PairProducts(pairs, n_ccres)
     n_cells, size, size2 = 0, 0.0, 0.0
     counts2, counts_size, n_expressed = (np.zeros(n_genes) for _ in range(3))
-    n_open, open_size2, observed = np.zeros(n_ccres), np.zeros(n_ccres), np.zeros(len(pairs))
+    n_open, open_size2 = np.zeros(n_ccres), np.zeros(n_ccres)
+    observed, observed2, observed_size = (np.zeros(len(pairs)) for _ in range(3))
     gram, gene_part, ccre_part = np.zeros((0, 0)), np.zeros((0, 0)), np.zeros((0, 0))
     for sizes, rna, atac, covariates in blocks:
         design = np.column_stack([np.ones(len(sizes)), covariates])
@@ -87,7 +96,12 @@ def sum_unit(blocks: Iterable[Block], pairs: Pairs, shape: tuple[int, int]) -> U
         n_expressed += np.bincount(rna.indices, minlength=n_genes)
         n_open += np.bincount(atac.indices, minlength=n_ccres)
         open_size2 += atac.T @ np.square(sizes)
-        observed += np.bincount(*products.of(rna, atac), minlength=len(pairs))
+        pair, value = products.of(rna, atac)
+        observed += np.bincount(pair, value, len(pairs))
+        observed2 += np.bincount(pair, np.square(value), len(pairs))
+        observed_size += np.bincount(
+            *products.of(sp.csr_matrix(rna.multiply(sizes[:, None])), atac), len(pairs)
+        )
     if n_cells == 0:
         gene_part, ccre_part, gram = np.zeros((1, n_genes)), np.zeros((1, n_ccres)), np.zeros((1, 1))
     slopes = np.linalg.pinv(gram, rcond=1e-10, hermitian=True) @ gene_part
@@ -96,7 +110,7 @@ def sum_unit(blocks: Iterable[Block], pairs: Pairs, shape: tuple[int, int]) -> U
         expected += slope[pairs.gene] * part[pairs.ccre]
     return UnitSums(
         n_cells, size, size2, gene_part[0], counts2, counts_size, n_expressed, n_open, ccre_part[0], open_size2,
-        observed, expected,
+        observed, observed2, observed_size, expected,
     )  # fmt: skip
 
 
@@ -120,7 +134,32 @@ def common_ratio(units: Iterable[UnitSums]) -> np.ndarray:
     return observed / expected
 
 
-def ratio_variance(unit: UnitSums, pairs: Pairs, ratio: np.ndarray, phi: np.ndarray) -> np.ndarray:
+def open_dispersion(
+    units: Sequence[UnitSums], pairs: Pairs, ratio: np.ndarray, phi: np.ndarray
+) -> np.ndarray:
+    """Return φ of each pair's gene among cells in which the cCRE is open, drawn to the gene's own; [E].
+
+    These cells are more alike than all are, and it is their counts that the error comes from.
+
+    Parameters
+    ----------
+    units, pairs, ratio, phi
+        See `ratio_variance`.
+    """
+    excess = PRIOR_SQUARES * phi[pairs.gene]
+    squares = np.full(len(pairs), PRIOR_SQUARES)
+    for unit in units:
+        rate = ratio * unit.counts[pairs.gene] / max(unit.size, 1e-12)
+        square = np.square(rate) * unit.open_size2[pairs.ccre]
+        excess += unit.observed2 - 2 * rate * unit.observed_size + square - rate * unit.open_size[pairs.ccre]
+        squares += square
+    found: np.ndarray = np.maximum(excess / squares, 0)
+    return found
+
+
+def ratio_variance(
+    unit: UnitSums, pairs: Pairs, ratio: np.ndarray, phi: np.ndarray, open_phi: np.ndarray
+) -> np.ndarray:
     """Return the variance of a unit's M, if its true value is `ratio`; [E], infinite where nothing is expected.
 
     By the delta method for M = (O / open size) / (C / size), O and C the gene's counts in open and in all cells, with
@@ -133,8 +172,8 @@ def ratio_variance(unit: UnitSums, pairs: Pairs, ratio: np.ndarray, phi: np.ndar
         The cells' sums, and which gene with which cCRE.
     ratio
         M in all units; [E].
-    phi
-        Dispersion of each gene; [G].
+    phi, open_phi
+        Dispersion of each gene, [G], and of the gene among cells in which the cCRE is open, [E].
     """
     gene, ccre = pairs.gene, pairs.ccre
     total, opened = unit.counts[gene], unit.open_size[ccre]
@@ -143,9 +182,10 @@ def ratio_variance(unit: UnitSums, pairs: Pairs, ratio: np.ndarray, phi: np.ndar
     closed = np.maximum(unit.size - opened, 0)
     rest = np.maximum(total - rate_open * opened, 0)
     rate_closed = np.divide(rest, closed, out=np.zeros_like(rest), where=closed > 0)
-    spread = phi[gene]
-    var_open = rate_open * opened + spread * np.square(rate_open) * unit.open_size2[ccre]
-    var_closed = rate_closed * closed + spread * np.square(rate_closed) * (unit.size2 - unit.open_size2[ccre])
+    var_open = rate_open * opened + open_phi * np.square(rate_open) * unit.open_size2[ccre]
+    var_closed = rate_closed * closed + phi[gene] * np.square(rate_closed) * (
+        unit.size2 - unit.open_size2[ccre]
+    )
     known = (rate > 0) & (opened > 0) & (unit.expected > 0)
     share = np.divide(1, rate * opened, out=np.zeros_like(rate), where=known)
     per_total = np.divide(ratio, total, out=np.zeros_like(rate), where=known)

@@ -32,7 +32,8 @@ class Activity:
         Are cCREs with the motif more open in the type than their like? Benjamini–Hochberg over factors and types. NaN
         for motifs that nothing or everything has; [T, K] each.
     slope
-        Growth of the log of matches over those of the like, per s.d. of relative accessibility; at least 0; [T, K].
+        Growth of the log of matches over those of the like, per s.d. of relative accessibility, times the chance that
+        the factor is active (1 − fdr); at least 0; [T, K].
     relative
         Accessibility of each cCRE in each type relative to cCREs alike, in s.d.; [P, K].
     """
@@ -120,14 +121,12 @@ def measure_activity(matches: sp.csr_matrix, relative: np.ndarray, stratum: np.n
     score = np.asarray(matches.T @ centred)
     variance = left.T @ (spread / np.maximum(n - 1, 1)[:, None])
     z = np.divide(score, np.sqrt(variance), out=np.full(score.shape, np.nan), where=variance > 1e-9)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        trust = np.maximum(1 - 1 / np.square(z), 0)
     p_value = 2 * stats.norm.sf(np.abs(z))
     fdr = false_discovery_rate(p_value.ravel()).reshape(z.shape)
     slope = np.stack(
         [_growth(matches, centred[:, k], stratum, number / n[:, None]) for k in range(z.shape[1])], axis=1
     )
-    return Activity(z, p_value, fdr, np.nan_to_num(slope * trust), centred)
+    return Activity(z, p_value, fdr, np.nan_to_num(slope * (1 - fdr)), centred)
 
 
 def _growth(

@@ -112,6 +112,8 @@ def choose_comparisons(
     if condition is None:
         return [_between_types(members, groups, donors, donor)]
     values = texts_of(store, condition)
+    if gaps := int((values == "").sum()):
+        logger.warning("%d of %d cells have no value in column %r: left out", gaps, len(values), condition)
     for name in groups:
         if not (values == name).any():
             raise _unknown("condition", name, values[values != ""], f"the column {condition!r}")

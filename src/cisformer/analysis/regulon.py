@@ -51,7 +51,7 @@ class RegulonOptions:
 
     min_score: float = 0.1
     max_p: float = 1e-4
-    min_triplet: float = 0.05
+    min_triplet: float = 0.02
 
     def __post_init__(self) -> None:
         if not 0 < self.max_p < 1:
@@ -127,7 +127,7 @@ def link_tfs(
     *,
     min_score: float = 0.1,
     max_p: float = 1e-4,
-    min_triplet: float = 0.05,
+    min_triplet: float = 0.02,
 ) -> Regulon:
     """Find which transcription factors drive which genes through which linked cCREs, in each cell type.
 

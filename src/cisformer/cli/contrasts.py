@@ -50,7 +50,7 @@ def compare_links(data_path: str, celltype_info: str, output_dir: str, force: bo
 @click.option("-o", "--output_dir", default="./output/regulon", show_default=True, help="Output directory.")
 @click.option("--min_score", default=0.1, show_default=True, help="Smallest score of a link to use.")
 @click.option("--max_p", default=1e-4, show_default=True, help="Largest p-value of a motif match.")
-@click.option("--min_triplet", default=0.05, show_default=True, help="Smallest score of a triplet to write.")
+@click.option("--min_triplet", default=0.02, show_default=True, help="Smallest score of a triplet to write.")
 @_FORCE
 def link_tfs(output_dir: str, force: bool, **options: Any) -> None:
     """Find which transcription factors drive which genes, by their motifs in linked cCREs."""

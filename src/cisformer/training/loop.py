@@ -28,6 +28,7 @@ from cisformer.parallel.processes import Processes
 from cisformer.runtime.device import best_device, fastest_precision
 from cisformer.runtime.progress import progress
 from cisformer.training.closed_form_start import fit_closed_form, fold_in, make_layout
+from cisformer.training.follow import follow_training
 from cisformer.training.loss_plot import draw_losses
 from cisformer.training.reliability import validation_correlations
 from cisformer.training.run_folder import (
@@ -398,10 +399,15 @@ class Run:
         write_epoch(self.folder, checkpoint, self.history, state)
 
     def _finish_best(self) -> None:
-        """Note how well validation cells are predicted, then let `best` learn from them."""
+        """Follow training as far as is sure, note what can be predicted, then learn from validation cells."""
         best = load_checkpoint(self.folder / BEST, self.start.direction)
-        if not isinstance(best.model, CisModel) or "n_validation_cells_folded_in" in best.metrics:
+        finished = {"training_share", "n_validation_cells_folded_in"} & best.metrics.keys()
+        if finished or not isinstance(best.model, CisModel):
             return
+        start = self.folder / "epoch0"
+        if start.is_dir():  # a run begun by an earlier version may have deleted it
+            best = follow_training(best, load_checkpoint(start, self.start.direction), self.cells)
+        assert isinstance(best.model, CisModel)
         found, n_cells = validation_correlations(best, self.cells)
         best.model.validation_r.copy_(torch.from_numpy(found))
         best.model.n_validation.fill_(n_cells)

@@ -119,7 +119,7 @@ def write_epoch(
     with atomic_path(folder / METRICS) as path:
         path.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
     keep = checkpoint.config.training.keep_epochs
-    if keep and epoch >= keep:
+    if keep and epoch > keep:  # the start is kept
         shutil.rmtree(folder / f"epoch{epoch - keep}", ignore_errors=True)
 
 
