@@ -139,7 +139,7 @@ def simulate(folder: Path, n_cells: int, compression: str | None, seed: int, n_p
     import pandas as pd
     import scipy.sparse as sp
 
-    from cisformer.data.io import H5adWriter
+    from cisformer.data.h5ad import H5adWriter
     from cisformer.data.reference import load_reference
 
     rng = np.random.default_rng(seed)

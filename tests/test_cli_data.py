@@ -145,7 +145,7 @@ def test_inspect_of_a_folder_shows_the_data_sets_in_it(
 def test_inspect_reads_our_own_h5ad_and_checkpoints(
     direction: str, command: Command, tiny_checkpoints: dict, tiny: SimulatedCells, tmp_path: Path
 ):
-    from cisformer.data.io import write_h5ad
+    from cisformer.data.h5ad import write_h5ad
 
     write_h5ad(tiny.rna.copy(), tmp_path / "ours.h5ad")
     checkpoint = tiny_checkpoints[direction]

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from cisformer.config import DIRECTIONS, default_config, dump_config, load_config, parse_config
 from cisformer.data.annotation import read_bed, read_gtf
 from cisformer.data.genome import parse_regions, region_names
+from cisformer.data.h5ad import read_atac, read_rna
 from cisformer.data.inspect import inspect
-from cisformer.data.io import read_atac, read_rna
 from cisformer.data.preprocess import preprocess
 from cisformer.data.reference import load_reference
 from cisformer.data.store import CellStore

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import cisformer
+from cisformer.data.h5ad import read_rna
 from cisformer.data.inspect import inspect
-from cisformer.data.io import read_rna
 from cisformer.data.store import CellStore
 from cisformer.errors import CheckpointError, CisformerError, InputError, StoreError
 from cisformer.links.files import safe_name

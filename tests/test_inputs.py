@@ -228,7 +228,7 @@ def test_gene_names_in_a_column_of_row_numbers(cells: tuple, tmp_path: Path):
 
 
 def test_the_reserved_column_index_is_kept_under_another_name(cells: tuple, tmp_path: Path):
-    from cisformer.data.io import H5adWriter
+    from cisformer.data.h5ad import H5adWriter
 
     rna = cells[0].copy()
     rna.write_h5ad(tmp_path / "rna.h5ad")

@@ -23,8 +23,8 @@ from test_inputs import assert_right, stored, write_mtx
 
 from cisformer.data.features import gene_identity
 from cisformer.data.genome import parse_regions, rename_chroms
+from cisformer.data.h5ad import load_h5ad
 from cisformer.data.inspect import as_text, inspect
-from cisformer.data.io import load_h5ad
 from cisformer.data.preprocess import preprocess
 from cisformer.data.reference import load_reference, save_reference
 from cisformer.data.sources import open_rows

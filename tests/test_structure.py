@@ -15,7 +15,7 @@ ORDER = {
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "tables", "barcodes",
-        "fragments", "containers", "sources", "io", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
+        "fragments", "containers", "sources", "h5ad", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
         "batches",
     ],
     "model": [

@@ -24,7 +24,7 @@ from cisformer.config import Config, Direction, load_config
 from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peaks
 from cisformer.data.features import are_tiles, peak_regions
 from cisformer.data.fragments import FragmentOptions
-from cisformer.data.io import H5adWriter
+from cisformer.data.h5ad import H5adWriter
 from cisformer.data.pairing import pair_barcodes, split_cells
 from cisformer.data.reference import GENOMES, Reference, dataset_reference, load_reference
 from cisformer.data.shards import RowFile, UnsortedCells

@@ -20,7 +20,7 @@ from cisformer.config import DIRECTIONS, Direction
 from cisformer.data.alignment import FeatureMap, map_genes, map_peaks, require_found
 from cisformer.data.features import gene_identity, peak_regions
 from cisformer.data.genome import CCRE_COLUMNS, GENE_COLUMNS, parse_regions
-from cisformer.data.io import read_atac, read_rna
+from cisformer.data.h5ad import read_atac, read_rna
 from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, StoreError

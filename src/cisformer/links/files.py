@@ -29,7 +29,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from cisformer.data.genome import region_names, tss
-from cisformer.data.io import storable, storable_frame
+from cisformer.data.h5ad import storable, storable_frame
 from cisformer.data.reference import Reference
 from cisformer.data.sources import open_rows
 from cisformer.errors import InputError

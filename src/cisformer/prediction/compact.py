@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from cisformer.data.annotation import read_bed
 from cisformer.data.batches import row_blocks
 from cisformer.data.genome import CCRE_COLUMNS, overlap_pairs, parse_regions, rename_chroms
-from cisformer.data.io import H5adWriter, MatrixLayout, load_h5ad
+from cisformer.data.h5ad import H5adWriter, MatrixLayout, load_h5ad
 from cisformer.errors import InputError
 from cisformer.model.closed_form_atac import change_of_log_odds
 from cisformer.runtime.files import refuse_existing

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from cisformer.data.features import peak_regions
-from cisformer.data.io import load_h5ad
+from cisformer.data.h5ad import load_h5ad
 from cisformer.errors import InputError
 from cisformer.prediction.compact import compact_of, group_rows, group_table, is_compact
 

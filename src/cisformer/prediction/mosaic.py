@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from cisformer.config import Modality
 from cisformer.data.alignment import map_genes, map_peaks
+from cisformer.data.h5ad import storable, storable_frame
 from cisformer.data.hdf5 import told_as_damage
-from cisformer.data.io import storable, storable_frame
 from cisformer.data.reference import Reference
 from cisformer.data.sources import open_rows
 from cisformer.data.tables import FEATURE_TYPES

@@ -17,7 +17,7 @@ import torch
 
 from cisformer.data.batches import Batch, encode_input, prefetch, row_blocks
 from cisformer.data.fragments import MIN_FRAGMENTS
-from cisformer.data.io import H5adWriter, MatrixLayout
+from cisformer.data.h5ad import H5adWriter, MatrixLayout
 from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint
 from cisformer.model.cis import CisModel

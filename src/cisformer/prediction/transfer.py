@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cisformer.data.batches import normalise_rna
 from cisformer.data.features import gene_identity
-from cisformer.data.io import load_h5ad
+from cisformer.data.h5ad import load_h5ad
 from cisformer.errors import InputError
 from cisformer.prediction.compact import STATES
 from cisformer.runtime.files import atomic_path, refuse_existing

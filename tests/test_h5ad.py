@@ -14,8 +14,8 @@ import pytest
 import scipy.sparse as sp
 from formats import damage, write_10x, write_h5mu
 
-import cisformer.data.io
-from cisformer.data.io import H5adWriter, read_atac, read_rna, write_h5ad
+import cisformer.data.h5ad
+from cisformer.data.h5ad import H5adWriter, read_atac, read_rna, write_h5ad
 from cisformer.data.sources import open_rows
 from cisformer.errors import InputError
 
@@ -31,7 +31,7 @@ def cells(matrix: object = None, names: list[str] | None = None, **kwargs: objec
 
 
 def test_the_examples_in_the_docstrings():
-    assert doctest.testmod(cisformer.data.io).failed == 0
+    assert doctest.testmod(cisformer.data.h5ad).failed == 0
 
 
 @pytest.mark.parametrize(
