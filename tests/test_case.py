@@ -136,7 +136,7 @@ def test_an_unknown_cell_type_column_is_named_with_those_there_are(cells):
 
 def test_a_file_that_is_no_h5ad_is_refused(cells, tmp_path):
     (tmp_path / "x.h5ad").write_text("nothing")
-    for path, message in ((tmp_path / "x.h5ad", "not an h5ad"), (tmp_path / "y.h5ad", "no file")):
+    for path, message in ((tmp_path / "x.h5ad", "not an HDF5 file"), (tmp_path / "y.h5ad", "no file")):
         with pytest.raises(InputError, match=message):
             case_of_files(path, cells[1])
 

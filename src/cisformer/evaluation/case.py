@@ -20,7 +20,7 @@ from cisformer.config import DIRECTIONS, Direction
 from cisformer.data.alignment import FeatureMap, map_genes, map_peaks, require_found
 from cisformer.data.features import gene_identity, peak_regions
 from cisformer.data.genome import CCRE_COLUMNS, GENE_COLUMNS, parse_regions
-from cisformer.data.h5ad import read_atac, read_rna
+from cisformer.data.h5ad import load_h5ad, read_atac, read_rna
 from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, StoreError
@@ -135,7 +135,7 @@ def case_of_files(
     cell_type: str | None = None,
 ) -> Case:
     """Match AnnData objects or files; see `cisformer.evaluate` for what each is."""
-    prediction, label = _open(predicted), _label(predicted, "the prediction")
+    prediction, label = load_h5ad(predicted), _label(predicted, "the prediction")
     direction = direction or _direction(prediction, label)
     _, target = _modalities(direction)
     measured = _read(truth, target)
@@ -333,23 +333,6 @@ def _case_of_rows(
 
 
 # ---------------------------------------------------------------------------------------------- pieces
-
-
-def _open(data: Any) -> AnnData:
-    """Return an AnnData as it is, or read from an h5ad."""
-    if not isinstance(data, str | Path):
-        return data
-    import anndata
-
-    if not Path(data).is_file():
-        raise InputError(f"there is no file {data}", hint="check the path")
-    try:
-        return anndata.read_h5ad(data)
-    except Exception as error:  # of a damaged file, h5py and anndata raise whatever they come upon
-        raise InputError(
-            f"{data} is not an h5ad: {' '.join(str(error).split())[:300]}",
-            hint="give the file that predict wrote",
-        ) from error
 
 
 def _values(prediction: AnnData, label: str) -> Matrix:
