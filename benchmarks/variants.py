@@ -27,9 +27,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cisformer.analysis.annotate import annotate_variants, collect
 from cisformer.analysis.enrichment import linked_enrichment
 from cisformer.analysis.stored import open_links
+from cisformer.analysis.variant_genes import annotate_variants, collect
 from cisformer.config import default_config
 from cisformer.data.genome import region_names, signed_distance, tss, window_pairs
 from cisformer.data.preprocess import preprocess
@@ -233,7 +233,7 @@ def blood_links(data: Path) -> Links:
         pair_features,
         relative_activity,
     )  # fmt: skip
-    from cisformer.links.types import works
+    from cisformer.links.type_scores import works
     from cisformer.links.weights import Evidence, estimate_weights, exchange_genes, probability
 
     blood, human = Blood.read(data), load_reference("human")

@@ -28,14 +28,14 @@ ORDER = {
         "cells", "compact", "likeness", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
     ],
     "links": [
-        "statistics", "prior", "weights", "inputs", "evidence", "measure", "types", "formats", "files", "gene", "score",
-        "precision", "truth", "benchmark", "plot",
+        "statistics", "prior", "weights", "inputs", "evidence", "measure", "type_scores", "formats", "files", "gene",
+        "score", "precision", "truth", "benchmark", "plot",
     ],
     "evaluation": [
         "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
     ],
     "analysis": [
-        "stored", "variants", "enrichment", "annotate", "peaks", "browse", "candidates", "groups", "coupling",
+        "stored", "read_variants", "enrichment", "variant_genes", "peaks", "browse", "candidates", "groups", "coupling",
         "moderated", "volcano", "contrasts", "sequences", "motifs", "drivers", "networks", "regulon",
     ],
     "top": ["simulation", "run_summary", "workflow", "demo"],

@@ -11,10 +11,10 @@ from made_links import TYPES, write_links
 from scipy import stats
 
 import cisformer
-from cisformer.analysis.annotate import FILES, annotate_variants
 from cisformer.analysis.enrichment import FEWEST_LOCI, LinkedShare, linked_enrichment, one_per_locus
+from cisformer.analysis.read_variants import genome_named, on_chroms, read_variants
 from cisformer.analysis.stored import open_links
-from cisformer.analysis.variants import genome_named, on_chroms, read_variants
+from cisformer.analysis.variant_genes import FILES, annotate_variants
 from cisformer.errors import InputError, OutputExistsError
 
 VCF = """##fileformat=VCFv4.2

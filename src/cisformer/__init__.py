@@ -30,7 +30,7 @@ _FUNCTIONS = {
     "plot_links": "links.plot",
     "compare_links": "analysis.contrasts",
     "link_tfs": "analysis.regulon",
-    "annotate_variants": "analysis.annotate",
+    "annotate_variants": "analysis.variant_genes",
     "annotate_peaks": "analysis.peaks",
     "browse": "analysis.browse",
     "simulate": "simulation",

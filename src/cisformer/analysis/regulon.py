@@ -21,7 +21,7 @@ from cisformer.data.genome import region_names
 from cisformer.errors import InputError
 from cisformer.links.files import safe_name
 from cisformer.links.formats import text_writer
-from cisformer.links.types import MOST_EXPRESSION, works
+from cisformer.links.type_scores import MOST_EXPRESSION, works
 from cisformer.links.weights import score_fdr
 from cisformer.runtime.files import atomic_folder, refuse_existing
 from cisformer.runtime.provenance import provenance

@@ -35,8 +35,8 @@ _MIN_SCORE = click.option(
 @_FORCE
 def annotate_variants(links: str, variants: str, output_dir: str, force: bool, **options: Any) -> None:
     """Find the genes and cell types that variants may act on, from the links of the cCREs in which they lie."""
-    from cisformer.analysis.annotate import FILES
-    from cisformer.analysis.annotate import annotate_variants as annotate
+    from cisformer.analysis.variant_genes import FILES
+    from cisformer.analysis.variant_genes import annotate_variants as annotate
     from cisformer.runtime.files import refuse_existing, refuse_file_name
 
     refuse_file_name(output_dir)

@@ -1,8 +1,8 @@
 """Link cCREs to genes, cell type by cell type, from a trained ATAC→RNA model and paired cells.
 
 The odds of a link are those of a prior (`prior`) times what association and coupling say, with weights estimated from
-the cells at hand (`weights`), and what belongs to the cell type (`types`). Cells are read in three passes; each of
-them reads each cell once (`measure`).
+the cells at hand (`weights`), and what belongs to the cell type; `type_scores` adds them up. Cells are read in three
+passes; each of them reads each cell once (`measure`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from cisformer.links.inputs import (
 from cisformer.links.measure import CellSums, LinkInputs, PairTests, read_attention, read_cells, read_tests
 from cisformer.links.prior import PROMOTER_BP, UNKNOWN_BREADTH, count_between, expression_breadth, load_prior
 from cisformer.links.statistics import Pairs, activity_contact, associate, false_discovery_rate
-from cisformer.links.types import SharedEvidence, TypeScorer, pair_power
+from cisformer.links.type_scores import SharedEvidence, TypeScorer, pair_power
 from cisformer.links.weights import (
     Evidence,
     EvidenceWeights,

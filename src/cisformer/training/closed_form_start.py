@@ -1,4 +1,8 @@
-"""The closed-form start of a training, and what validation cells add to it at the end."""
+"""The closed-form start of a training, and what validation cells add to it at the end.
+
+The fits themselves are in `model.target_states` (ATAC→RNA), `model.closed_form_atac` (RNA→ATAC) and
+`model.closed_form_cis` (cCREs near a gene); here is which of them are used, on which cells.
+"""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from cisformer.analysis.enrichment import LinkedShare, linked_enrichment
+from cisformer.analysis.read_variants import Variants, genome_named, on_chroms, read_variants
 from cisformer.analysis.stored import StoredLinks, open_links
-from cisformer.analysis.variants import Variants, genome_named, on_chroms, read_variants
 from cisformer.data.genome import nearest_tss, overlap_pairs, region_names, tss
 from cisformer.errors import InputError
 from cisformer.links.formats import text_writer
@@ -138,7 +138,7 @@ def annotate_variants(
     links
         The `cisformer_link` folder, or a `links.tsv.gz`.
     variants
-        VCF, BED, or a table with a header; see `cisformer.analysis.variants.read_variants`.
+        VCF, BED, or a table with a header; see `cisformer.analysis.read_variants.read_variants`.
     genome
         Genome of the variants, such as ``"hg38"``. By default the one that the file names; if it names none, that of
         the links, with a warning.
