@@ -1,6 +1,7 @@
 """Read lists of variants: VCF, BED, and tables under the names that GWAS and fine-mapping give their columns.
 
-`variant_genes` then matches them to genes. Positions of VCF and of a `pos` column count from 1, those of BED from 0; here all are 0-based and half-open.
+`variant_genes` then matches them to genes. Positions of VCF and of a `pos` column count from 1, those of BED from 0;
+here all are 0-based and half-open.
 """
 
 from __future__ import annotations
