@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_the_old_data(limit: int, tiny_files: Path, tmp_path:
     )
     assert full.returncode == 1
     assert full.stderr.splitlines()[-2].startswith("error: ")
-    assert "make room" in full.stderr.splitlines()[-1]
+    assert "free disk space" in full.stderr.splitlines()[-1]
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
