@@ -11,6 +11,7 @@ import pandas as pd
 
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
+from cisformer.links.inputs import find_column
 
 logger = logging.getLogger(__name__)
 FEWEST_DONORS, FEWEST_SHARED = 2, 3
@@ -209,14 +210,7 @@ def texts_of(store: CellStore, name: str) -> np.ndarray:
     InputError
         If there is no such column.
     """
-    info = store.cell_info
-    found = next((c for c in (name, f"{name}_rna", f"{name}_atac") if c in info.columns), None)
-    if found is None:
-        raise InputError(
-            f"there is no column {name!r} in the cell_info.tsv of {store.path}",
-            hint=f"there are: {', '.join(map(str, info.columns)) or 'none'}",
-        )
-    column = info[found]
+    column = find_column(store, name)
     known = column.notna().to_numpy()
     if pd.api.types.is_float_dtype(column) and (column[known] % 1 == 0).all():
         column = column.astype("Int64")

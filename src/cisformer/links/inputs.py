@@ -120,8 +120,8 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(list(names)[:3])
 
 
-def cell_column(store: CellStore, name: str) -> pd.Series:
-    """Return a column of `cell_info`, one entry per cell; raise `InputError` where there is none, or a gap in it."""
+def find_column(store: CellStore, name: str) -> pd.Series:
+    """Return a column of `cell_info`, by its name with or without the modality; `InputError` where there is none."""
     info = store.cell_info
     found = next((c for c in (name, f"{name}_rna", f"{name}_atac") if c in info.columns), None)
     if found is None:
@@ -129,7 +129,12 @@ def cell_column(store: CellStore, name: str) -> pd.Series:
             f"there is no column {name!r} in the cell_info.tsv of {store.path}",
             hint=f"there are: {', '.join(map(str, info.columns)) or 'none'}",
         )
-    column = info[found]
+    return info[found]
+
+
+def cell_column(store: CellStore, name: str) -> pd.Series:
+    """Return a column of `cell_info`, one entry per cell; raise `InputError` where there is none, or a gap in it."""
+    column = find_column(store, name)
     missing = int(column.isna().sum())
     if missing:
         raise InputError(
