@@ -8,6 +8,7 @@ have its first count, and more counts only where that comes in time.
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from scipy import sparse
 from cisformer.data.genome import region_names
 from cisformer.data.h5ad import H5adWriter
 from cisformer.errors import InputError
+from cisformer.runtime.ahead import ahead
 from cisformer.runtime.progress import progress
 from cisformer.simulation import write_truth
 from cisformer.tissue import CAPTURE, DISPERSION, Landscape, SimulationOptions, Tissue
@@ -54,7 +56,7 @@ def simulate_sparse(folder: str | Path, options: SimulationOptions, depth: float
         )
     folder = Path(folder)
     tissue = Tissue.draw(options, np.random.default_rng(options.seed))
-    draw = _Sampler.of(tissue, depth)
+    draw = _Sampler.of(tissue, depth, options.seed)
     genes, ccres, obs = tissue.genes, tissue.ccres, tissue.cells.obs
     var = {"rna": genes.set_index("gene_name"), "atac": ccres.set_index(region_names(ccres))}
     with contextlib.ExitStack() as stack:
@@ -64,14 +66,11 @@ def simulate_sparse(folder: str | Path, options: SimulationOptions, depth: float
             )
             for name, table in var.items()
         ]
-        starts = range(0, options.n_cells, BLOCK_CELLS)
-        for number, start in enumerate(progress(starts, total=len(starts), desc="simulating", unit="blocks")):
-            rows = np.arange(start, min(start + BLOCK_CELLS, options.n_cells))
-            for writer, block in zip(
-                writers,
-                draw.block(rows, np.random.Generator(np.random.SFC64([options.seed, number]))),
-                strict=True,
-            ):
+        blocks = ahead(draw.block, range(0, options.n_cells, BLOCK_CELLS), os.cpu_count() or 1)
+        for cells in progress(
+            blocks, total=-(-options.n_cells // BLOCK_CELLS), desc="simulating", unit="blocks"
+        ):
+            for writer, block in zip(writers, cells, strict=True):
                 writer.append(block)
     write_truth(folder, obs, tissue.truth_table(_mean_open(tissue)))
     return folder
@@ -92,7 +91,7 @@ class _Sampler:
 
     Attributes
     ----------
-    tissue, depth
+    tissue, depth, seed
         What is drawn from.
     landscape, linked
         That of all cCREs, and of those with links [L], in float32.
@@ -104,25 +103,26 @@ class _Sampler:
 
     tissue: Tissue
     depth: float
+    seed: int
     landscape: Landscape
     linked: Landscape
     place: np.ndarray
     effects: list[sparse.csr_matrix]
 
     @classmethod
-    def of(cls, tissue: Tissue, depth: float) -> _Sampler:
+    def of(cls, tissue: Tissue, depth: float, seed: int) -> _Sampler:
         linked = np.unique(tissue.links.ccre)
         place = np.full(len(tissue.ccres), -1, np.int32)
         place[linked] = np.arange(len(linked), dtype=np.int32)
         types = range(len(tissue.cells.type_names))
         effects = [sparse.csr_matrix(tissue.link_matrix(number)[linked].T) for number in types]
         landscape = tissue.landscape.of_ccres(slice(None))
-        return cls(tissue, depth, landscape, landscape.of_ccres(linked), place, effects)
+        return cls(tissue, depth, seed, landscape, landscape.of_ccres(linked), place, effects)
 
-    def block(
-        self, rows: np.ndarray, rng: np.random.Generator
-    ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-        """Return counts and seen cCREs of some cells, in their order."""
+    def block(self, start: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+        """Return counts and seen cCREs of the block of cells that begins with `start`, from a seed of its own."""
+        rng = np.random.Generator(np.random.SFC64([self.seed, start]))
+        rows = np.arange(start, min(start + BLOCK_CELLS, len(self.tissue.cells.type_of)))
         type_of = self.tissue.cells.type_of[rows]
         parts = [
             (part, *self._of_type(rows[part], cell_type, rng))

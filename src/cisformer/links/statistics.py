@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 from scipy import stats
 
@@ -289,11 +288,28 @@ def two_way_rank(
     if len(weight) == 0:
         return weight.astype(np.float64)
     rank = _rank_share(weight, cell * n_genes + gene) + _rank_share(weight, cell * n_ccres + ccre)
-    by_cell = pd.Series(rank).groupby(cell)
-    low, high = by_cell.transform("min").to_numpy(), by_cell.transform("max").to_numpy()
-    return np.divide(rank - low, high - low, out=np.ones_like(rank), where=high > low)
+    low, high = np.full(cell.max() + 1, np.inf), np.full(cell.max() + 1, -np.inf)
+    np.minimum.at(low, cell, rank)
+    np.maximum.at(high, cell, rank)
+    low, width = low[cell], (high - low)[cell]
+    return np.divide(rank - low, width, out=np.ones_like(rank), where=width > 0)
 
 
 def _rank_share(value: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """Return rank / number of entries within each segment, in (0, 1]; ties have their mean rank."""
-    return pd.Series(value).groupby(segment).rank(pct=True).to_numpy()
+    """Return rank / number of entries within each segment, in (0, 1]; ties have their mean rank.
+
+    Floats that are not negative sort as their bits do, so that segment and value make one whole number to sort.
+    """
+    bits = (value.astype(np.float32) + 0).view(np.uint32)  # + 0: no -0
+    key = segment.astype(np.uint64) << np.uint64(32) | bits
+    order = np.argsort(key)
+    key = key[order]
+    first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))  # of each run of ties
+    end = np.append(first[1:], len(key))
+    segment = key[first] >> np.uint64(32)
+    opens = np.append(True, segment[1:] != segment[:-1])
+    start, which = first[opens], np.cumsum(opens) - 1
+    share = ((first + end + 1) / 2 - start[which]) / np.diff(start, append=len(key))[which]
+    result = np.empty(len(key))
+    result[order] = np.repeat(share, end - first)
+    return result
