@@ -27,7 +27,8 @@ from cisformer.model.cis import CisModel
 from cisformer.model.documented_task import FullTask
 from cisformer.runtime.progress import progress
 
-BATCH_CELLS = 16
+BATCH_CELLS = 4
+"""Cells whose edges are made at once; few, so that they fit into the processor's cache."""
 BLOCK_CELLS = 256
 
 
