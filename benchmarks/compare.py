@@ -5,10 +5,10 @@
 
 Each set goes through the commands that a user would type (`data_preprocess --reference dataset`, `*_train` with
 the small preset, and again with `epoch: 0` for the closed form); the test cells are scored by the package's own
-`evaluate_case`, all methods in one bootstrap. The second table is of cells unlike those that were trained on: batches kept
-together (`--split-by`), or a donor or cell type that training has not seen. Results are kept in WORK/results.json, so that a
-second run adds what is missing; WORK/results.md has the tables, a brief form of them for the README, and each set at
-length. Times are wall-clock and CPU seconds of the whole process, memory its largest resident set.
+`evaluate_case`, all methods in one bootstrap. The second table is of cells unlike those that were trained on: batches
+kept together (`--split-by`), or a donor or cell type that training has not seen. Results are kept in WORK/results.json,
+so that a second run adds what is missing; WORK/results.md has the tables, a brief form of them for the README, and each
+set at length. Times are wall-clock and CPU seconds of the whole process, memory its largest resident set.
 """
 
 from __future__ import annotations
