@@ -39,7 +39,7 @@ ORDER = {
         "stored", "read_variants", "enrichment", "variant_genes", "peaks", "browse", "candidates", "groups", "coupling",
         "moderated", "volcano", "contrasts", "sequences", "motifs", "drivers", "networks", "regulon",
     ],
-    "top": ["simulation", "run_summary", "workflow", "demo"],
+    "top": ["tissue", "simulation", "sparse_cells", "run_summary", "workflow", "demo"],
     "cli": [
         "common", "data", "model", "prediction", "links", "annotation", "contrasts", "evaluation", "run", "",
     ],
