@@ -133,9 +133,9 @@ class PairProducts:
     """
 
     def __init__(self, pairs: Pairs, n_ccres: int) -> None:
-        self._gene = pairs.gene
-        self._by_ccre = np.argsort(pairs.ccre, kind="stable")
-        self._start = np.searchsorted(pairs.ccre[self._by_ccre], np.arange(n_ccres + 1))
+        by_ccre = np.argsort(pairs.ccre, kind="stable")
+        self._start = np.searchsorted(pairs.ccre[by_ccre], np.arange(n_ccres + 1))
+        self._pair, self._gene = by_ccre.astype(np.int32), pairs.gene[by_ccre].astype(np.int32)
 
     def of(self, rna: sp.csr_matrix, atac: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
         """Return pairs, with repeats, and the expression of the gene in a cell in which the cCRE is open."""
@@ -148,10 +148,11 @@ class PairProducts:
         start, stop = self._start[atac.indices], self._start[atac.indices + 1]
         count = stop - start
         first = np.cumsum(count) - count
-        pair = self._by_ccre[np.arange(count.sum()) + np.repeat(start - first, count)]
-        cell = np.repeat(np.repeat(np.arange(atac.shape[0]), np.diff(atac.indptr)), count)
-        value = rna.toarray()[cell, self._gene[pair]].astype(np.float64)
-        return pair[value > 0], value[value > 0]
+        place = np.arange(count.sum()) + np.repeat(start - first, count)
+        row = np.repeat(np.arange(atac.shape[0]) * rna.shape[1], np.diff(atac.indptr))  # of `rna`, flat
+        value = rna.toarray().ravel().take(np.repeat(row, count) + self._gene.take(place))
+        both = np.flatnonzero(value > 0)
+        return self._pair.take(place.take(both)), value.take(both).astype(np.float64)
 
 
 class PartialCorrelation:
@@ -175,8 +176,8 @@ class PartialCorrelation:
         self.pairs, self.basis = pairs, basis
         self.product = np.zeros(len(pairs))
         self.squares, self.n_expressed, self.n_open = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_ccres)
-        self.gene_part = np.zeros((basis.shape[1], n_genes))
-        self.ccre_part = np.zeros((basis.shape[1], n_ccres))
+        # [q, n], but laid out as the products that are added to it
+        self.gene_part, self.ccre_part = (np.zeros((n, basis.shape[1])).T for n in shape)
         self._seen = 0
 
     def add(
@@ -275,7 +276,7 @@ def two_way_rank(
     Parameters
     ----------
     weight
-        Attention weights of edges, at least 0; [E].
+        Attention weights of edges, at least 0, compared in single precision; [E].
     cell, gene, ccre
         What each edge joins; int64 [E].
     n_genes, n_ccres

@@ -61,8 +61,9 @@ class CisAttention:
         segment = self.cell * n_genes + self.gene
         out = self.weight.new_zeros(n_cells * n_genes, self.weight.shape[1])
         out = out.index_add(0, segment, self.weight * self.value)
-        rest = (1 - self.weight).clamp(min=1e-6)
-        return (self.weight * (out[segment] - self.value) / rest).sum(dim=1) - self.local
+        rest = (1 - self.weight).clamp_(min=1e-6)
+        change = rows_of(out, segment).sub_(self.value).mul_(self.weight).div_(rest)
+        return change.sum(dim=1) - self.local
 
 
 class CisPath(nn.Module):
