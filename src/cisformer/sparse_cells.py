@@ -154,8 +154,9 @@ class _Sampler:
         landscape, n_ccres = self.landscape, len(self.place)
         cell, ccre = _fragments(self.depth * CAPTURE * self.tissue.cells.atac_depth[rows], n_ccres, rng)
         place = self.place.take(ccre)  # take: three times as fast as brackets
-        seen = is_open.ravel().take(place * len(rows) + cell)
-        other = np.flatnonzero(place < 0)
+        linked, other = np.flatnonzero(place >= 0), np.flatnonzero(place < 0)
+        seen = np.empty(len(place), bool)
+        seen[linked] = is_open.ravel().take(place.take(linked) * len(rows) + cell.take(linked))
         near, in_cell = ccre.take(other), cell.take(other)
         loadings, programmes = landscape.ccre_loadings.take(near, axis=0), programme.take(in_cell, axis=0)
         chance = _logistic(np.einsum("fk,fk->f", loadings, programmes), landscape.ccre_base.take(near))
@@ -185,16 +186,15 @@ def _counts(rate: np.ndarray, rng: np.random.Generator) -> sparse.csr_matrix:
     With gamma noise of shape r, no count comes before time s with probability (1 + s / r)^-r. After a first one at s,
     the noise has shape r + 1 and rate r + s, and others come at that rate until the time `rate`.
     """
-    shape = 1 / DISPERSION
+    r = 1 / DISPERSION
     chance = 1 - rng.random(rate.shape, dtype=np.float32)
-    first = (chance ** np.float32(-DISPERSION) - 1) * np.float32(shape)
+    first = (chance ** np.float32(-1 / r) - 1) * np.float32(r)
     early = np.flatnonzero(first < rate)
     gene, cell = np.divmod(early, rate.shape[1])
     first, rate = first.take(early), rate.take(early)
-    noise = rng.standard_gamma(shape + 1, len(first)) / (shape + first)
+    noise = rng.standard_gamma(r + 1, len(first)) / (r + first)
     counts = 1 + rng.poisson(noise * (rate - first))
-    shape_ = (chance.shape[1], chance.shape[0])
-    return sparse.csr_matrix((counts.astype(np.float32), (cell, gene)), shape=shape_)
+    return sparse.csr_matrix((counts.astype(np.float32), (cell, gene)), shape=chance.shape[::-1])
 
 
 def _fragments(rate: np.ndarray, n_ccres: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
