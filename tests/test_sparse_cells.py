@@ -79,6 +79,11 @@ def test_same_options_same_cells_and_few_are_seen(tmp_path):
     assert 0.005 < first.X.mean() < 0.02
 
 
+def test_a_gene_without_links_is_drawn_too(tmp_path):
+    lonely = SimulationOptions(n_cells=3, n_genes=1, n_ccres=2, n_types=1, window_bp=1)
+    assert ad.read_h5ad(simulate_sparse(tmp_path, lonely, 0.5) / "rna.h5ad").shape == (3, 1)
+
+
 @pytest.mark.parametrize("depth", [0.0, -1.0, 1.5, float("nan")])
 def test_impossible_depths_are_refused(depth, tmp_path):
     with pytest.raises(InputError, match="the depth is"):

@@ -24,7 +24,7 @@ from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peak
 from cisformer.data.features import are_tiles, peak_regions
 from cisformer.data.fragments import FragmentOptions
 from cisformer.data.h5ad import H5adWriter
-from cisformer.data.pairing import pair_barcodes, split_cells
+from cisformer.data.pairing import groups_of, pair_barcodes, split_cells
 from cisformer.data.reference import GENOMES, Reference, dataset_reference, load_reference
 from cisformer.data.shards import RowFile, UnsortedCells
 from cisformer.data.sources import Source, open_rows
@@ -370,26 +370,12 @@ def _split(obs: pd.DataFrame, options: PreprocessOptions) -> dict[SplitName, NDA
     if options.manually:
         positions: dict[SplitName, NDArray[np.int64]] = {"all": np.arange(len(obs))}
     else:
-        parts = split_cells(len(obs), options.seed, _groups(obs, options.split_by))
+        parts = split_cells(len(obs), options.seed, groups_of(obs, options.split_by))
         positions = {"train": parts.train, "val": parts.val, "test": parts.test}
     if options.shuffle:
         rng = np.random.default_rng([options.seed, 1])
         positions = {split: rng.permutation(cells) for split, cells in positions.items()}
     return positions
-
-
-def _groups(obs: pd.DataFrame, column: str | None) -> NDArray[np.object_] | None:
-    """Return the group of each cell from a column of the RNA's `obs`, or else of the ATAC's."""
-    if column is None:
-        return None
-    for name in (f"{column}_rna", f"{column}_atac", column):
-        if name in obs:
-            groups: NDArray[np.object_] = obs[name].astype(str).to_numpy(object)
-            return groups
-    columns = sorted({name.rpartition("_")[0] for name in obs.columns})
-    raise InputError(
-        f"obs has no column {column!r} to split by", hint=f"it has {', '.join(columns) or 'none'}"
-    )
 
 
 def _describe(source: Source, found: FeatureMap) -> dict[str, Any]:
