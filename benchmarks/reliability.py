@@ -45,9 +45,7 @@ def main() -> None:
         for name, rows in (("validation_r", result["features"]), ("distance", result["by_distance"])):
             print(name, " ".join(f"{a:.3f}→{b:.3f}" for a, b, _ in rows))
         if "coverage" in result:
-            print(
-                "interval_90, wanted 0.9: found; where expressed; by tenth of genes, rare first:"
-            )
+            print("interval_90, wanted 0.9: found; where expressed; by tenth of genes, rare first:")
             print(" ".join(f"{share:.3f}" for share in result["coverage"]))
     if options.figure:
         draw(found, options.figure)
