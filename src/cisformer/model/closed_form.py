@@ -21,6 +21,7 @@ from cisformer.data.batches import Layout, read_modality, row_blocks
 from cisformer.data.store import CellStore
 from cisformer.model.cell_rows import CellRows
 from cisformer.model.closed_form_atac import (
+    USUAL_SHARED,
     Hat,
     Penalty,
     Sums,
@@ -187,7 +188,7 @@ def fit_linear(
         return LinearStart(projection, *moments, found.loadings, rank, found.penalty, target_states=found)
     sums = Sums.over(train, projection, layout)
     near = beside(train.reference.ccres.iloc[layout.target_index])
-    penalty = Penalty(projection.rank, 0.3 if given is None else given, 0.5)
+    penalty = Penalty(projection.rank, 0.3 if given is None else given, 0.5, shared=USUAL_SHARED)
     if given is None and len(held_out):
         penalty = select_penalty(sums, projection, held_out, layout, near, rng)
     sd = projection.sd.double().numpy()
