@@ -134,7 +134,7 @@ def beside_best(report: dict[str, Any], metric: Metric) -> str:
     }
     best = (max if metric.better == "higher" else min)(known, key=lambda method: known[method])
     ours = report["scores"][MODEL][metric.key]["value"]
-    return f"{score_text(ours)} {MARKS[outcome(report, metric, best)]} {score_text(known[best])} {best}"
+    return f"{score_text(ours)} {MARKS[outcome(report, metric, best)]} ({best} {score_text(known[best])})"
 
 
 def ahead(report: dict[str, Any], metrics: list[Metric]) -> str:

@@ -33,7 +33,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
-    found = {direction: measure(options.folder, direction) for direction in NAMES}
+    found = {
+        direction: measure(options.folder, direction)
+        for direction in NAMES
+        if (options.folder / direction).is_dir()
+    }
     for direction, result in found.items():
         print(
             f"{direction}: {result['unlike']:.3f} of {result['cells']} test cells unlike the training cells"
@@ -41,7 +45,7 @@ def main() -> None:
         for name, rows in (("validation_r", result["features"]), ("distance", result["by_distance"])):
             print(name, " ".join(f"{a:.3f}→{b:.3f}" for a, b, _ in rows))
         if "coverage" in result:
-            print("interval_90, wanted 0.9, found in all genes, and by tenth of genes (share of cells):")
+            print("interval_90, wanted 0.9: found; where expressed; by tenth of genes, rare first:")
             print(" ".join(f"{share:.3f}" for share in result["coverage"]))
     if options.figure:
         draw(found, options.figure)
@@ -74,10 +78,11 @@ def measure(folder: Path, direction: str) -> dict[str, Any]:
 
 
 def coverage(values: np.ndarray, truth: Any, half_width: np.ndarray) -> list[float]:
-    """Return the share of measurements within the interval: of all genes, then by tenth of how often each is found."""
-    inside = (np.abs(truth.toarray() - values) <= half_width).mean(axis=0)
+    """Return the share of measurements within the interval: all, those above 0, and by tenth of genes, rare first."""
+    found = truth.toarray()
+    inside = np.abs(found - values) <= half_width
     parts = np.array_split(np.argsort(truth.getnnz(axis=0), kind="stable"), 10)
-    return [float(inside.mean()), *(float(inside[part].mean()) for part in parts)]
+    return [float(x.mean()) for x in (inside, inside[found > 0], *(inside[:, part] for part in parts))]
 
 
 def tenths(promised: np.ndarray, found: np.ndarray) -> list[tuple[float, float, float]]:

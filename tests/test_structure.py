@@ -32,8 +32,9 @@ ORDER = {
         "score", "precision", "truth", "benchmark", "plot",
     ],
     "evaluation": [
-        "matrices", "ranking", "like_frequency", "probabilities", "correlation", "pseudobulk", "bootstrap", "baselines",
-        "scores", "verdict", "case", "case_files", "case_store", "figures", "evaluate", "svg", "report",
+        "matrices", "ranking", "like_frequency", "probabilities", "correlation", "pseudobulk", "bootstrap",
+        "training_cells", "baselines", "scores", "verdict", "case", "case_files", "case_store", "figures", "evaluate",
+        "svg", "report",
     ],
     "analysis": [
         "stored", "read_variants", "enrichment", "variant_genes", "peaks", "browse", "candidates", "groups", "coupling",
