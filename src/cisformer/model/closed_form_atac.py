@@ -369,10 +369,10 @@ def select_penalty(
 
     ranks = sorted({projection.rank, *(r for r in RANKS if r < projection.rank)})
     usual = Penalty(0, 1.0, UNEVENNESS[1], shared=USUAL_SHARED)
-    grid = itertools.product(ranks, PENALTIES)
-    best = _best(loss, (replace(usual, rank=rank, ridge=ridge) for rank, ridge in grid))
-    grid = itertools.product(PENALTIES, UNEVENNESS)
-    best = _best(loss, (replace(best, ridge=ridge, unevenness=uneven) for ridge, uneven in grid))
+    pairs = itertools.product(ranks, PENALTIES)
+    best = _best(loss, (replace(usual, rank=rank, ridge=ridge) for rank, ridge in pairs))
+    forms = itertools.product(PENALTIES, UNEVENNESS)
+    best = _best(loss, (replace(best, ridge=ridge, unevenness=uneven) for ridge, uneven in forms))
     best = _best(loss, (replace(best, steps=steps, beside=True) for steps in STEPS))
     choices = itertools.product(STRENGTHS, (False, True))
     best = _best(
