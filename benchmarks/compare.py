@@ -29,9 +29,10 @@ import scipy.sparse as sp
 from cisformer.config import DIRECTIONS, Direction, default_config, dump_config
 from cisformer.data.store import CellStore, find_split
 from cisformer.evaluation.baselines import ORACLE
-from cisformer.evaluation.case import Case, case_of_store
+from cisformer.evaluation.case import Case
+from cisformer.evaluation.case_store import case_of_store
 from cisformer.evaluation.evaluate import EvaluationReport, evaluate_case
-from cisformer.evaluation.metrics import PROBABILITY_FLOOR
+from cisformer.evaluation.probabilities import PROBABILITY_FLOOR
 from cisformer.evaluation.scores import METRICS
 from cisformer.evaluation.verdict import MODEL, score_text
 from cisformer.model.checkpoint import load_checkpoint

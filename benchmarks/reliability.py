@@ -17,7 +17,7 @@ import numpy as np
 
 from cisformer.data.batches import read_modality
 from cisformer.data.store import CellStore, find_split
-from cisformer.evaluation.metrics import correlation
+from cisformer.evaluation.correlation import correlation
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.prediction.likeness import DISTANCE, UNLIKE
 from cisformer.prediction.predict import predict

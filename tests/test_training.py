@@ -15,7 +15,7 @@ from cisformer.config import dump_config
 from cisformer.data.batches import dense_targets
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
-from cisformer.evaluation.metrics import correlation
+from cisformer.evaluation.correlation import correlation
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.closed_form_atac import Penalty, Sums, beside, solve
 from cisformer.model.projection import states

@@ -21,7 +21,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from cisformer.config import Direction
-from cisformer.evaluation.metrics import PROBABILITY_FLOOR, dense, pseudobulk
+from cisformer.evaluation.matrices import dense
+from cisformer.evaluation.probabilities import PROBABILITY_FLOOR
+from cisformer.evaluation.pseudobulk import pseudobulk
 
 N_COMPONENTS = 50
 TUNING_SHARE = 0.1
