@@ -1,4 +1,4 @@
-"""Tell what files are before any work is done with them."""
+"""Describe files before any work is done with them."""
 
 from __future__ import annotations
 

@@ -50,7 +50,9 @@ class CellRows:
         group = rng.permutation(np.arange(len(self)) % number)
         parts = np.split(group, np.cumsum([len(rows) for _, rows in self.parts])[:-1])
         return [
-            CellRows(tuple((store, rows[of == k]) for (store, rows), of in zip(self.parts, parts, strict=True)))
+            CellRows(
+                tuple((store, rows[of == k]) for (store, rows), of in zip(self.parts, parts, strict=True))
+            )
             for k in range(min(number, len(self)))
         ]
 
