@@ -322,7 +322,7 @@ def _with_reference(options: RunOptions, rna: Path, atac: Path) -> RunOptions:
     from cisformer.data.alignment import describe_genes
     from cisformer.data.containers import is_fragments_file
     from cisformer.data.features import gene_identity
-    from cisformer.data.reference import GENOMES
+    from cisformer.data.known_genomes import GENOMES
     from cisformer.data.sources import open_rows
 
     if str(options.reference) != "dataset" or not is_fragments_file(atac):
