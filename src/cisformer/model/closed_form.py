@@ -182,21 +182,22 @@ def fit_linear(
     held_out = val.sample(SELECTION_CELLS, rng)
     moments = link_moments(counts, layout)
     given = None if options.ridge == "auto" else float(options.ridge)
+    n_folds = N_FOLDS if given is None and 0 < len(held_out) < FEW_CELLS else 1
     if layout.direction == "atac2rna":
-        chosen = held_out.read(layout) if len(held_out) else None
-        projection, found = fit_target_states(projection, sample, chosen, moments, options.seed, given)
+        judges = [(sample, held_out.read(layout))] if len(held_out) else []
+        projection, found = fit_target_states(
+            projection, sample, judges + sample.left_out(n_folds, rng), moments, options.seed, given
+        )
         rank = found.axes.shape[1]
         return LinearStart(projection, *moments, found.loadings, rank, found.penalty, target_states=found)
-    folds = train.folds(N_FOLDS if len(val) < FEW_CELLS else 1, rng)
+    folds = train.folds(n_folds, rng)
     parts = [Sums.over(fold, projection, layout) for fold in folds]
     sums = sum(parts[1:], parts[0])
     near = beside(train.reference.ccres.iloc[layout.target_index])
     penalty = Penalty(projection.rank, 0.3 if given is None else given, 0.5)
     if given is None and len(held_out):
-        judges = [(sums, held_out)]
-        if len(folds) > 1:
-            judges += [(sums - part, fold) for part, fold in zip(parts, folds, strict=True)]
-        penalty = select_penalty(judges, projection, layout, near, rng)
+        left_out = [(sums - part, fold) for part, fold in zip(parts, folds, strict=True) if n_folds > 1]
+        penalty = select_penalty([(sums, held_out), *left_out], projection, layout, near, rng)
     sd = projection.sd.double().numpy()
     return LinearStart(
         projection, *moments, solve(sums, sd, penalty, near), penalty.rank, penalty.ridge,
