@@ -11,7 +11,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
+    "runtime": ["ahead", "files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "known_genomes", "own_reference", "alignment", "hdf5",
@@ -32,8 +32,9 @@ ORDER = {
         "score", "precision", "truth", "benchmark", "plot",
     ],
     "evaluation": [
-        "matrices", "ranking", "like_frequency", "probabilities", "correlation", "pseudobulk", "bootstrap", "baselines",
-        "scores", "verdict", "case", "case_files", "case_store", "figures", "evaluate", "svg", "report",
+        "matrices", "ranking", "like_frequency", "probabilities", "correlation", "pseudobulk", "bootstrap",
+        "training_cells", "baselines", "scores", "verdict", "case", "case_files", "case_store", "figures", "evaluate",
+        "svg", "report",
     ],
     "analysis": [
         "stored", "read_variants", "enrichment", "variant_genes", "peaks", "browse", "candidates", "groups", "coupling",

@@ -23,9 +23,9 @@ from cisformer.data.genome import CCRE_COLUMNS, GENE_COLUMNS, parse_regions
 from cisformer.data.h5ad import load_h5ad, read_atac, read_rna
 from cisformer.data.reference import Reference
 from cisformer.errors import InputError
-from cisformer.evaluation.baselines import log_normalise
 from cisformer.evaluation.case import Case, keep_features, labels_of, predicted_values
 from cisformer.evaluation.matrices import select
+from cisformer.evaluation.training_cells import log_normalise
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -13,10 +13,10 @@ import scipy.sparse as sp
 from cisformer.config import Direction
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, StoreError
-from cisformer.evaluation.baselines import log_normalise
 from cisformer.evaluation.case import Case, keep_features, labels_of, predicted_values
 from cisformer.evaluation.matrices import Matrix
 from cisformer.evaluation.probabilities import PROBABILITY_FLOOR
+from cisformer.evaluation.training_cells import log_normalise
 from cisformer.model.checkpoint import check_reference
 from cisformer.model.cis import CisModel
 from cisformer.prediction.cells import StoreRows
