@@ -37,7 +37,7 @@ FIT_CELLS, FIT_VALUES = 20_000, 50_000_000
 SELECTION_CELLS = 1_000
 """At most so many validation cells that rank and penalty are chosen by."""
 FEW_CELLS, N_FOLDS = 200, 5
-"""Fewer validation cells than this are too few to choose by alone: training cells left out in turn choose as well."""
+"""RNA→ATAC: with fewer validation cells than this, training cells left out in turn help to choose the penalty."""
 LEAST_PACE = 0.01
 
 
@@ -182,14 +182,12 @@ def fit_linear(
     held_out = val.sample(SELECTION_CELLS, rng)
     moments = link_moments(counts, layout)
     given = None if options.ridge == "auto" else float(options.ridge)
-    n_folds = N_FOLDS if given is None and 0 < len(held_out) < FEW_CELLS else 1
     if layout.direction == "atac2rna":
-        judges = [(sample, held_out.read(layout))] if len(held_out) else []
-        projection, found = fit_target_states(
-            projection, sample, judges + sample.left_out(n_folds, rng), moments, options.seed, given
-        )
+        chosen = held_out.read(layout) if len(held_out) else None
+        projection, found = fit_target_states(projection, sample, chosen, moments, options.seed, given)
         rank = found.axes.shape[1]
         return LinearStart(projection, *moments, found.loadings, rank, found.penalty, target_states=found)
+    n_folds = N_FOLDS if given is None and 0 < len(held_out) < FEW_CELLS else 1
     folds = train.folds(n_folds, rng)
     parts = [Sums.over(fold, projection, layout) for fold in folds]
     sums = sum(parts[1:], parts[0])

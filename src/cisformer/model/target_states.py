@@ -17,7 +17,6 @@ order, the prediction of a cell from the others is (û − h u) / (1 − h), wit
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,15 +41,6 @@ class CellMatrix:
 
     x: sp.csr_matrix
     y: sp.csr_matrix
-
-    def rows(self, chosen: np.ndarray) -> CellMatrix:
-        """Return some of the cells, by their numbers or a mask."""
-        return CellMatrix(self.x[chosen], self.y[chosen])
-
-    def left_out(self, n_folds: int, rng: np.random.Generator) -> list[tuple[CellMatrix, CellMatrix]]:
-        """Return the folds of a cross-validation: the cells to fit, and those left out; none of fewer than 2 folds."""
-        fold = rng.permutation(np.arange(self.x.shape[0]) % max(n_folds, 1))
-        return [(self.rows(fold != k), self.rows(fold == k)) for k in range(n_folds) if n_folds > 1]
 
 
 @dataclass(frozen=True)
@@ -117,19 +107,6 @@ class CellRidge:
         leverage = 1 - shift * float((own * self.probes).mean())
         return self._adjoint(self._dual[:, : self.targets.shape[1]]), float(np.clip(leverage, 0, 0.95))
 
-    def gains(self, x: sp.csr_matrix, targets: np.ndarray) -> np.ndarray:
-        """Return by how much the squared error of other cells is below that of the mean; [PENALTIES, RANKS].
-
-        `x` are the features of these cells and `targets` their scores. More components than there are count as all.
-        """
-        gains = []
-        for penalty in PENALTIES:
-            weights, _ = self.fit(penalty)
-            found = x @ weights - self.mean @ weights
-            gain = np.concatenate([[0], np.cumsum((2 * found * targets - found**2).sum(axis=0))])
-            gains.append([gain[min(k, len(gain) - 1)] for k in RANKS])
-        return np.array(gains)
-
     def _adjoint(self, a: np.ndarray) -> np.ndarray:
         return self.xt @ a - np.outer(self.mean, a.sum(axis=0))
 
@@ -171,17 +148,12 @@ def held_out_states(z: np.ndarray, u: np.ndarray, model: TargetStates) -> np.nda
 def fit_target_states(
     projection: Projection,
     fit: CellMatrix,
-    judges: Sequence[tuple[CellMatrix, CellMatrix]],
+    held_out: CellMatrix | None,
     moments: tuple[np.ndarray, np.ndarray],
     seed: int,
     penalty: float | None,
 ) -> tuple[Projection, TargetStates]:
-    """Fit the closed form; unless `penalty` is given, choose components and penalty by `judges`.
-
-    Parameters
-    ----------
-    judges
-        Cells to fit, and others to judge by; several pairs in a cross-validation.
+    """Fit the closed form; choose components and penalty on `held_out` cells unless `penalty` is given.
 
     Returns
     -------
@@ -190,20 +162,23 @@ def fit_target_states(
     """
     mean, scale = moments
     axes = target_axes(fit.y, scale, seed)
-
-    def ridge_of(cells: CellMatrix) -> CellRidge:
-        scores = axis_scores(cells.y, mean, scale, axes)
-        return CellRidge(projection.features(cells.x), scores, np.random.default_rng([seed, 6]))
-
-    if penalty is None and judges:
-        gains = sum(
-            ridge_of(learnt).gains(projection.features(judged.x), axis_scores(judged.y, mean, scale, axes))
-            for learnt, judged in judges
-        )
-        best, rank = np.unravel_index(np.argmax(gains), np.shape(gains))
-        penalty, axes = PENALTIES[best], axes[:, : RANKS[rank]]
-        logger.info("linear start: %d components of expression, penalty %g", axes.shape[1], penalty)
-    return assemble(projection, ridge_of(fit), axes, 1.0 if penalty is None else penalty)
+    ridge = CellRidge(
+        projection.features(fit.x), axis_scores(fit.y, mean, scale, axes), np.random.default_rng([seed, 6])
+    )
+    if penalty is not None or held_out is None or not held_out.x.shape[0]:
+        chosen = 1.0 if penalty is None else penalty
+        return assemble(projection, ridge, axes, chosen)
+    x, wanted = projection.features(held_out.x), axis_scores(held_out.y, mean, scale, axes)
+    gains: dict[tuple[int, float], float] = {}
+    for value in PENALTIES:
+        weights, _ = ridge.fit(value)
+        found = x @ weights - ridge.mean @ weights
+        gain = np.concatenate([[0], np.cumsum((2 * found * wanted - found**2).sum(axis=0))])
+        gains |= {(k, value): gain[k] for k in RANKS if k < len(gain)}
+    rank, best = max(gains, key=lambda choice: gains[choice])
+    logger.info("linear start: %d components of expression, penalty %g", rank, best)
+    ridge.targets, ridge._dual = ridge.targets[:, :rank], np.zeros((len(ridge.targets), rank + N_PROBES))
+    return assemble(projection, ridge, axes[:, :rank], best)
 
 
 def assemble(
