@@ -61,7 +61,7 @@ def test_cells_are_those_of_the_dense_generator_at_the_same_depth(tmp_path):
 def test_a_gene_follows_the_open_state_of_its_own_cell():
     """All of a cCRE's activity being its open state, expression and accessibility of a cell go together."""
     tissue = replace(Tissue.draw(SMALL, np.random.default_rng(5)), snapshot_share=1.0)
-    rna, atac = _Sampler.of(tissue, 1.0).block(np.arange(600), np.random.default_rng(0))
+    rna, atac = _Sampler.of(tissue, 1.0, 0).block(0)
     gene, ccre = tissue.links.gene, tissue.links.ccre
     one_type = np.flatnonzero(tissue.cells.type_of == np.bincount(tissue.cells.type_of).argmax())
     with np.errstate(invalid="ignore"):
@@ -77,6 +77,11 @@ def test_same_options_same_cells_and_few_are_seen(tmp_path):
     assert (first.X != again.X).nnz == 0
     assert first.X.has_canonical_format
     assert 0.005 < first.X.mean() < 0.02
+
+
+def test_a_gene_without_links_is_drawn_too(tmp_path):
+    lonely = SimulationOptions(n_cells=3, n_genes=1, n_ccres=2, n_types=1, window_bp=1)
+    assert ad.read_h5ad(simulate_sparse(tmp_path, lonely, 0.5) / "rna.h5ad").shape == (3, 1)
 
 
 @pytest.mark.parametrize("depth", [0.0, -1.0, 1.5, float("nan")])

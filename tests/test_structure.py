@@ -11,7 +11,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
+    "runtime": ["ahead", "files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "tables", "barcodes",

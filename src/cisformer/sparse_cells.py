@@ -8,6 +8,7 @@ have its first count, and more counts only where that comes in time.
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from scipy import sparse
 from cisformer.data.genome import region_names
 from cisformer.data.h5ad import H5adWriter
 from cisformer.errors import InputError
+from cisformer.runtime.ahead import ahead
 from cisformer.runtime.progress import progress
 from cisformer.simulation import write_truth
 from cisformer.tissue import CAPTURE, DISPERSION, Landscape, SimulationOptions, Tissue
@@ -54,7 +56,7 @@ def simulate_sparse(folder: str | Path, options: SimulationOptions, depth: float
         )
     folder = Path(folder)
     tissue = Tissue.draw(options, np.random.default_rng(options.seed))
-    draw = _Sampler.of(tissue, depth)
+    draw = _Sampler.of(tissue, depth, options.seed)
     genes, ccres, obs = tissue.genes, tissue.ccres, tissue.cells.obs
     var = {"rna": genes.set_index("gene_name"), "atac": ccres.set_index(region_names(ccres))}
     with contextlib.ExitStack() as stack:
@@ -64,14 +66,11 @@ def simulate_sparse(folder: str | Path, options: SimulationOptions, depth: float
             )
             for name, table in var.items()
         ]
-        starts = range(0, options.n_cells, BLOCK_CELLS)
-        for number, start in enumerate(progress(starts, total=len(starts), desc="simulating", unit="blocks")):
-            rows = np.arange(start, min(start + BLOCK_CELLS, options.n_cells))
-            for writer, block in zip(
-                writers,
-                draw.block(rows, np.random.Generator(np.random.SFC64([options.seed, number]))),
-                strict=True,
-            ):
+        blocks = ahead(draw.block, range(0, options.n_cells, BLOCK_CELLS), os.cpu_count() or 1)
+        for cells in progress(
+            blocks, total=-(-options.n_cells // BLOCK_CELLS), desc="simulating", unit="blocks"
+        ):
+            for writer, block in zip(writers, cells, strict=True):
                 writer.append(block)
     write_truth(folder, obs, tissue.truth_table(_mean_open(tissue)))
     return folder
@@ -92,7 +91,7 @@ class _Sampler:
 
     Attributes
     ----------
-    tissue, depth
+    tissue, depth, seed
         What is drawn from.
     landscape, linked
         That of all cCREs, and of those with links [L], in float32.
@@ -104,25 +103,26 @@ class _Sampler:
 
     tissue: Tissue
     depth: float
+    seed: int
     landscape: Landscape
     linked: Landscape
     place: np.ndarray
     effects: list[sparse.csr_matrix]
 
     @classmethod
-    def of(cls, tissue: Tissue, depth: float) -> _Sampler:
+    def of(cls, tissue: Tissue, depth: float, seed: int) -> _Sampler:
         linked = np.unique(tissue.links.ccre)
         place = np.full(len(tissue.ccres), -1, np.int32)
         place[linked] = np.arange(len(linked), dtype=np.int32)
         types = range(len(tissue.cells.type_names))
         effects = [sparse.csr_matrix(tissue.link_matrix(number)[linked].T) for number in types]
         landscape = tissue.landscape.of_ccres(slice(None))
-        return cls(tissue, depth, landscape, landscape.of_ccres(linked), place, effects)
+        return cls(tissue, depth, seed, landscape, landscape.of_ccres(linked), place, effects)
 
-    def block(
-        self, rows: np.ndarray, rng: np.random.Generator
-    ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-        """Return counts and seen cCREs of some cells, in their order."""
+    def block(self, start: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+        """Return counts and seen cCREs of the block of cells that begins with `start`, from a seed of its own."""
+        rng = np.random.Generator(np.random.SFC64([self.seed, start]))
+        rows = np.arange(start, min(start + BLOCK_CELLS, len(self.tissue.cells.type_of)))
         type_of = self.tissue.cells.type_of[rows]
         parts = [
             (part, *self._of_type(rows[part], cell_type, rng))
@@ -154,8 +154,9 @@ class _Sampler:
         landscape, n_ccres = self.landscape, len(self.place)
         cell, ccre = _fragments(self.depth * CAPTURE * self.tissue.cells.atac_depth[rows], n_ccres, rng)
         place = self.place.take(ccre)  # take: three times as fast as brackets
-        seen = is_open.ravel().take(place * len(rows) + cell)
-        other = np.flatnonzero(place < 0)
+        linked, other = np.flatnonzero(place >= 0), np.flatnonzero(place < 0)
+        seen = np.empty(len(place), bool)
+        seen[linked] = is_open.ravel().take(place.take(linked) * len(rows) + cell.take(linked))
         near, in_cell = ccre.take(other), cell.take(other)
         loadings, programmes = landscape.ccre_loadings.take(near, axis=0), programme.take(in_cell, axis=0)
         chance = _logistic(np.einsum("fk,fk->f", loadings, programmes), landscape.ccre_base.take(near))
@@ -185,16 +186,15 @@ def _counts(rate: np.ndarray, rng: np.random.Generator) -> sparse.csr_matrix:
     With gamma noise of shape r, no count comes before time s with probability (1 + s / r)^-r. After a first one at s,
     the noise has shape r + 1 and rate r + s, and others come at that rate until the time `rate`.
     """
-    shape = 1 / DISPERSION
+    r = 1 / DISPERSION
     chance = 1 - rng.random(rate.shape, dtype=np.float32)
-    first = (chance ** np.float32(-DISPERSION) - 1) * np.float32(shape)
+    first = (chance ** np.float32(-1 / r) - 1) * np.float32(r)
     early = np.flatnonzero(first < rate)
     gene, cell = np.divmod(early, rate.shape[1])
     first, rate = first.take(early), rate.take(early)
-    noise = rng.standard_gamma(shape + 1, len(first)) / (shape + first)
+    noise = rng.standard_gamma(r + 1, len(first)) / (r + first)
     counts = 1 + rng.poisson(noise * (rate - first))
-    shape_ = (chance.shape[1], chance.shape[0])
-    return sparse.csr_matrix((counts.astype(np.float32), (cell, gene)), shape=shape_)
+    return sparse.csr_matrix((counts.astype(np.float32), (cell, gene)), shape=chance.shape[::-1])
 
 
 def _fragments(rate: np.ndarray, n_ccres: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
