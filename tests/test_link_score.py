@@ -249,7 +249,7 @@ def test_parts_that_do_not_belong_together(tiny_checkpoints, tiny_data, types, c
 def test_score_is_that_of_its_columns(links, checkpoint, store, types):
     """Prior, association, coupling and expression, each with its weight, give the score of each row."""
     from cisformer.links.inputs import LinkOptions
-    from cisformer.links.score import prepare
+    from cisformer.links.scorer import prepare
 
     scorer = prepare(checkpoint, store, types, LinkOptions(), "cpu")
     weights, table = scorer.shared.weights, links.table
@@ -376,7 +376,7 @@ def test_beyond_the_models_window_nothing_is_known(checkpoint, store, types):
 @pytest.fixture(scope="module")
 def scorer(checkpoint, store, types):
     from cisformer.links.inputs import LinkOptions
-    from cisformer.links.score import prepare
+    from cisformer.links.scorer import prepare
 
     return prepare(checkpoint, store, types, LinkOptions(), "cpu")
 
@@ -465,7 +465,7 @@ def test_each_pass_reads_each_cell_once(checkpoint, store, types, monkeypatch):
 
         monkeypatch.setattr(CellStore, name, counted)
     from cisformer.links.inputs import LinkOptions
-    from cisformer.links.score import prepare
+    from cisformer.links.scorer import prepare
 
     n_cells = int(types.index.isin(store.barcodes).sum())
     scorer = prepare(checkpoint, store, types, LinkOptions(), "cpu")
