@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from cisformer.data.genome import overlap_pairs, rename_chroms, tss
-from cisformer.data.reference import GENOMES, Reference, load_annotation
+from cisformer.data.known_genomes import GENOMES, load_annotation
+from cisformer.data.reference import Reference
 from cisformer.links.evidence import state_profiles
 from cisformer.links.measure import CellSums, LinkInputs, PairTests
 from cisformer.links.prior import (
