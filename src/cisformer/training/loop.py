@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.closed_form import count_features
+from cisformer.model.closed_form_atac import Penalty
 from cisformer.model.documented_task import FullTask
 from cisformer.parallel.processes import Processes
 from cisformer.runtime.device import best_device, fastest_precision
@@ -30,7 +32,7 @@ from cisformer.runtime.progress import progress
 from cisformer.training.closed_form_start import fit_closed_form, fold_in, make_layout
 from cisformer.training.follow import follow_training
 from cisformer.training.loss_plot import draw_losses
-from cisformer.training.reliability import validation_correlations
+from cisformer.training.reliability import validation_reliability
 from cisformer.training.run_folder import (
     BEST,
     LOSS_PLOT,
@@ -48,13 +50,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-START_METRICS = (
-    *(
-        f"linear_{name}"
-        for name in ("rank", "ridge", "unevenness", "steps", "strength", "beside", "val_loss")
-    ),
-    "mean_val_loss",
-)
+START_METRICS = (*(f"linear_{field.name}" for field in fields(Penalty)), "linear_val_loss", "mean_val_loss")
 """Facts about the closed-form start; part of every epoch's record."""
 
 
@@ -408,9 +404,11 @@ class Run:
         if start.is_dir():  # a run begun by an earlier version may have deleted it
             best = follow_training(best, load_checkpoint(start, self.start.direction), self.cells)
         assert isinstance(best.model, CisModel)
-        found, n_cells = validation_correlations(best, self.cells)
-        best.model.validation_r.copy_(torch.from_numpy(found))
-        best.model.n_validation.fill_(n_cells)
+        found = validation_reliability(best, self.cells)
+        best.model.validation_r.copy_(torch.from_numpy(found.r))
+        best.model.n_validation.fill_(found.n_cells)
+        if best.direction == "atac2rna":
+            best.model.interval_90.copy_(torch.from_numpy(found.interval))
         if self.settings.fold_in and "linear_rank" in best.metrics:
             best = fold_in(best, self.cells)
         save_checkpoint(best, self.folder / BEST)
