@@ -14,9 +14,9 @@ ORDER = {
     "runtime": ["ahead", "files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
-        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "tables", "barcodes",
-        "fragments", "containers", "sources", "h5ad", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
-        "batches",
+        "genome", "features", "annotation", "reference", "known_genomes", "own_reference", "alignment", "hdf5",
+        "matrices", "slots", "tables", "barcodes", "fragments", "containers", "sources", "h5ad", "pairing", "shards",
+        "manifest", "store", "preprocess", "inspect", "batches",
     ],
     "model": [
         "attention", "likeness", "projection", "target_states", "cell_rows", "closed_form_atac", "closed_form",
@@ -28,8 +28,8 @@ ORDER = {
         "cells", "compact", "likeness", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
     ],
     "links": [
-        "statistics", "prior", "weights", "inputs", "evidence", "measure", "type_scores", "formats", "files", "gene",
-        "score", "precision", "truth", "benchmark", "plot",
+        "statistics", "prior", "weights", "inputs", "evidence", "measure", "shared", "type_scores", "formats", "files",
+        "gene", "scorer", "score", "precision", "truth", "benchmark", "plot",
     ],
     "evaluation": [
         "matrices", "ranking", "like_frequency", "probabilities", "correlation", "pseudobulk", "bootstrap",
