@@ -1,13 +1,14 @@
-"""Compare cisformer with its closed form, the baselines and other tools: every set, one run, one table.
+"""Compare cisformer with its closed form, the baselines and other tools: every set, one run, two tables.
 
-    python benchmarks/compare.py [WORK] --data ../shared/data [--sets sim_2000 bmmc_starter_A …]
+    python benchmarks/compare.py [WORK] --data ../shared/data [--sets sim_2000 mop_without_Astro …]
         [--multivi ENV/bin/python] [--scbutterfly ENV/bin/python] [--minutes 15] [--seed 0]
 
 Each set goes through the commands that a user would type (`data_preprocess --reference dataset`, `*_train` with
 the small preset, and again with `epoch: 0` for the closed form); the test cells are scored by the package's own
-`evaluate_case`, all methods in one bootstrap. Results are kept in WORK/results.json, so that a second run adds
-what is missing; the tables go to WORK/results.md, the first of them whole in the README. Times are wall-clock and
-CPU seconds of the whole process, memory its largest resident set.
+`evaluate_case`, all methods in one bootstrap. The second table is of cells unlike those that were trained on: batches
+kept together (`--split-by`), or a donor or cell type that training has not seen. Results are kept in WORK/results.json,
+so that a second run adds what is missing; WORK/results.md has the tables, a brief form of them for the README, and each
+set at length. Times are wall-clock and CPU seconds of the whole process, memory its largest resident set.
 """
 
 from __future__ import annotations
@@ -25,54 +26,55 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import scipy.sparse as sp
+from compare_tables import LINEAR, OURS, pages
 
 from cisformer.config import DIRECTIONS, Direction, default_config, dump_config
 from cisformer.data.store import CellStore, find_split
-from cisformer.evaluation.baselines import ORACLE
-from cisformer.evaluation.case import Case, case_of_store
+from cisformer.evaluation.case import Case
+from cisformer.evaluation.case_files import TrainingFiles, case_of_files
+from cisformer.evaluation.case_store import case_of_store
 from cisformer.evaluation.evaluate import EvaluationReport, evaluate_case
-from cisformer.evaluation.metrics import PROBABILITY_FLOOR
-from cisformer.evaluation.scores import METRICS
-from cisformer.evaluation.verdict import MODEL, score_text
-from cisformer.model.checkpoint import load_checkpoint
+from cisformer.evaluation.probabilities import PROBABILITY_FLOOR
+from cisformer.model.checkpoint import Checkpoint, load_checkpoint
 from cisformer.prediction.predict import predict
 from cisformer.simulation import simulate
 
 HERE = Path(__file__).parent
 SIMULATED = {"sim_2000": (2000, 5000, 40_000), "sim_500": (500, 1000, 6000)}
-SETS = [
-    "snareseq_mop_10309",
-    "scicar_a549_2641",
-    "bmmc_starter_A",
-    "bmmc_starter_B",
-    "scpoem_S1_300",
-    *SIMULATED,
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Cells of a folder of DATA, or simulated, and which are tested on: a fifth at random unless `column` is given.
+
+    Attributes
+    ----------
+    name, source
+        What the table calls it; the folder.
+    column
+        Column of obs: its values are kept together.
+    left_out
+        The value of it that is tested on, all others being trained on; by default a fifth is drawn.
+    """
+
+    name: str
+    source: str
+    column: str | None = None
+    left_out: str | None = None
+
+
+REAL = ("snareseq_mop_10309", "scicar_a549_2641", "bmmc_starter_A", "bmmc_starter_B", "scpoem_S1_300")
+RANDOM = [DataSet(name, name) for name in (*REAL, *SIMULATED)]
+SHIFTED = [
+    DataSet("mop_by_batch", "snareseq_mop_10309", "batch"),
+    DataSet("mop_without_Astro", "snareseq_mop_10309", "cell_type", "Astro"),
+    DataSet("bmmc_A_without_CD14+_Mono", "bmmc_starter_A", "cell_type", "CD14+ Mono"),
+    DataSet("bmmc_A_s1d1_to_s1d2", "bmmc_starter_A", "batch", "s1d2"),
+    DataSet("bmmc_A_s1d2_to_s1d1", "bmmc_starter_A", "batch", "s1d1"),
+    DataSet("bmmc_B_s1d1_to_s1d2", "bmmc_starter_B", "batch", "s1d2"),
+    DataSet("bmmc_B_s1d2_to_s1d1", "bmmc_starter_B", "batch", "s1d1"),
 ]
-SHOWN = {
-    "rna2atac": (
-        "log_loss",
-        "ccre_auroc",
-        "ccre_auprc",
-        "cell_auroc",
-        "cell_auprc",
-        "cell_auroc_residual",
-        "ece",
-        "pseudobulk",
-    ),
-    "atac2rna": (
-        "r2",
-        "gene_pearson",
-        "gene_spearman",
-        "cell_pearson",
-        "cell_pearson_residual",
-        "pseudobulk",
-    ),
-}
-OURS, LINEAR = "cisformer", "closed form"
-ARROWS = {"rna2atac": "RNA→ATAC", "atac2rna": "ATAC→RNA"}
-IN_OVERVIEW = (
-    "log_loss", "ccre_auroc", "cell_auprc", "cell_auroc_residual", "r2", "gene_pearson", "cell_pearson_residual",
-)  # fmt: skip
+SETS = {one.name: one for one in (*RANDOM, *SHIFTED)}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def main() -> None:
     )
     parser.add_argument("work", type=Path, nargs="?", default=Path("compare"))
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data")
-    parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
     parser.add_argument("--multivi", type=Path, help="python of an environment with scvi-tools")
     parser.add_argument("--scbutterfly", type=Path, help="python of an environment with scButterfly")
@@ -101,7 +103,6 @@ def main() -> None:
         help="most CPU minutes that MultiVI trains; others are ended at twice that",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split_by", help="column of obs, such as batch: its values are kept together")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     kept = options.work / "results.json"
@@ -111,52 +112,79 @@ def main() -> None:
             key = f"{name} {direction}"
             if key not in results:
                 print(f"== {key}", flush=True)
-                results[key] = run_set(name, direction, options)
+                results[key] = run_set(SETS[name], direction, options)
                 kept.write_text(json.dumps(results, indent=1))
-    text = "\n\n".join(table(key, result) for key, result in results.items())
-    (options.work / "results.md").write_text(f"{overview(results)}\n\n{text}\n")
-    print(f"{overview(results)}\n\n{text}")
+    text = pages(results, [one.name for one in RANDOM], [one.name for one in SHIFTED])
+    (options.work / "results.md").write_text(text)
+    print(text)
 
 
 # ---------------------------------------------------------------------------------------------- one set
 
 
-def run_set(name: str, direction: Direction, options: argparse.Namespace) -> dict[str, Any]:
+def run_set(one: DataSet, direction: Direction, options: argparse.Namespace) -> dict[str, Any]:
     """Prepare, train, predict and score one set in one direction."""
-    folder = (options.work / name).resolve()
-    rna, atac = source(name, folder, options)
+    folder = (options.work / one.name).resolve()
+    files = source(one, folder, options)
     data = folder / direction
-    costs = {"preprocess": run(
-        ["data_preprocess", "-r", rna, "-a", atac, "-s", data, "--reference", "dataset", "--force",
-         "--seed", options.seed, *(["--atac2rna"] if direction == "atac2rna" else []),
-         *(["--split-by", options.split_by] if options.split_by else [])], folder)[0]}  # fmt: skip
-    checkpoints = {}
+    if one.left_out is not None:
+        test, files = leave_out(one, files, folder)
+    asked = ["--manually"] if one.left_out is not None else ["--split-by", one.column] if one.column else []
+    costs = {"preprocess": cisformer(
+        ["data_preprocess", "-r", files["rna"], "-a", files["atac"], "-s", data, "--reference", "dataset", "--force",
+         "--seed", options.seed, *(["--atac2rna"] if direction == "atac2rna" else []), *asked], folder)[0]}  # fmt: skip
+    models = {}
     for method, epochs in ((OURS, None), (LINEAR, 0)):
-        costs[method], checkpoints[method] = train(data, direction, method, epochs, options.seed, folder)
-    case = case_of_store(data, load_checkpoint(checkpoints[OURS]))
-    columns = load_checkpoint(checkpoints[OURS]).layout.target_index
-    linear = predict(
-        load_checkpoint(checkpoints[LINEAR]), find_split(data, "test"), min_prob=PROBABILITY_FLOOR
-    )
-    others = {LINEAR: linear.X[:, columns]}
+        costs[method], path = train(data, direction, method, epochs, options.seed, folder)
+        models[method] = load_checkpoint(path)
+    if one.left_out is None:
+        case, cells = case_of_store(data, models[OURS]), find_split(data, "test")
+    else:
+        case, cells = case_of_left_out(models[OURS], test, files), test[direction.split("2")[0]]
+    linear = predict(models[LINEAR], cells, min_prob=PROBABILITY_FLOOR)
+    others = {LINEAR: linear.X[:, linear.var_names.get_indexer(case.features)]}
     for tool, interpreter in (("MultiVI", options.multivi), ("scButterfly", options.scbutterfly)):
-        if interpreter is not None:
+        if interpreter is not None and one.left_out is None:
             costs[tool], found = other_tool(tool, interpreter, data, direction, case, folder, options)
             others |= found
     started = time.process_time()
     report = evaluate_case(case, others=others, seed=options.seed)
     costs["baselines and scoring"] = Cost(report.facts["seconds"], time.process_time() - started, peak_gb())
-    metrics = load_checkpoint(checkpoints[OURS]).metrics
-    return {"report": slim(report), "costs": {k: asdict(v) for k, v in costs.items()}, "checkpoint": metrics}
+    return {
+        "report": slim(report),
+        "costs": {k: asdict(v) for k, v in costs.items()},
+        "checkpoint": models[OURS].metrics,
+    }
 
 
-def source(name: str, folder: Path, options: argparse.Namespace) -> tuple[Path, Path]:
+def source(one: DataSet, folder: Path, options: argparse.Namespace) -> dict[str, Path]:
     """Return the files of a set, simulating it where it is simulated."""
-    if name not in SIMULATED:
-        return options.data.resolve() / name / "rna.h5ad", options.data.resolve() / name / "atac.h5ad"
-    if not (folder / "rna.h5ad").exists():
-        simulate(*SIMULATED[name], seed=options.seed).write(folder)
-    return folder / "rna.h5ad", folder / "atac.h5ad"
+    if one.source in SIMULATED and not (folder / "rna.h5ad").exists():
+        simulate(*SIMULATED[one.source], seed=options.seed).write(folder)
+    where = folder if one.source in SIMULATED else options.data.resolve() / one.source
+    return {modality: where / f"{modality}.h5ad" for modality in ("rna", "atac")}
+
+
+def leave_out(one: DataSet, files: dict[str, Path], folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Write test and training cells of a set to files of their own, and return these."""
+    folder.mkdir(parents=True, exist_ok=True)
+    obs = ad.read_h5ad(files["rna"], backed="r").obs
+    tested = obs.index[obs[one.column].astype(str) == one.left_out]
+    written: dict[str, dict[str, Path]] = {"test": {}, "train": {}}
+    for modality, path in files.items():
+        cells = ad.read_h5ad(path)
+        for part, paths in written.items():
+            paths[modality] = folder / f"{part}_{modality}.h5ad"
+            cells[cells.obs_names.isin(tested) == (part == "test")].copy().write_h5ad(paths[modality])
+    return written["test"], written["train"]
+
+
+def case_of_left_out(model: Checkpoint, test: dict[str, Path], learned: dict[str, Path]) -> Case:
+    """Predict cells of files, and match them with the truth and with the training cells."""
+    given, wanted = model.direction.split("2")
+    predicted = predict(model, test[given], min_prob=PROBABILITY_FLOOR)
+    training = TrainingFiles(learned[given], learned[wanted], test[given])
+    return case_of_files(predicted, test[wanted], training, direction=model.direction)
 
 
 def train(
@@ -168,18 +196,30 @@ def train(
     config = config.model_copy(update={"training": config.training.model_copy(update=changes)})
     file = folder / f"{direction}_{method.replace(' ', '_')}.yaml"
     file.write_text(dump_config(config))
-    splits = [find_split(data, part, direction) for part in ("train", "val")]
-    given = ["-t", splits[0], "-v", splits[1]] if direction == "rna2atac" else ["-d", data]
-    cost, said = run([f"{direction}_train", *given, "-n", method, "-s", folder / "save", "-c", file], folder)
+    save, whole = folder / "save", data / f"{direction}_all"
+    if (
+        whole.is_dir()
+    ):  # --manually: `train` sets a tenth of the cells aside for validation; the command wants them apart
+        code = f"import cisformer; print('wrote', cisformer.train({str(whole)!r}, {method!r}, direction={direction!r}, "
+        cost, said = run(["-c", code + f"save={str(save)!r}, config={str(file)!r}).folder)"], folder)
+    else:
+        splits = [find_split(data, part, direction) for part in ("train", "val")]
+        given = ["-d", data] if direction == "atac2rna" else ["-t", splits[0], "-v", splits[1]]
+        cost, said = cisformer([f"{direction}_train", *given, "-n", method, "-s", save, "-c", file], folder)
     wrote = [line.removeprefix("wrote ") for line in said.splitlines() if line.startswith("wrote ")]
     return cost, folder / wrote[-1]
 
 
-def run(arguments: list[Any], folder: Path) -> tuple[Cost, str]:
+def cisformer(arguments: list[Any], folder: Path) -> tuple[Cost, str]:
     """Run one cisformer command in `folder`; return what it took and its standard output."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "cisformer", *map(str, arguments)]
     print("$ cisformer", *map(str, arguments), flush=True)
+    return run(["-m", "cisformer", *arguments], folder)
+
+
+def run(arguments: list[Any], folder: Path) -> tuple[Cost, str]:
+    """Run Python in `folder`; return what it took and its standard output."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, *map(str, arguments)]
     cost, code, said = measured(command, folder)
     if code:
         raise SystemExit(f"{' '.join(command)} failed")
@@ -277,87 +317,6 @@ def export(data: Path, direction: Direction, exchange: Path) -> dict[str, Any]:
         adata.write_h5ad(exchange / f"{modality}.h5ad")
         names[modality] = adata.var_names
     return {"rna2atac": names["atac"], "atac2rna": names["rna"]}
-
-
-# ---------------------------------------------------------------------------------------------- tables
-
-
-def table(key: str, result: dict[str, Any]) -> str:
-    """Return the scores and costs of one set in markdown; bold is the best value."""
-    report, direction = result["report"], key.split()[1]
-    methods = list(report["scores"])
-    facts = report["facts"]
-    titles = [OURS if method == MODEL else method for method in methods]
-    lines = [
-        f"### {key}",
-        f"{facts['training_cells']:,} training and {facts['test_cells']:,} test cells, {facts['features']:,} features; "
-        f"best epoch {result['checkpoint']['epoch']}; seed {facts['seed']}. {report['verdict']}",
-        "",
-        f"| score | {' | '.join(titles)} | who wins |",
-        "|" + "---|" * (len(titles) + 2),
-    ]
-    for metric in METRICS[direction]:
-        if metric.key in SHOWN[direction] and metric.key in report["scores"][MODEL]:
-            cells = [cell(report, metric, method) for method in methods]
-            arrow = "↑" if metric.better == "higher" else "↓"
-            lines.append(f"| {metric.name} {arrow} | {' | '.join(cells)} | {winner(report, metric)} |")
-    lines += ["", "| process | wall s | CPU s | peak GB |", "|---|---|---|---|"]
-    lines += [
-        f"| {k} | {c['wall_s']:.0f} | {c['cpu_s']:.0f} | {c['peak_gb']:.2f} |"
-        for k, c in result["costs"].items()
-    ]
-    return "\n".join(lines)
-
-
-def cell(report: dict[str, Any], metric: Any, method: str) -> str:
-    """Return a score with its interval (ours) or how ours does against it."""
-    score = report["scores"][method].get(metric.key)
-    if score is None or score["value"] is None:
-        return "–"
-    values = [s[metric.key]["value"] for m, s in report["scores"].items() if m != ORACLE and metric.key in s]
-    known = [value for value in values if value is not None]
-    best = (max if metric.better == "higher" else min)(known)
-    text = score_text(score["value"])
-    text = f"**{text}**" if text == score_text(best) and method != ORACLE else text
-    if method == MODEL and score["high"] is not None:
-        return f"{text} ±{score_text(score['high'] - score['value'], score['value'])}"
-    marks = {"better": "+", "tie": "=", "worse": "−"}
-    found = [c for c in report["comparisons"] if c["metric"] == metric.key and c["baseline"] == method]
-    ours = report["scores"][MODEL][metric.key]["value"]
-    same = score_text(ours) == score_text(score["value"])  # the closed form itself, but for rounding
-    return f"{text} {'=' if same else marks[found[0]['outcome']]}" if found else text
-
-
-def winner(report: dict[str, Any], metric: Any) -> str:
-    """Return who is best on a score: ours, those it cannot be told apart from, or those that beat it."""
-    against = [c for c in report["comparisons"] if c["metric"] == metric.key]
-    worse = [c for c in against if c["outcome"] == "worse"]
-    if worse:
-        return min(worse, key=lambda c: c["gain"])["baseline"]
-    ties = [c["baseline"] for c in against if c["outcome"] == "tie"]
-    return f"tie: {OURS}, {', '.join(ties)}" if ties else OURS
-
-
-def overview(results: dict[str, Any]) -> str:
-    """Return the one table: every set, direction, score and method; bold is the best value."""
-    methods: list[str] = []
-    for result in results.values():
-        methods += [m for m in result["report"]["scores"] if m not in (*methods, ORACLE)]
-    titles = [OURS if method == MODEL else method for method in methods]
-    lines = [
-        f"| set | direction | score | {' | '.join(titles)} | who wins |",
-        "|" + "---|" * (len(titles) + 4),
-    ]
-    for key, result in results.items():
-        name, direction = key.split()
-        report = result["report"]
-        for metric in METRICS[direction]:
-            if metric.key in IN_OVERVIEW and metric.key in report["scores"][MODEL]:
-                cells = [cell(report, metric, m) if m in report["scores"] else "–" for m in methods]
-                arrow = "↑" if metric.better == "higher" else "↓"
-                row = [name, ARROWS[direction], f"{metric.name} {arrow}", *cells, winner(report, metric)]
-                lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import scipy.sparse as sp
 
-from cisformer.evaluation.metrics import ranking_scores
+from cisformer.evaluation.ranking import ranking_scores
 
 N_CELLS, N_CCRES, N_OPEN, STEP = 2000, 1_033_239, 10_000, 10
 

@@ -17,6 +17,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -45,8 +46,8 @@ class Run:
         return found.group(1) if found else "-"
 
 
-def run(command: list[str], cwd: Path) -> Run:
-    """Run a command to its end; exit where it fails.
+def run(command: list[str], cwd: Path, kill_after: tuple[str, float] | None = None) -> Run:
+    """Run a command to its end, or end it by SIGKILL so many seconds after its log says so; exit where it fails.
 
     This process stays small, because Linux counts what it holds towards the peak of the process it starts.
     """
@@ -60,10 +61,13 @@ def run(command: list[str], cwd: Path) -> Run:
             if n_polls % POLLS_PER_SAMPLE == 0:
                 peak_kb = max(peak_kb, memory_kb(process.pid))
                 own_kb = max(own_kb, memory_kb(process.pid, "Pss_Anon"))
+                if kill_after and kill_after[0] in log.read_text():
+                    time.sleep(kill_after[1])
+                    process.kill()
             done, status, usage = os.wait4(process.pid, os.WNOHANG)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - start
-    if process.returncode:
+    if process.returncode and not (kill_after and process.returncode == -signal.SIGKILL):
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
     peak_gb = max(peak_kb, usage.ru_maxrss) / 1e6
     return Run(usage.ru_utime + usage.ru_stime, wall, peak_gb, own_kb / 1e6, log.read_text())

@@ -4,7 +4,8 @@
 
 DIR is where `benchmarks/compare.py` wrote a set: it holds `atac2rna` and `rna2atac` (preprocessed data) and `save`
 (models). Features are sorted by `validation_r` into tenths; in each, mean r promised and mean r found in test cells.
-Cells: the share that is called unlike the training cells, and the score of cells by tenth of their distance.
+Cells: the share that is called unlike the training cells, and the score of cells by tenth of their distance. Intervals
+of predicted expression: the share of measurements in test cells that they hold.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from cisformer.data.batches import read_modality
 from cisformer.data.store import CellStore, find_split
-from cisformer.evaluation.metrics import correlation
+from cisformer.evaluation.correlation import correlation
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.prediction.likeness import DISTANCE, UNLIKE
 from cisformer.prediction.predict import predict
@@ -32,13 +33,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
-    found = {direction: measure(options.folder, direction) for direction in NAMES}
+    found = {
+        direction: measure(options.folder, direction)
+        for direction in NAMES
+        if (options.folder / direction).is_dir()
+    }
     for direction, result in found.items():
         print(
             f"{direction}: {result['unlike']:.3f} of {result['cells']} test cells unlike the training cells"
         )
         for name, rows in (("validation_r", result["features"]), ("distance", result["by_distance"])):
             print(name, " ".join(f"{a:.3f}→{b:.3f}" for a, b, _ in rows))
+        if "coverage" in result:
+            print("interval_90, wanted 0.9: found; where expressed; by tenth of genes, rare first:")
+            print(" ".join(f"{share:.3f}" for share in result["coverage"]))
     if options.figure:
         draw(found, options.figure)
 
@@ -58,12 +66,23 @@ def measure(folder: Path, direction: str) -> dict[str, Any]:
     promised = predicted.var["validation_r"].to_numpy()[known]
     mean = values.mean(axis=0)
     per_cell = correlation(values, truth, axis=1, minus=mean)
+    half_width = predicted.var.get("interval_90")
+    within = {} if half_width is None else {"coverage": coverage(values, truth, half_width.to_numpy()[known])}
     return {
+        **within,
         "unlike": float(predicted.obs[UNLIKE].mean()),
         "cells": store.n_cells,
         "features": tenths(promised, r),
         "by_distance": tenths(predicted.obs[DISTANCE].to_numpy(), per_cell),
     }
+
+
+def coverage(values: np.ndarray, truth: Any, half_width: np.ndarray) -> list[float]:
+    """Return the share of measurements within the interval: all, those above 0, and by tenth of genes, rare first."""
+    found = truth.toarray()
+    inside = np.abs(found - values) <= half_width
+    parts = np.array_split(np.argsort(truth.getnnz(axis=0), kind="stable"), 10)
+    return [float(x.mean()) for x in (inside, inside[found > 0], *(inside[:, part] for part in parts))]
 
 
 def tenths(promised: np.ndarray, found: np.ndarray) -> list[tuple[float, float, float]]:

@@ -12,18 +12,14 @@ from sklearn.preprocessing import KernelCenterer
 from cisformer.evaluation.baselines import (
     GRIDS,
     CellTypeMean,
-    InputSpace,
     KernelRidge,
     MeanProfile,
     NearestNeighbours,
     PcaRidge,
-    Product,
-    TrainingCells,
     fit_baselines,
-    log_normalise,
     mask_oracle,
-    tf_idf,
 )
+from cisformer.evaluation.training_cells import InputSpace, Product, TrainingCells, log_normalise, tf_idf
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import scipy.sparse as sp
 
 from cisformer.data.store import find_split
 from cisformer.errors import InputError
-from cisformer.evaluation.baselines import log_normalise
-from cisformer.evaluation.case import TrainingFiles, case_of_files, case_of_store
-from cisformer.evaluation.metrics import dense, select
+from cisformer.evaluation.case_files import TrainingFiles, case_of_files
+from cisformer.evaluation.case_store import case_of_store
+from cisformer.evaluation.matrices import dense, select
+from cisformer.evaluation.training_cells import log_normalise
 from cisformer.prediction.predict import predict
 
 

@@ -46,7 +46,9 @@ def test_simulate(command, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(pd.read_csv(tmp_path / "sim" / "celltype_info.tsv", sep="\t", header=None)) == 30
     assert command("simulate", "-o", tmp_path / "sim", *sizes).returncode == 1
-    assert command("simulate", "-o", tmp_path / "sim", *sizes, "--force").returncode == 0
+    done = command("simulate", "-o", tmp_path / "sim", *sizes, "--depth", "0.5", "--force")
+    assert done.returncode == 0, done.stderr
+    assert len(pd.read_csv(tmp_path / "sim" / "celltype_info.tsv", sep="\t", header=None)) == 30
 
 
 def test_unknown_names_are_refused(command, tmp_path):

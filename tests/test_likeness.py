@@ -6,6 +6,7 @@ import shutil
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
@@ -103,17 +104,20 @@ def test_predictions_say_which_cells_are_unlike(
     assert UNLIKE in caplog.text
 
 
-def test_a_checkpoint_of_before_says_nothing_of_it(tiny_data, tiny_checkpoints, tmp_path):
-    """Its weights lack the training cells."""
-    folder = shutil.copytree(tiny_checkpoints["rna2atac"].folder, tmp_path / "old")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_checkpoint_of_before_says_nothing_of_it(direction, tiny_data, tiny_checkpoints, tmp_path):
+    """Its weights lack the training cells, and intervals."""
+    folder = shutil.copytree(tiny_checkpoints[direction].folder, tmp_path / "old")
     weights = next(folder.glob("*.safetensors"))
-    save_file({k: v for k, v in load_file(weights).items() if not k.startswith("likeness.")}, weights)
+    later = ("likeness.", "interval_90")
+    save_file({k: v for k, v in load_file(weights).items() if not k.startswith(later)}, weights)
     manifest = json.loads((folder / "checkpoint.json").read_text())
     manifest["sha256"] = sha256_file(weights)
     (folder / "checkpoint.json").write_text(json.dumps(manifest))
-    store = CellStore.open(find_split(tiny_data["rna2atac"], "test"))
+    store = CellStore.open(find_split(tiny_data[direction], "test"))
     found = predict(load_checkpoint(folder), store.path)
     assert UNLIKE not in found.obs
+    assert found.var.get("interval_90", pd.Series(dtype=float)).isna().all()
     np.testing.assert_allclose(
-        found.X.toarray(), predict(tiny_checkpoints["rna2atac"], store.path).X.toarray()
+        found.X.toarray(), predict(tiny_checkpoints[direction], store.path).X.toarray()
     )

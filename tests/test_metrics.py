@@ -1,24 +1,22 @@
 """Scores against scikit-learn, scipy and loops."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import pearsonr, rankdata, spearmanr
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
-from cisformer.evaluation import metrics
+from cisformer.evaluation import ranking
 from cisformer.evaluation.bootstrap import Interval, resample_cells, resampled_correlation, resampled_mean
-from cisformer.evaluation.metrics import (
-    correlation,
-    log_fold_changes,
-    probability_scores,
-    pseudobulk,
-    rank_among_cells,
-    ranking_scores,
-    squared_errors,
-)
+from cisformer.evaluation.correlation import correlation, squared_errors
+from cisformer.evaluation.like_frequency import chance_precision, frequency_strata, like_frequency_scores
+from cisformer.evaluation.probabilities import probability_scores
+from cisformer.evaluation.pseudobulk import log_fold_changes, pseudobulk
+from cisformer.evaluation.ranking import ranking_scores
 
 
 def _loop(function, predicted, truth, axis):
@@ -35,7 +33,7 @@ def _loop(function, predicted, truth, axis):
 @pytest.mark.parametrize("layout", ["float32", "float64", "sparse", "csc", "negative"])
 @pytest.mark.parametrize("n_levels", [3, 1_000_000])
 def test_ranking_equals_scikit_learn(axis, layout, n_levels, monkeypatch):
-    monkeypatch.setattr(metrics, "matrix_blocks", lambda m, a: _tiny_blocks(m, a))
+    monkeypatch.setattr(ranking, "matrix_blocks", lambda m, a: _tiny_blocks(m, a))
     rng = np.random.default_rng(n_levels)
     truth = (rng.random((37, 29)) < rng.random(29) * 0.5).astype(np.float32)
     truth[:, 3], truth[:, 4] = 0, 1
@@ -154,23 +152,68 @@ def test_mean_removed_correlation_of_the_mean_itself_is_none():
     np.testing.assert_array_equal(correlation(np.tile(mean, (20, 1)), truth, axis=1, minus=mean), 0.0)
 
 
-def test_ranks_among_cells_know_nothing_of_the_ccre_or_of_chance():
-    """A tilted mean profile, and the mean of randomly drawn cells, are chance; the truth is not."""
+@pytest.fixture(scope="module")
+def frequencies():
+    """(training mean, true probabilities, truth) of 400 cells × 600 cCREs, few of them often open."""
     rng = np.random.default_rng(9)
-    mean = rng.beta(0.5, 20, 400)
-    probability = mean * rng.lognormal(0, 1, (300, 400)) / np.exp(0.5)
-    truth = sp.csr_matrix(rng.random(probability.shape) < probability)
+    mean = rng.beta(0.5, 20, 600) + 1e-3
+    probability = np.minimum(mean * rng.lognormal(0, 1, (400, 600)) / np.exp(0.5), 1)
+    return mean, probability, sp.csr_matrix(rng.random(probability.shape) < probability)
+
+
+@pytest.mark.parametrize("kind", ["power of the mean", "cells drawn at random", "constant", "noise"])
+def test_what_knows_nothing_of_the_cell_is_at_chance_within_like_frequency(kind, frequencies):
+    mean, probability, truth = frequencies
+    rng = np.random.default_rng(3)
     others = rng.random(probability.shape) < mean
-    drawn = rng.multinomial(40, np.full(300, 1 / 300), 300) @ others / 80 + mean / 2
-    every = np.arange(400)
+    predicted = {
+        "power of the mean": np.tile(mean**1.5, (400, 1)),
+        "cells drawn at random": rng.multinomial(40, np.full(400, 1 / 400), 400) @ others / 80 + mean / 2,
+        "constant": np.ones(truth.shape),
+        "noise": rng.random(truth.shape),
+    }[kind].astype(np.float32)
+    strata = frequency_strata(mean)
+    auroc, above = like_frequency_scores(predicted, truth, strata)
+    assert np.nanmean(auroc) == pytest.approx(0.5, abs=0.012)
+    assert np.nanmean(above) == pytest.approx(0, abs=0.012)
+    assert np.nanmean(ranking_scores(predicted, truth, axis=1).auroc) > 0.7 or kind in ("constant", "noise")
 
-    def score(predicted):
-        return np.nanmean(ranking_scores(rank_among_cells(predicted, every), truth, axis=1).auroc)
 
-    assert score(np.tile(mean**1.5, (300, 1))) == 0.5
-    assert score(drawn) == pytest.approx(0.5, abs=0.03)
-    assert score(probability) > 0.6
-    np.testing.assert_allclose(rank_among_cells(drawn, every[5:7]), rankdata(drawn[:, 5:7], axis=0) / 300)
+def test_what_knows_the_cell_is_above_chance_within_like_frequency(frequencies):
+    mean, probability, truth = frequencies
+    auroc, above = like_frequency_scores(probability.astype(np.float32), truth, frequency_strata(mean))
+    assert np.nanmean(auroc) > 0.65
+    assert np.nanmean(above) > 0.1
+
+
+def test_like_frequency_scores_equal_a_loop(frequencies):
+    mean, probability, truth = frequencies
+    predicted, strata = np.round(probability[:5], 2).astype(np.float32), frequency_strata(mean)
+    width = [np.ptp(np.log(mean[part] / (1 - mean[part]))) for part in strata]
+    assert max(width) <= 0.05
+    auroc, above = like_frequency_scores(sp.csr_matrix(predicted), truth[:5], strata)
+    for i, is_open in enumerate(truth[:5].toarray()):
+        kept = [part for part in strata if 0 < is_open[part].sum() < len(part)]
+        weight = [is_open[part].sum() for part in kept]
+        areas = [roc_auc_score(is_open[part], predicted[i, part]) for part in kept]
+        gains = [
+            average_precision_score(is_open[part], predicted[i, part])
+            - chance_precision(predicted[i : i + 1, part], is_open[part].sum())[0]
+            for part in kept
+        ]
+        assert auroc[i] == pytest.approx(np.average(areas, weights=weight))
+        assert above[i] == pytest.approx(np.average(gains, weights=weight), abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [[4.0, 3.0, 2.0, 1.0, 0.0], [2.0, 2.0, 1.0, 1.0, 1.0], [1.0] * 5])
+@pytest.mark.parametrize("n_positive", [1, 2, 4])
+def test_precision_by_chance_is_the_mean_over_all_draws(values, n_positive):
+    draws = [
+        average_precision_score(np.isin(np.arange(5), drawn), values)
+        for drawn in itertools.combinations(range(5), n_positive)
+    ]
+    found = chance_precision(np.array([values]), np.array([n_positive]))
+    np.testing.assert_allclose(found, np.mean(draws))
 
 
 def test_squared_errors_give_r_squared():

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from scipy.stats import pearsonr, rankdata, spearmanr
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
+from cisformer.evaluation import scores
+from cisformer.evaluation.like_frequency import frequency_strata, like_frequency_scores
 from cisformer.evaluation.scores import METRICS, Comparison, Metric, Truth, compare, measure
 
 
@@ -49,9 +51,9 @@ def test_accessibility_scores_equal_loops(open_cells):
     clipped = np.clip(predicted.astype(float), 1e-4, 1 - 1e-4)
     assert found["log_loss"] == pytest.approx(log_loss(target.ravel(), clipped.ravel()))
     assert found["open_ratio"] == pytest.approx(predicted.sum() / target.sum(), rel=1e-5)
-    ranks = rankdata(predicted, axis=0)
-    left = [roc_auc_score(target[i], ranks[i]) for i in range(80)]
-    assert found["cell_auroc_residual"] == pytest.approx(np.mean(left))
+    auroc, above = like_frequency_scores(predicted, truth.values, frequency_strata(truth.mean))
+    assert found["cell_auroc_residual"] == pytest.approx(np.nanmean(auroc))
+    assert found["cell_auprc_residual"] == pytest.approx(np.nanmean(above))
 
 
 def test_expression_scores_equal_loops(expressed_cells):
@@ -90,10 +92,19 @@ def test_types_with_few_cells_have_no_pseudobulk():
     assert (code[27:] == -1).all()
 
 
-def test_without_training_mean_there_is_nothing_to_remove(expressed_cells):
-    predicted, truth = expressed_cells
-    found = measure(predicted, Truth("atac2rna", truth.values, n_recomputed=5)).value
-    assert not {"cell_pearson_residual", "r2", "pseudobulk"} & set(found)
+def test_without_training_mean_there_is_nothing_to_remove(open_cells, expressed_cells):
+    for predicted, truth in (open_cells, expressed_cells):
+        found = measure(predicted, Truth(truth.direction, truth.values, n_recomputed=5)).value
+        assert not {name for name in found if name.endswith("_residual")} | {"r2", "pseudobulk"} & set(found)
+
+
+def test_of_many_values_a_sample_is_ranked_among_features_of_like_frequency(open_cells, monkeypatch):
+    _, truth = open_cells
+    monkeypatch.setattr(scores, "MOST_RANKED_VALUES", 80 * 30)
+    sample = Truth("rna2atac", truth.values, truth.mean)
+    features = np.concatenate(sample.strata)
+    assert 0 < len(features) <= 30
+    assert len(np.unique(features)) == len(features)
 
 
 def test_sparse_and_dense_predictions_score_alike(open_cells):

@@ -11,7 +11,7 @@ import cisformer
 ROOT = Path(cisformer.__file__).parent
 ORDER = {
     "": ["errors", "config"],
-    "runtime": ["files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
+    "runtime": ["ahead", "files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
         "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "tables", "barcodes",
@@ -32,13 +32,15 @@ ORDER = {
         "score", "precision", "truth", "benchmark", "plot",
     ],
     "evaluation": [
-        "metrics", "bootstrap", "baselines", "scores", "verdict", "case", "figures", "evaluate", "svg", "report",
+        "matrices", "ranking", "like_frequency", "probabilities", "correlation", "pseudobulk", "bootstrap",
+        "training_cells", "baselines", "scores", "verdict", "case", "case_files", "case_store", "figures", "evaluate",
+        "svg", "report",
     ],
     "analysis": [
         "stored", "read_variants", "enrichment", "variant_genes", "peaks", "browse", "candidates", "groups", "coupling",
         "moderated", "volcano", "contrasts", "sequences", "motifs", "drivers", "networks", "regulon",
     ],
-    "top": ["simulation", "run_summary", "workflow", "demo"],
+    "top": ["tissue", "simulation", "sparse_cells", "run_summary", "workflow", "demo"],
     "cli": [
         "common", "data", "model", "prediction", "links", "annotation", "contrasts", "evaluation", "run", "",
     ],

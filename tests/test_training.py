@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from cisformer.config import dump_config
 from cisformer.data.batches import dense_targets
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
-from cisformer.evaluation.metrics import correlation
+from cisformer.evaluation.correlation import correlation
 from cisformer.model.checkpoint import load_checkpoint
 from cisformer.model.closed_form_atac import Penalty, Sums, beside, solve
 from cisformer.model.projection import states
@@ -24,6 +25,7 @@ from cisformer.training import loop
 from cisformer.training.closed_form_start import both_sides
 from cisformer.training.follow import follow_training, validation_losses
 from cisformer.training.loop import mixed_precision, train
+from cisformer.training.reliability import validation_reliability
 from cisformer.training.run_folder import precision_of
 from cisformer.training.split import CellSplit, validation_batches
 
@@ -371,6 +373,19 @@ def test_each_target_is_saved_with_its_correlation_in_validation_cells(
         wanted = np.corrcoef(predicted[:, f], found[:, f])[0, 1]
         assert float(best.model.validation_r[f]) == pytest.approx(wanted, abs=2e-3)
     assert int(best.model.n_validation) == store.n_cells
+    if direction == "atac2rna":  # one cell more than the share, as a new cell is one of n + 1
+        errors = np.sort(np.abs(predicted - found), axis=0)
+        wanted = errors[int(np.ceil(0.9 * (store.n_cells + 1))) - 1]
+        np.testing.assert_allclose(best.model.interval_90.numpy(), wanted, atol=1e-5)
+
+
+def test_with_fewer_than_nine_validation_cells_there_is_no_interval(tiny_checkpoints, tiny_data):
+    cells = CellSplit.open(tiny_data["atac2rna"], None, "atac2rna", 0)
+    for n_cells in (8, 9):
+        found = validation_reliability(
+            tiny_checkpoints["atac2rna"], replace(cells, val_rows=cells.val_rows[:n_cells])
+        )
+        assert np.isfinite(found.interval).all() == (n_cells == 9)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -79,36 +79,25 @@ class FeatureMap:
         -------
         float32 [n_cells, n_reference], indices sorted and unique: counts of genes, 1 for open cCREs.
         """
-        if self.features == "peaks":
-            return self._open(cells)
-        aligned = sp.csr_matrix(cells.astype(np.float32, copy=False) @ self.matrix)
-        if not aligned.data.all():
-            aligned.eliminate_zeros()
-        aligned.sort_indices()
-        return aligned
-
-    def _open(self, cells: sp.csr_matrix) -> sp.csr_matrix:
-        """Return which cCREs the open peaks of each cell open.
-
-        One cell at a time, whose numbers fit into the processor's cache: 1.5 to 2.5 times as fast as a product.
-        """
         if not cells.data.all():
             cells = cells.copy()
             cells.eliminate_zeros()
-        first, ccres = self.matrix.indptr, self.matrix.indices
-        n_opened = np.diff(first)
-        opened = []
-        for start, end in itertools.pairwise(cells.indptr):
-            peak = cells.indices[start:end]
-            n = n_opened[peak]
-            last = np.cumsum(n)
-            ccre = ccres[np.arange(n.sum()) + np.repeat(first[peak] - (last - n), n)]
-            ccre.sort()
-            opened.append(ccre[np.append(ccre[:1] >= 0, ccre[1:] != ccre[:-1])])
-        index = np.concatenate(opened) if opened else ccres[:0]
-        indptr = np.concatenate([[0], np.cumsum([len(part) for part in opened])])
-        shape = (cells.shape[0], self.matrix.shape[1])
-        return sp.csr_matrix((np.ones(len(index), np.float32), index, indptr), shape)
+        found = self.matrix[cells.indices]  # what each entry of each cell becomes, one behind the other
+        first, shape = found.indptr[cells.indptr], (cells.shape[0], self.matrix.shape[1])
+        if self.features == "genes":
+            counts = np.repeat(cells.data, np.diff(found.indptr)).astype(np.float32, copy=False)
+            aligned = sp.csr_matrix((counts, found.indices, first), shape)
+            aligned = aligned.tocsc().tocsr()  # sorted, in less time than sorting takes
+            aligned.sum_duplicates()
+            return aligned
+        aligned = sp.csr_matrix((found.data, found.indices, first), shape)
+        if not aligned.has_sorted_indices:
+            for start, end in itertools.pairwise(first):  # all values are 1: only indices are sorted
+                aligned.indices[start:end].sort(kind="stable")  # quick where runs are sorted, as they are
+            aligned.has_sorted_indices = True
+        aligned.sum_duplicates()
+        aligned.data[:] = 1
+        return aligned
 
 
 def map_genes(var: pd.DataFrame, reference: Reference) -> FeatureMap:

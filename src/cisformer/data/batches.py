@@ -8,7 +8,6 @@ depend on the number of workers or on what was drawn before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from cisformer.config import Config, Direction, Modality
 from cisformer.data.store import CellStore
+from cisformer.runtime.ahead import ahead
 
 BLOCK_CELLS = 1_000
 """Cells that one sweep over a store takes at a time."""
@@ -314,14 +314,5 @@ def prefetch(
     def prepare(make: Callable[[], Batch]) -> Batch:
         return make().pin_memory() if pin else make()
 
-    if num_workers == 0:
-        yield from (prepare(make).to(device) for make in makers)
-        return
-    with ThreadPoolExecutor(num_workers) as pool:
-        waiting: list[Future[Batch]] = []
-        for make in makers:
-            waiting.append(pool.submit(prepare, make))
-            if len(waiting) > 2 * num_workers:
-                yield waiting.pop(0).result().to(device)
-        for future in waiting:
-            yield future.result().to(device)
+    for batch in ahead(prepare, makers, num_workers):
+        yield batch.to(device)

@@ -108,6 +108,26 @@ class Split:
     test: NDArray[np.int64]
 
 
+def groups_of(obs: pd.DataFrame, column: str | None) -> NDArray[np.object_] | None:
+    """Return the group of each paired cell from a column of the RNA's `obs`, or else of the ATAC's; `None` of none.
+
+    Raises
+    ------
+    InputError
+        If neither has the column.
+    """
+    if column is None:
+        return None
+    for name in (f"{column}_rna", f"{column}_atac", column):
+        if name in obs:
+            groups: NDArray[np.object_] = obs[name].astype(str).to_numpy(object)
+            return groups
+    columns = sorted({name.rpartition("_")[0] for name in obs.columns})
+    raise InputError(
+        f"obs has no column {column!r} to split by", hint=f"it has {', '.join(columns) or 'none'}"
+    )
+
+
 def split_cells(n_cells: int, seed: int, groups: NDArray[np.object_] | None = None) -> Split:
     """Split cells 72 : 8 : 20.
 

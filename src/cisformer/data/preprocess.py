@@ -8,9 +8,8 @@ import os
 import secrets
 import tempfile
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -25,12 +24,13 @@ from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peak
 from cisformer.data.features import are_tiles, peak_regions
 from cisformer.data.fragments import FragmentOptions
 from cisformer.data.h5ad import H5adWriter
-from cisformer.data.pairing import pair_barcodes, split_cells
+from cisformer.data.pairing import groups_of, pair_barcodes, split_cells
 from cisformer.data.reference import GENOMES, Reference, dataset_reference, load_reference
 from cisformer.data.shards import RowFile, UnsortedCells
 from cisformer.data.sources import Source, open_rows
 from cisformer.data.store import CellStore, SplitName, write_split
 from cisformer.errors import InputError
+from cisformer.runtime.ahead import ahead
 from cisformer.runtime.files import atomic_folders, make_folder, refuse_existing, write_errors
 from cisformer.runtime.progress import progress
 from cisformer.runtime.provenance import occasion, provenance
@@ -189,8 +189,9 @@ def preprocess(
         If a folder to be written has something in it and `force` is not given.
     """
     options = PreprocessOptions(
-        direction, reference, genome, gtf, min_fragments, cnt, batch_size, num_workers, manually, shuffle,
-        split_by, seed,
+        direction=direction, reference=reference, genome=genome, gtf=gtf, min_fragments=min_fragments, cnt=cnt,
+        batch_size=batch_size, num_workers=num_workers, manually=manually, shuffle=shuffle, split_by=split_by,
+        seed=seed,
     )  # fmt: skip
     folder = Path(save_dir or ".")
     task = config if isinstance(config, Config) else load_config(config, direction)
@@ -198,24 +199,40 @@ def preprocess(
     for path in folders.values():
         refuse_existing(path, force=force)
     clock = _Clock()
-    with _aligned((rna, atac), options, folder, clock) as (cells, chosen, origin):
-        positions = _split(cells.obs, options)
+    with _aligned((rna, atac), options, folder, clock) as (cells, chosen, origin), clock("write"):
         about = origin | {"seed": seed, "split_by": split_by, "shuffle": shuffle, "run": secrets.token_hex(8)}
-        # All splits are whole before the first is put in place; train comes last: without it there is no data set.
-        placing = dict(reversed(folders.items()))
-        with clock("write"), atomic_folders(list(placing.values()), force=force) as temporary:
-            for split, new in zip(placing, temporary, strict=True):
-                whole = split in ("val", "test")
-                sampling = task.datapreprocess.model_dump() | ({"multiple": 1} if whole else {})
-                part, size = cells.take(positions[split]), None if whole else cnt
-                record = {"split": split, "datapreprocess": sampling, **about}
-                write_split(new, part, chosen, direction, size, record)
+        records = {split: _record(split, task) | about for split in folders}
+        _write_splits(folders, cells, chosen, records, options, force)
     stores = {split: CellStore.open(path) for split, path in folders.items()}
     sizes = ", ".join(f"{split} {store.n_cells:,}" for split, store in stores.items())
     logger.info("%d cells (%s) in %s", sum(store.n_cells for store in stores.values()), sizes, clock)
     if write_h5ad:
         write_mapped(stores[options.splits[-1]])
     return stores
+
+
+def _record(split: SplitName, task: Config) -> dict[str, Any]:
+    """Return what a manifest says of its split: validation and test cells are sampled once."""
+    once = {"multiple": 1} if split in ("val", "test") else {}
+    return {"split": split, "datapreprocess": task.datapreprocess.model_dump() | once}
+
+
+def _write_splits(
+    folders: dict[SplitName, Path],
+    cells: UnsortedCells,
+    reference: Reference,
+    records: dict[SplitName, dict[str, Any]],
+    options: PreprocessOptions,
+    force: bool,
+) -> None:
+    """Write all splits, then put them in place, the training cells last: without these there is no data set."""
+    positions = _split(cells.obs, options)
+    placing = dict(reversed(folders.items()))
+    with atomic_folders(list(placing.values()), force=force) as temporary:
+        for split, new in zip(placing, temporary, strict=True):
+            size = None if split in ("val", "test") else options.cnt
+            part = cells.take(positions[split])
+            write_split(new, part, reference, options.direction, size, records[split])
 
 
 @contextlib.contextmanager
@@ -262,25 +279,26 @@ def _opened(
         )
         with open_rows(inputs[1], "atac", fragments=fragments) as peaks:
             chosen = fixed or dataset_reference(genes.var, peaks.var, options.gtf, options.genome)
-            if (
-                options.genome is None
-                and peaks.kind != "fragments"
-                and chosen.genome
-                and are_tiles(peak_regions(peaks.var))
-            ):
-                raise InputError(
-                    f"the features of {peaks.label} are tiles, such as {peaks.var.index[0]}, from which the genome "
-                    "cannot be recognised",
-                    hint=f"give --genome {chosen.genome}, or another of {', '.join(GENOMES)}",
-                )
-            if options.genome not in (None, chosen.genome):
-                raise InputError(
-                    f"reference {chosen.name!r} is of {chosen.genome or 'an unknown genome'}, the data of "
-                    f"{options.genome}",
-                    hint=f"use the data's own features: --reference dataset --genome {options.genome}",
-                )
+            _check_genome(peaks, chosen, options.genome)
             logger.info("reference %s", chosen.describe())
             yield (genes, peaks), chosen
+
+
+def _check_genome(peaks: Source, reference: Reference, genome: str | None) -> None:
+    """Refuse tiles whose genome was only guessed, and a reference of another genome than the one given."""
+    if genome is None:
+        guessed = peaks.kind != "fragments" and reference.genome and are_tiles(peak_regions(peaks.var))
+        if guessed:
+            raise InputError(
+                f"the features of {peaks.label} are tiles, such as {peaks.var.index[0]}, from which the genome "
+                "cannot be recognised",
+                hint=f"give --genome {reference.genome}, or another of {', '.join(GENOMES)}",
+            )
+    elif genome != reference.genome:
+        raise InputError(
+            f"reference {reference.name!r} is of {reference.genome or 'an unknown genome'}, the data of {genome}",
+            hint=f"use the data's own features: --reference dataset --genome {genome}",
+        )
 
 
 def _map_features(sources: tuple[Source, Source], reference: Reference) -> list[FeatureMap]:
@@ -294,33 +312,22 @@ def _align(
     source: Source, found: FeatureMap, file: RowFile, options: PreprocessOptions, clock: _Clock
 ) -> None:
     """Read a modality in blocks, align the blocks in threads, and write them in order."""
-    n_threads = min(options.num_workers, os.cpu_count() or 1)
-    with ThreadPoolExecutor(n_threads) as pool:
-        aligned = _aligned_blocks(source, found, pool, options.block_cells, clock)
-        what = f"aligning {source.modality.upper()}"
-        for block in progress(aligned, total=source.n_cells, desc=what, unit="cells", size=_n_rows):
-            with clock("write"):
-                file.append(block)
 
-
-def _aligned_blocks(
-    source: Source, found: FeatureMap, pool: ThreadPoolExecutor, block_cells: int, clock: _Clock
-) -> Iterator[sp.csr_matrix]:
-    """Yield aligned blocks in order, while one more per processor is in work."""
-    waiting: deque[Future[sp.csr_matrix]] = deque()
+    def read() -> Iterator[sp.csr_matrix]:
+        for start in range(0, source.n_cells, options.block_cells):
+            with clock("read"):
+                block = source.rows(start, min(start + options.block_cells, source.n_cells))
+            yield block
 
     def apply(block: sp.csr_matrix) -> sp.csr_matrix:
         with clock("align"):
             return found.apply(block)
 
-    for start in range(0, source.n_cells, block_cells):
-        with clock("read"):
-            block = source.rows(start, min(start + block_cells, source.n_cells))
-        waiting.append(pool.submit(apply, block))
-        if len(waiting) > (os.cpu_count() or 1):
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    aligned = ahead(apply, read(), min(options.num_workers, os.cpu_count() or 1))
+    what = f"aligning {source.modality.upper()}"
+    for block in progress(aligned, total=source.n_cells, desc=what, unit="cells", size=_n_rows):
+        with clock("write"):
+            file.append(block)
 
 
 def _n_rows(block: sp.csr_matrix) -> int:
@@ -363,26 +370,12 @@ def _split(obs: pd.DataFrame, options: PreprocessOptions) -> dict[SplitName, NDA
     if options.manually:
         positions: dict[SplitName, NDArray[np.int64]] = {"all": np.arange(len(obs))}
     else:
-        parts = split_cells(len(obs), options.seed, _groups(obs, options.split_by))
+        parts = split_cells(len(obs), options.seed, groups_of(obs, options.split_by))
         positions = {"train": parts.train, "val": parts.val, "test": parts.test}
     if options.shuffle:
         rng = np.random.default_rng([options.seed, 1])
         positions = {split: rng.permutation(cells) for split, cells in positions.items()}
     return positions
-
-
-def _groups(obs: pd.DataFrame, column: str | None) -> NDArray[np.object_] | None:
-    """Return the group of each cell from a column of the RNA's `obs`, or else of the ATAC's."""
-    if column is None:
-        return None
-    for name in (f"{column}_rna", f"{column}_atac", column):
-        if name in obs:
-            groups: NDArray[np.object_] = obs[name].astype(str).to_numpy(object)
-            return groups
-    columns = sorted({name.rpartition("_")[0] for name in obs.columns})
-    raise InputError(
-        f"obs has no column {column!r} to split by", hint=f"it has {', '.join(columns) or 'none'}"
-    )
 
 
 def _describe(source: Source, found: FeatureMap) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cisformer.evaluation.metrics import divide
+from cisformer.evaluation.matrices import divide
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,11 @@ import numpy as np
 
 from cisformer.config import Direction
 from cisformer.evaluation.baselines import ORACLE, Baselines, fit_baselines, mask_oracle
-from cisformer.evaluation.case import MAX_CELLS, Case, TrainingFiles, case_of_files, case_of_store
+from cisformer.evaluation.case import Case
+from cisformer.evaluation.case_files import TrainingFiles, case_of_files
+from cisformer.evaluation.case_store import MAX_CELLS, case_of_store
 from cisformer.evaluation.figures import figure_data
-from cisformer.evaluation.metrics import Matrix
+from cisformer.evaluation.matrices import Matrix
 from cisformer.evaluation.scores import METRICS, Comparison, Measured, Truth, compare, measure
 from cisformer.evaluation.verdict import MODEL, judge, score_text
 from cisformer.runtime.files import atomic_path

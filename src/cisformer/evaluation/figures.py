@@ -11,7 +11,7 @@ import numpy as np
 
 from cisformer.errors import InputError
 from cisformer.evaluation.baselines import ORACLE
-from cisformer.evaluation.metrics import correlation
+from cisformer.evaluation.correlation import correlation
 from cisformer.evaluation.scores import Measured, Truth
 from cisformer.evaluation.verdict import MODEL
 

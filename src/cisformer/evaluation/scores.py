@@ -17,19 +17,12 @@ from scipy.stats import rankdata
 
 from cisformer.config import Direction
 from cisformer.evaluation.bootstrap import Interval, resample_cells, resampled_correlation, resampled_mean
-from cisformer.evaluation.metrics import (
-    Matrix,
-    ProbabilityScores,
-    calibration_error,
-    correlation,
-    dense,
-    log_fold_changes,
-    probability_scores,
-    pseudobulk,
-    rank_among_cells,
-    ranking_scores,
-    squared_errors,
-)
+from cisformer.evaluation.correlation import correlation, squared_errors
+from cisformer.evaluation.like_frequency import frequency_strata, like_frequency_scores
+from cisformer.evaluation.matrices import Matrix, dense
+from cisformer.evaluation.probabilities import ProbabilityScores, calibration_error, probability_scores
+from cisformer.evaluation.pseudobulk import log_fold_changes, pseudobulk
+from cisformer.evaluation.ranking import ranking_scores
 
 MIN_CELLS = 3
 """A feature is scored across cells if it is open in, and closed in, at least this many (or expressed in)."""
@@ -42,7 +35,7 @@ N_DRAWS = 1000
 N_RECOMPUTED = 50
 MOST_RECOMPUTED_VALUES = 1 << 22
 MOST_RANKED_VALUES = 1 << 26
-"""Predictions whose ranks among the cells are held in memory; beyond, a sample of the features."""
+"""Predictions that are ranked within strata of like frequency; beyond, of a sample of the features."""
 
 
 # ---------------------------------------------------------------------------------------------- which scores
@@ -80,9 +73,9 @@ METRICS: dict[Direction, tuple[Metric, ...]] = {
         Metric("cell_auprc", "AUPRC per cell", "higher", "cells", "the same as average precision",
                headline=True),
         Metric("cell_auroc_residual", "AUROC per cell, mean removed", "higher", "cells",
-               "the same for each prediction's rank among the test cells: only what is special to the cell"),
-        Metric("cell_auprc_residual", "AUPRC per cell, mean removed", "higher", "cells",
-               "the same as average precision"),
+               "the same among cCREs that are open equally often: only what is special to the cell"),
+        Metric("cell_auprc_residual", "AUPRC per cell above chance, mean removed", "higher", "cells",
+               "the same as average precision; 0 is chance"),
         Metric("brier", "Brier score", "lower", "cells", "mean squared error of the probabilities"),
         Metric("ece", "calibration error", "lower", "entries",
                "mean distance of predicted probability and observed share, over bins"),
@@ -161,11 +154,14 @@ class Truth:
         return np.sort(np.random.default_rng([self.seed, 1]).choice(scored, size, replace=False))
 
     @cached_property
-    def ranked(self) -> np.ndarray:
-        """The features whose predictions are compared between cells: all, or a sample."""
+    def strata(self) -> list[np.ndarray]:
+        """Features of like training frequency, of all features or a sample; none without training cells."""
+        if self.mean is None:
+            return []
         n_cells, n_features = self.values.shape
         size = min(n_features, max(MOST_RANKED_VALUES // max(n_cells, 1), 1))
-        return np.sort(np.random.default_rng([self.seed, 2]).choice(n_features, size, replace=False))
+        sample = np.sort(np.random.default_rng([self.seed, 2]).choice(n_features, size, replace=False))
+        return [sample[stratum] for stratum in frequency_strata(self.mean[sample])]
 
     @cached_property
     def types(self) -> tuple[np.ndarray, list[str]]:
@@ -266,14 +262,13 @@ def _measure_probabilities(result: Measured, predicted: Matrix, truth: Truth) ->
     n_cells = scores.bin_sums.shape[1]
     drawn = np.stack([truth.counts @ sums for sums in scores.bin_sums])
     result.add("ece", scores.ece, calibration_error(drawn), n_cells * truth.values.shape[1])
-    left = rank_among_cells(predicted, truth.ranked)
-    for name, matrix, values in (
-        ("", predicted, truth.values),
-        ("_residual", left, truth.values[:, truth.ranked]),
-    ):
-        ranking = ranking_scores(matrix, values, axis=1)
-        result.add_cells(f"cell_auroc{name}", ranking.auroc, truth)
-        result.add_cells(f"cell_auprc{name}", ranking.auprc, truth)
+    ranking = ranking_scores(predicted, truth.values, axis=1)
+    result.add_cells("cell_auroc", ranking.auroc, truth)
+    result.add_cells("cell_auprc", ranking.auprc, truth)
+    if truth.mean is not None:
+        auroc, auprc = like_frequency_scores(predicted, truth.values, truth.strata)
+        result.add_cells("cell_auroc_residual", auroc, truth)
+        result.add_cells("cell_auprc_residual", auprc, truth)
 
 
 def _measure_rankings(result: Measured, predicted: Matrix, truth: Truth) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 from scipy import stats
 
@@ -134,9 +133,9 @@ class PairProducts:
     """
 
     def __init__(self, pairs: Pairs, n_ccres: int) -> None:
-        self._gene = pairs.gene
-        self._by_ccre = np.argsort(pairs.ccre, kind="stable")
-        self._start = np.searchsorted(pairs.ccre[self._by_ccre], np.arange(n_ccres + 1))
+        by_ccre = np.argsort(pairs.ccre, kind="stable")
+        self._start = np.searchsorted(pairs.ccre[by_ccre], np.arange(n_ccres + 1))
+        self._pair, self._gene = by_ccre.astype(np.int32), pairs.gene[by_ccre].astype(np.int32)
 
     def of(self, rna: sp.csr_matrix, atac: sp.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
         """Return pairs, with repeats, and the expression of the gene in a cell in which the cCRE is open."""
@@ -149,10 +148,11 @@ class PairProducts:
         start, stop = self._start[atac.indices], self._start[atac.indices + 1]
         count = stop - start
         first = np.cumsum(count) - count
-        pair = self._by_ccre[np.arange(count.sum()) + np.repeat(start - first, count)]
-        cell = np.repeat(np.repeat(np.arange(atac.shape[0]), np.diff(atac.indptr)), count)
-        value = rna.toarray()[cell, self._gene[pair]].astype(np.float64)
-        return pair[value > 0], value[value > 0]
+        place = np.arange(count.sum()) + np.repeat(start - first, count)
+        row = np.repeat(np.arange(atac.shape[0]) * rna.shape[1], np.diff(atac.indptr))  # of `rna`, flat
+        value = rna.toarray().ravel().take(np.repeat(row, count) + self._gene.take(place))
+        both = np.flatnonzero(value > 0)
+        return self._pair.take(place.take(both)), value.take(both).astype(np.float64)
 
 
 class PartialCorrelation:
@@ -176,8 +176,8 @@ class PartialCorrelation:
         self.pairs, self.basis = pairs, basis
         self.product = np.zeros(len(pairs))
         self.squares, self.n_expressed, self.n_open = np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_ccres)
-        self.gene_part = np.zeros((basis.shape[1], n_genes))
-        self.ccre_part = np.zeros((basis.shape[1], n_ccres))
+        # [q, n], but laid out as the products that are added to it
+        self.gene_part, self.ccre_part = (np.zeros((n, basis.shape[1])).T for n in shape)
         self._seen = 0
 
     def add(
@@ -276,7 +276,7 @@ def two_way_rank(
     Parameters
     ----------
     weight
-        Attention weights of edges, at least 0; [E].
+        Attention weights of edges, at least 0, compared in single precision; [E].
     cell, gene, ccre
         What each edge joins; int64 [E].
     n_genes, n_ccres
@@ -289,11 +289,28 @@ def two_way_rank(
     if len(weight) == 0:
         return weight.astype(np.float64)
     rank = _rank_share(weight, cell * n_genes + gene) + _rank_share(weight, cell * n_ccres + ccre)
-    by_cell = pd.Series(rank).groupby(cell)
-    low, high = by_cell.transform("min").to_numpy(), by_cell.transform("max").to_numpy()
-    return np.divide(rank - low, high - low, out=np.ones_like(rank), where=high > low)
+    low, high = np.full(cell.max() + 1, np.inf), np.full(cell.max() + 1, -np.inf)
+    np.minimum.at(low, cell, rank)
+    np.maximum.at(high, cell, rank)
+    low, width = low[cell], (high - low)[cell]
+    return np.divide(rank - low, width, out=np.ones_like(rank), where=width > 0)
 
 
 def _rank_share(value: np.ndarray, segment: np.ndarray) -> np.ndarray:
-    """Return rank / number of entries within each segment, in (0, 1]; ties have their mean rank."""
-    return pd.Series(value).groupby(segment).rank(pct=True).to_numpy()
+    """Return rank / number of entries within each segment, in (0, 1]; ties have their mean rank.
+
+    Floats that are not negative sort as their bits do, so that segment and value make one whole number to sort.
+    """
+    bits = (value.astype(np.float32) + 0).view(np.uint32)  # + 0: no -0
+    key = segment.astype(np.uint64) << np.uint64(32) | bits
+    order = np.argsort(key, kind="stable")  # four times as fast: edges come nearly sorted by segment
+    key = key[order]
+    first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))  # of each run of ties
+    end = np.append(first[1:], len(key))
+    segment = key[first] >> np.uint64(32)
+    opens = np.append(True, segment[1:] != segment[:-1])
+    start, which = first[opens], np.cumsum(opens) - 1
+    share = ((first + end + 1) / 2 - start[which]) / np.diff(start, append=len(key))[which]
+    result = np.empty(len(key))
+    result[order] = np.repeat(share, end - first)
+    return result

@@ -23,7 +23,7 @@ def segment_softmax(score_EH: Tensor, segment_E: Tensor, n_segments: int, null_H
     with torch.no_grad():
         top_SH = null_H.detach().expand(n_segments, -1).clone()
         top_SH.scatter_reduce_(0, index_EH, score_EH.detach(), "amax")
-    exp_EH = (score_EH - rows_of(top_SH, segment_E)).exp()
+    exp_EH = (score_EH - rows_of(top_SH, segment_E)).exp_()
     total_SH = (null_H - top_SH).exp().index_add(0, segment_E, exp_EH)
     return exp_EH / rows_of(total_SH, segment_E)
 

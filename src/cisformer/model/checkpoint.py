@@ -354,7 +354,7 @@ def _load_model(
         ):  # shapes first: a configuration may ask for any amount of memory
             model = _new_model(config, layout, manifest["linear_rank"], windows)
         wanted = model.state_dict()
-        tensors |= _likeness_if_missing(tensors, wanted)
+        tensors |= _unknown_if_missing(tensors, wanted)
         _check_names(folder, tensors, wanted)
         _check_shapes(tensors, wanted)
         if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in wanted):
@@ -368,11 +368,11 @@ def _load_model(
     return model.eval()
 
 
-def _likeness_if_missing(
+def _unknown_if_missing(
     found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint of an earlier version does not say of its training cells: nothing known."""
-    missing = [n for n in wanted if n.startswith("likeness.") and n not in found]
+    """Return what a checkpoint of an earlier version does not say of its training and validation cells: NaN."""
+    missing = [n for n in wanted if n.startswith(("likeness.", "interval_90")) and n not in found]
     return {name: torch.full(wanted[name].shape, torch.nan) for name in missing}
 
 

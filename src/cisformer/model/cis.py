@@ -81,7 +81,9 @@ class CisModel(nn.Module):
         self.target_axes: Tensor
         self.readout: Tensor
         self.leverage: Tensor
+        self.interval_90: Tensor
         if windows is not None:
+            self.register_buffer("interval_90", torch.full((n_target,), torch.nan))
             self.register_buffer("target_axes", torch.zeros(n_target, rank))
             self.register_buffer("readout", torch.zeros(rank, rank))
             self.register_buffer("leverage", torch.zeros(()))

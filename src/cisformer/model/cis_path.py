@@ -57,12 +57,13 @@ class CisAttention:
 
         Exact without another pass: per head, out' = (out − w·v) / (1 − w), so out' − out = w (out − v) / (1 − w).
         """
-        n_genes = 1 + int(self.gene.max()) if len(self.gene) else 1
-        _, segment = torch.unique(self.cell * n_genes + self.gene, return_inverse=True)
-        out = self.weight.new_zeros(len(segment), self.weight.shape[1])
+        n_cells, n_genes = (1 + int(x.max()) if len(x) else 1 for x in (self.cell, self.gene))
+        segment = self.cell * n_genes + self.gene
+        out = self.weight.new_zeros(n_cells * n_genes, self.weight.shape[1])
         out = out.index_add(0, segment, self.weight * self.value)
-        rest = (1 - self.weight).clamp(min=1e-6)
-        return (self.weight * (out[segment] - self.value) / rest).sum(dim=1) - self.local
+        rest = (1 - self.weight).clamp_(min=1e-6)
+        change = rows_of(out, segment).sub_(self.value).mul_(self.weight).div_(rest)
+        return change.sum(dim=1) - self.local
 
 
 class CisPath(nn.Module):

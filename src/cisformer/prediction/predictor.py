@@ -281,10 +281,11 @@ class Predictor:
         seen[layout.target_index] = True
         var, varm = var.assign(seen_in_training=seen), {}
         if isinstance(self.model, CisModel):
-            for name, values in (
-                ("validation_r", self.model.validation_r),
-                ("validation_r_error", self.model.validation_error()),
-            ):
+            told = {
+                "validation_r": self.model.validation_r,
+                "validation_r_error": self.model.validation_error(),
+            }
+            for name, values in (told if atac else told | {"interval_90": self.model.interval_90}).items():
                 column = np.full(len(var), np.nan, np.float32)
                 column[seen] = values.cpu().numpy()
                 var = var.assign(**{name: column})

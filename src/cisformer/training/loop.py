@@ -30,7 +30,7 @@ from cisformer.runtime.progress import progress
 from cisformer.training.closed_form_start import fit_closed_form, fold_in, make_layout
 from cisformer.training.follow import follow_training
 from cisformer.training.loss_plot import draw_losses
-from cisformer.training.reliability import validation_correlations
+from cisformer.training.reliability import validation_reliability
 from cisformer.training.run_folder import (
     BEST,
     LOSS_PLOT,
@@ -408,9 +408,11 @@ class Run:
         if start.is_dir():  # a run begun by an earlier version may have deleted it
             best = follow_training(best, load_checkpoint(start, self.start.direction), self.cells)
         assert isinstance(best.model, CisModel)
-        found, n_cells = validation_correlations(best, self.cells)
-        best.model.validation_r.copy_(torch.from_numpy(found))
-        best.model.n_validation.fill_(n_cells)
+        found = validation_reliability(best, self.cells)
+        best.model.validation_r.copy_(torch.from_numpy(found.r))
+        best.model.n_validation.fill_(found.n_cells)
+        if best.direction == "atac2rna":
+            best.model.interval_90.copy_(torch.from_numpy(found.interval))
         if self.settings.fold_in and "linear_rank" in best.metrics:
             best = fold_in(best, self.cells)
         save_checkpoint(best, self.folder / BEST)
