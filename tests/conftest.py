@@ -14,6 +14,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    import anndata as ad
+
     from cisformer.config import Config
     from cisformer.model.checkpoint import Checkpoint
     from cisformer.simulation import SimulatedCells
@@ -39,6 +41,15 @@ def tiny() -> SimulatedCells:
     from cisformer.simulation import simulate
 
     return simulate(n_cells=160, n_genes=150, n_ccres=900, n_types=3, seed=11)
+
+
+@pytest.fixture(scope="module")
+def cells(tiny: SimulatedCells) -> tuple[ad.AnnData, ad.AnnData]:
+    """The first 40 cells of `tiny`: RNA and ATAC, without `uns`."""
+    pair = tiny.rna[:40].copy(), tiny.atac[:40].copy()
+    for adata in pair:
+        adata.uns.clear()
+    return pair
 
 
 @pytest.fixture(scope="session")

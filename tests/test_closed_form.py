@@ -9,8 +9,9 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 
 from cisformer.data.batches import encode_input, read_modality
+from cisformer.data.preprocess import preprocess
 from cisformer.data.store import CellStore, find_split
-from cisformer.model import closed_form_atac
+from cisformer.model import closed_form, closed_form_atac
 from cisformer.model.cell_rows import CellRows
 from cisformer.model.closed_form import (
     LEAST_PACE,
@@ -67,6 +68,18 @@ def expression(tiny_data):
 def accessibility(tiny_data):
     store = CellStore.open(find_split(tiny_data["rna2atac"], "train"))
     return store, *fit(store, np.arange(store.n_cells), direction="rna2atac")
+
+
+def test_few_validation_cells_do_not_choose_the_penalty_alone(tiny, tmp_path, monkeypatch):
+    """Six cells whose RNA is paired with the ATAC of others speak for the mean profile; the training cells do not."""
+    rna, atac = tiny.rna.copy(), tiny.atac.copy()
+    atac.X = atac.X[[*range(150, 156), *range(6, 160)]]
+    store = preprocess(rna, atac, tmp_path, direction="rna2atac", reference="dataset", manually=True)["all"]
+    wrong = np.isin(store.barcodes, rna.obs_names[:6])
+    val, rows = CellRows.of(store, np.flatnonzero(wrong)), np.flatnonzero(~wrong)
+    assert fit(store, rows, val, direction="rna2atac", ridge="auto")[1].rank > 0
+    monkeypatch.setattr(closed_form, "FEW_CELLS", 0)
+    assert fit(store, rows, val, direction="rna2atac", ridge="auto")[1].rank == 0
 
 
 def dense(store, layout, side):

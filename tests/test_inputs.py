@@ -20,16 +20,6 @@ from cisformer.data.preprocess import preprocess
 from cisformer.data.sources import open_rows
 from cisformer.data.store import CellStore
 from cisformer.errors import InputError
-from cisformer.simulation import SimulatedCells
-
-
-@pytest.fixture(scope="module")
-def cells(tiny: SimulatedCells) -> tuple[ad.AnnData, ad.AnnData]:
-    """40 simulated cells, without `uns`."""
-    pair = tiny.rna[:40].copy(), tiny.atac[:40].copy()
-    for adata in pair:
-        adata.uns.clear()
-    return pair
 
 
 def stored(rna: object, atac: object, folder: Path, **options: object) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -18,18 +18,8 @@ from cisformer.data.preprocess import preprocess
 from cisformer.errors import InputError
 from cisformer.links.files import read_cell_types
 from cisformer.links.formats import export_links, write_format
-from cisformer.simulation import SimulatedCells
 
 CLUSTERS = ["0", "01", "1.1", "1.10", "1e3", "1000", "NA", "nan"]
-
-
-@pytest.fixture(scope="module")
-def cells(tiny: SimulatedCells) -> tuple[ad.AnnData, ad.AnnData]:
-    """40 simulated cells, without `uns`."""
-    pair = tiny.rna[:40].copy(), tiny.atac[:40].copy()
-    for adata in pair:
-        adata.uns.clear()
-    return pair
 
 
 def test_clusters_that_look_like_numbers_stay_apart(tmp_path: Path):

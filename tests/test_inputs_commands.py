@@ -105,17 +105,9 @@ PROGRAMS = [as_10x, as_snapatac2, as_archr, as_seurat, as_muon, as_tiles]
 
 
 @pytest.fixture(scope="module")
-def cells(tiny: SimulatedCells) -> tuple[ad.AnnData, ad.AnnData]:
-    pair = tiny.rna[:60].copy(), tiny.atac[:60].copy()
-    for adata in pair:
-        adata.uns.clear()
-    return pair
-
-
-@pytest.fixture(scope="module")
 def reference(tiny: SimulatedCells, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reference of the simulated genes and cCREs, so that all programs' cells meet the same."""
-    from cisformer.data.reference import build_reference
+    from cisformer.data.own_reference import build_reference
 
     folder = tmp_path_factory.mktemp("reference")
     tiny.atac.var[["chrom", "start", "end"]].to_csv(folder / "p.bed", sep="\t", header=False, index=False)

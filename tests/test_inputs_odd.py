@@ -29,17 +29,6 @@ from cisformer.data.preprocess import preprocess
 from cisformer.data.reference import load_reference, save_reference
 from cisformer.data.sources import open_rows
 from cisformer.errors import InputError
-from cisformer.simulation import SimulatedCells
-
-
-@pytest.fixture(scope="module")
-def cells(tiny: SimulatedCells) -> tuple[ad.AnnData, ad.AnnData]:
-    """40 simulated cells, without `uns`."""
-    pair = tiny.rna[:40].copy(), tiny.atac[:40].copy()
-    for adata in pair:
-        adata.uns.clear()
-    return pair
-
 
 # ---------------------------------------------------------------------------------------------- names
 

@@ -15,7 +15,7 @@ from cisformer.links.gene import find_gene, gene_links, read_gene_links
 
 @pytest.fixture(scope="module")
 def links(tiny):
-    from cisformer.data.reference import dataset_reference
+    from cisformer.data.own_reference import dataset_reference
 
     reference = dataset_reference(tiny.rna.var, tiny.atac.var)
     rng = np.random.default_rng(0)

@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from cisformer.data.reference import Reference, load_annotation
+from cisformer.data.known_genomes import load_annotation
+from cisformer.data.reference import Reference
 from cisformer.links.measure import CellSums
 from cisformer.links.prior import count_between
 from cisformer.links.score import _breadth, _genes_of_genome

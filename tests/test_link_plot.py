@@ -11,7 +11,7 @@ from cisformer.links.plot import plot_links
 @pytest.fixture(scope="module")
 def links(tiny):
     """One gene with links to the five nearest cCREs, in two types."""
-    from cisformer.data.reference import dataset_reference
+    from cisformer.data.own_reference import dataset_reference
 
     reference = dataset_reference(tiny.rna.var, tiny.atac.var)
     genes, ccres = reference.genes, reference.ccres

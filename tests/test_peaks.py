@@ -7,7 +7,7 @@ from made_links import GENES, TYPES, write_links
 
 from cisformer.analysis.peaks import annotate_peaks
 from cisformer.data.genome import nearest_tss
-from cisformer.data.reference import load_annotation
+from cisformer.data.known_genomes import load_annotation
 from cisformer.errors import InputError
 
 BED = (

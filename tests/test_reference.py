@@ -13,16 +13,9 @@ import pytest
 from cisformer.data.annotation import read_gtf
 from cisformer.data.features import gene_identity, peak_regions
 from cisformer.data.genome import GENE_COLUMNS, overlap_pairs, tss
-from cisformer.data.reference import (
-    Reference,
-    build_reference,
-    coverage,
-    dataset_reference,
-    guess_genome,
-    load_annotation,
-    load_reference,
-    save_reference,
-)
+from cisformer.data.known_genomes import coverage, guess_genome, load_annotation
+from cisformer.data.own_reference import build_reference, dataset_reference
+from cisformer.data.reference import Reference, load_reference, save_reference
 from cisformer.errors import InputError, OutputExistsError, ReferenceMismatchError
 
 # Any change of these breaks every published checkpoint and every stored data set.

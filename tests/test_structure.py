@@ -14,9 +14,9 @@ ORDER = {
     "runtime": ["ahead", "files", "pages", "archive", "provenance", "installation", "journal", "progress", "device"],
     "parallel": ["processes", "launch"],
     "data": [
-        "genome", "features", "annotation", "reference", "alignment", "hdf5", "matrices", "slots", "tables", "barcodes",
-        "fragments", "containers", "sources", "h5ad", "pairing", "shards", "manifest", "store", "preprocess", "inspect",
-        "batches",
+        "genome", "features", "annotation", "reference", "known_genomes", "own_reference", "alignment", "hdf5",
+        "matrices", "slots", "tables", "barcodes", "fragments", "containers", "sources", "h5ad", "pairing", "shards",
+        "manifest", "store", "preprocess", "inspect", "batches",
     ],
     "model": [
         "attention", "likeness", "projection", "target_states", "cell_rows", "closed_form_atac", "closed_form",

@@ -35,7 +35,7 @@ _FUNCTIONS = {
     "browse": "analysis.browse",
     "simulate": "simulation",
     "inspect": "data.inspect",
-    "build_reference": "data.reference",
+    "build_reference": "data.own_reference",
     "load_reference": "data.reference",
     "load_checkpoint": "model.checkpoint",
     "export_checkpoint": "model.checkpoint",

@@ -74,16 +74,16 @@ def main() -> None:
 
 
 class Stopped(BaseException):
-    """The user, or the system, wants the command to end; whoever writes cleans up on the way out."""
+    """A signal asked the command to end. Open writers remove their temporary files as it passes them."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Leave by an exception, so that temporary files go."""
+    """Raise `Stopped`, so that temporary files are removed."""
     raise Stopped(number)
 
 
 def _stopped(number: int) -> None:
-    """Say so, and exit as shells do: with 128 + signal. Of several processes, the one that started them speaks."""
+    """Report the signal and exit with 128 + its number, as shells do; worker processes exit without a message."""
     if "RANK" in os.environ:
         sys.exit(128 + number)
     print(  # noqa: T201
@@ -95,13 +95,13 @@ def _stopped(number: int) -> None:
 
 
 def _lost_another(error: Exception) -> bool:
-    """Tell whether this process only waited for another that has failed, which has said why."""
+    """Return whether the error is that another process has failed, which has printed the reason."""
     lost = ("closed by peer", "connection", "gloo", "nccl", "store->get")
     return "RANK" in os.environ and any(word in str(error).lower() for word in lost)
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Tell whether there was no memory left: torch says so with a `RuntimeError` of many kinds."""
+    """Return whether memory ran out; torch raises several kinds of `RuntimeError` for that."""
     return (
         isinstance(error, MemoryError) or "out of memory" in str(error) or "not enough memory" in str(error)
     )
@@ -110,8 +110,8 @@ def _out_of_memory(error: Exception) -> bool:
 def _give_up(message: str, hint: str, *, at_once: bool = False) -> None:
     """Print what is wrong and the next step; exit with code 1.
 
-    Of several processes that fail alike the first speaks: the others wait, and the launcher ends them meanwhile.
-    After a write that failed HDF5 crashes when Python takes it down: `at_once` leaves without that.
+    If several processes fail in the same way, the first prints: the others wait, and the launcher ends them.
+    After a failed write HDF5 crashes while Python shuts down; `at_once` exits without that.
     """
     if not is_main_process():
         time.sleep(3)
@@ -126,7 +126,7 @@ def _give_up(message: str, hint: str, *, at_once: bool = False) -> None:
 
 
 def _speak(debug: bool) -> _Recap:
-    """Send log messages to stderr; keep the warnings of libraries out of a user's sight unless debugging."""
+    """Send log messages to stderr; hide the warnings of libraries unless debugging."""
     handler, recap = logging.StreamHandler(sys.stderr), _Recap()
     handler.setFormatter(_Plain())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -140,10 +140,10 @@ def _speak(debug: bool) -> _Recap:
 
 
 def _hush_destructors() -> None:
-    """Take care of what is raised where nobody can catch it: while an object is taken down.
+    """Handle errors that are raised while Python deletes an object, where no code can catch them.
 
-    HDF5 repeats its error for every object of a file that it could not close. And a signal that arrives in
-    such a place would be lost: it is sent once more.
+    HDF5 repeats its error for every object of a file that it could not close: the repeats are hidden. A signal
+    that arrives at such a moment would be lost: it is sent again.
     """
     show, show_unraisable = sys.excepthook, sys.unraisablehook
 
@@ -164,7 +164,7 @@ def _hush_destructors() -> None:
 
 
 class _Plain(logging.Formatter):
-    """Messages as they are; warnings and worse with their level in front."""
+    """Format messages without a prefix; warnings and errors begin with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
@@ -172,7 +172,7 @@ class _Plain(logging.Formatter):
 
 
 class _Recap(logging.Handler):
-    """Keeps our warnings, to say them once more at the end where other lines have followed them."""
+    """Collect our warnings, to repeat them at the end if other lines were printed after them."""
 
     def __init__(self) -> None:
         super().__init__()

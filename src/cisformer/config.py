@@ -87,7 +87,7 @@ class Model(Section):
     linear_ridge: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="cis: ridge penalty of the closed-form start, in units of the input's variance; 'auto' chooses "
-        "the best on validation cells.",
+        "the best on validation cells, or in a cross-validation where these are few.",
     )
     cis_window: Annotated[WholeNumber, Field(le=10_000_000)] = Field(
         250_000, description="cis: a gene attends to open cCREs within this many bp of its body."

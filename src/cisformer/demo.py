@@ -1,4 +1,4 @@
-"""The whole road on simulated cells: preprocess, train, predict and evaluate in both directions, and link.
+"""All steps on simulated cells: preprocess, train, predict and evaluate in both directions, and link.
 
 Every step is the command that a user would type, run in a process of its own and printed before it runs.
 """
@@ -72,7 +72,7 @@ def demo_commands(*, quick: bool, seed: int) -> list[list[str]]:
 
 
 def demo_results(folder: Path) -> list[Path]:
-    """Return what a reader wants to open after the demo."""
+    """Return the files to open after the demo."""
     output = folder / "output"
     return [
         output / "cisformer_predicted_atac.h5ad",

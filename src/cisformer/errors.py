@@ -66,7 +66,7 @@ class TrainingError(CisformerError):
 
 
 def brief(value: object) -> str:
-    """Return the `repr` of what a file held, cut to a line: files may hold anything, in any amount."""
+    """Return the `repr` of a value from a file, cut to one line, since it may be of any kind and size."""
     shown = reprlib.Repr()
     shown.maxlevel, shown.maxstring, shown.maxother = 2, 80, 80
     try:
@@ -76,6 +76,6 @@ def brief(value: object) -> str:
 
 
 def first_complaint(error: ValidationError) -> str:
-    """Return the first of pydantic's complaints: which entry, what was found, what is wrong with it."""
+    """Return the first error of pydantic: which entry, what was found, what is wrong with it."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc']))} is {brief(first['input'])}; {first['msg'].lower()}"

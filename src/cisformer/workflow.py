@@ -1,7 +1,7 @@
 """From two files to links in one call: inspect, preprocess, train, evaluate, link, summarise.
 
-Each step calls the public function of that name. What is done, and made from the same files and options as now, is
-not done again; `runtime.journal` keeps the record. In the output folder:
+Each step calls the public function of that name. A step that is done, with the same files and options, is not
+repeated; `runtime.journal` keeps the record. In the output folder:
 
     run.json           which steps are done, and from what
     inspect.json       what the input files are
@@ -322,7 +322,7 @@ def _with_reference(options: RunOptions, rna: Path, atac: Path) -> RunOptions:
     from cisformer.data.alignment import describe_genes
     from cisformer.data.containers import is_fragments_file
     from cisformer.data.features import gene_identity
-    from cisformer.data.reference import GENOMES
+    from cisformer.data.known_genomes import GENOMES
     from cisformer.data.sources import open_rows
 
     if str(options.reference) != "dataset" or not is_fragments_file(atac):

@@ -12,7 +12,7 @@ from cisformer.analysis.stored import StoredLinks, check_min_score, open_links, 
 from cisformer.data.annotation import read_bed, read_gtf
 from cisformer.data.features import peak_regions
 from cisformer.data.genome import nearest_tss, overlap_pairs, region_names, rename_chroms, tss
-from cisformer.data.reference import GENOMES, guess_genome, load_annotation
+from cisformer.data.known_genomes import GENOMES, guess_genome, load_annotation
 from cisformer.data.sources import open_rows
 from cisformer.errors import InputError
 

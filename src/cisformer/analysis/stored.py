@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from cisformer.data.genome import parse_regions
-from cisformer.data.reference import guess_genome
+from cisformer.data.known_genomes import guess_genome
 from cisformer.errors import InputError
 from cisformer.links.files import COMPONENTS, FOLDER, FORMAT
 from cisformer.links.files import FORMAT_VERSION as NEWEST

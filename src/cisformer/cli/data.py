@@ -102,7 +102,7 @@ def inspect(files: tuple[Path, ...], reference: str | None, as_json: bool, verif
 @click.option("--force", is_flag=True, help="Overwrite an existing folder.")
 def build_reference(gtf: str, peaks: str, output: str, force: bool) -> None:
     """Make a reference for any genome, to use with data_preprocess --reference DIR."""
-    from cisformer.data.reference import build_reference as build
+    from cisformer.data.own_reference import build_reference as build
 
     reference = build(gtf, peaks, output, force=force)
     click.echo(f"wrote {output} ({reference.describe()})")

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from cisformer.data.features import ENSEMBL, are_tiles, gene_identity, peak_regions, stated_coordinates
 from cisformer.data.genome import overlap_pairs, parse_regions, rename_chroms, species_of
-from cisformer.data.reference import GENOMES, Reference, built_in_of, coverage, guess_genome
+from cisformer.data.known_genomes import GENOMES, coverage, guess_genome
+from cisformer.data.reference import Reference, built_in_of
 from cisformer.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Tell whether two lists of barcodes name the same cells, and translate one into the other where that is certain.
+"""Find whether two lists of barcodes name the same cells, and translate one into the other if that is certain.
 
 A barcode is taken apart into what stands before its letters A, C, G, T, these letters, and what stands after them. Two
 files spell the sample before or after in ways of their own (``s1_AAAC…-1``, ``PBMC#AAAC…-1``, ``AAAC…-1-0``); the
@@ -92,7 +92,7 @@ def _reverse_complement(core: str) -> str:
 def _by_sample(left: pd.DataFrame, right: pd.DataFrame) -> Translation:
     """Match letters within samples that correspond: nearly all that one shares, it shares with the other.
 
-    That may hold from one side only: of two samples that the other file spells alike, each lies in that one.
+    One side may be enough: if the other file spells two samples alike, each of them corresponds to that one.
     """
     left, right = (part.assign(row=np.arange(len(part)))[part["core"] != ""] for part in (left, right))
     both = left.merge(right, on="core", suffixes=("_left", "_right"))

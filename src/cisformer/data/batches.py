@@ -1,4 +1,4 @@
-"""Batches of cells as a model sees them: ragged input, targets, and which parts of them are drawn.
+"""Batches of cells as a model reads them: ragged input, targets, and which of both are sampled.
 
 Nothing is padded here. A batch holds the cells' inputs one behind the other (`index`, `value`) with `indptr` saying
 where each cell starts, as in a CSR matrix. Every random draw comes from (seed, epoch, step), so that batches do not
@@ -59,7 +59,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some cells on their way into a model.
+    """A batch of cells, ready for a model.
 
     Axes: B cells, N input tokens of all cells, M non-zero targets of all cells, S drawn targets.
 
@@ -96,7 +96,7 @@ class Batch:
         return self._map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Return the batch in memory that a GPU copies from by itself."""
+        """Return the batch in pinned memory, from which a GPU copies without the CPU."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -120,7 +120,7 @@ def row_blocks(rows: np.ndarray, size: int = BLOCK_CELLS) -> Iterator[np.ndarray
 
 
 def normalise(matrix: sp.csr_matrix, modality: Modality) -> sp.csr_matrix:
-    """Return what models read and predict: log1p-normalised expression, or 1 where a cCRE is open."""
+    """Return the values that models read and predict: log1p-normalised expression, or 1 for an open cCRE."""
     if modality == "rna":
         return normalise_rna(matrix)
     matrix = matrix.astype(np.float32, copy=True)
@@ -257,7 +257,7 @@ class TrainingBatches:
     def step_rows(self, epoch: int, step: int) -> tuple[np.ndarray, int]:
         """Return this process's cells of a step, and the number of cells of all processes together.
 
-        Where a process would have none, it is given the step's first cell, which the trainer weighs zero.
+        A process without cells gets the first cell of the step, which the trainer weights with zero.
         """
         size = self.config.training.batch_size * self.world
         together = self._order(epoch)[step * size : (step + 1) * size]

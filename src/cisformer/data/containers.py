@@ -1,4 +1,4 @@
-"""What a path of a user is: the file or folder to read, or why it is not read and what converts it."""
+"""Find the file or folder of cells that a path stands for; if it cannot be read, say why and how to convert it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ REFUSED = {
 def locate(
     path: str | Path, modality: Modality, *, fragments: bool = False
 ) -> Iterator[tuple[Path, Container]]:
-    """Yield the file or folder to read of what a user gave, and how it is read.
+    """Yield the file or folder to read for a path, and its kind.
 
     A folder of Cell Ranger, STARsolo or GEO stands for the matrix in it, or with `fragments` for those. A gzipped
     h5ad or h5 is unpacked into a temporary file that lasts as long as the context.
@@ -140,7 +140,7 @@ def is_fragments_file(path: Path) -> bool:
 
 
 def is_cells_folder(folder: Path) -> bool:
-    """Tell whether `folder` holds cells of a user: a matrix in text form, a zarr store, or a pipeline's output."""
+    """Return whether `folder` holds cells: a matrix in text form, a zarr store, or the output of a pipeline."""
     if not folder.is_dir():
         return False
     named = {name for names in ARC_FILES.values() for name in names}
@@ -175,7 +175,7 @@ def _refuse_kind(path: Path, suffixes: set[str]) -> None:
 
 
 def _refuse_content(path: Path, start: bytes) -> None:
-    """Raise `InputError` where the first bytes tell what went wrong: a download, an archive, an index."""
+    """Raise `InputError` if the first bytes show another kind of file: a web page, an archive, an index."""
     fields: list[str] = []
     if path.name.removesuffix(".gz").endswith((".tsv", ".bed")) and "fragments" in path.name:
         from cisformer.data.fragments import first_fields

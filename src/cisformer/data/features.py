@@ -1,4 +1,4 @@
-"""What an AnnData's `var` says of its genes and peaks: their ids, names and coordinates."""
+"""Read ids, names and coordinates of genes and peaks from the `var` of an AnnData."""
 
 from __future__ import annotations
 

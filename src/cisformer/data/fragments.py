@@ -144,7 +144,7 @@ class PairFile:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits, as a run."""
+        """Write the pairs in memory as a sorted run."""
         if self._n_waiting:
             keys = _sorted_once(np.concatenate(self._waiting))
             self._file.write(keys.data)
@@ -351,7 +351,7 @@ def _n_heading(path: Path, start: bytes) -> int:
 
 
 def _skip_comment(row: Any) -> str:
-    """Leave out comments between fragments, as files that were put together have them."""
+    """Leave out comments between fragments, which concatenated files have."""
     return "skip" if row.text is not None and row.text.startswith("#") else "error"
 
 

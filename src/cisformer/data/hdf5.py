@@ -1,4 +1,4 @@
-"""Open HDF5 files of users: what they are, whether they are whole, and whether they change while they are read."""
+"""Open HDF5 files: find their kind, whether they are complete, and whether they change during reading."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def kind_of(file: h5py.File, label: str) -> Literal["h5ad", "h5mu", "10x h5", "l
 
 
 def check_claims(file: Any, label: str) -> None:
-    """Look at all tables before they are read.
+    """Check the sizes that all tables state before they are read.
 
     Raises
     ------
@@ -195,7 +195,7 @@ def _require_filters(name: str, node: h5py.Dataset, label: str) -> None:
 
 @contextlib.contextmanager
 def told_as_damage(label: str, wanted: str = "") -> Iterator[None]:
-    """Tell what goes wrong while a file is read as damage to it.
+    """Report any error during reading as damage to the file.
 
     h5py, anndata, zarr and pandas raise whatever they come upon in a damaged file. Errors of ours, of memory and of
     an installation (a library that cannot be imported) are none of the file's and pass through.

@@ -1,4 +1,4 @@
-"""Tell what files are before any work is done with them."""
+"""Describe files before any work is done with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from cisformer.data.features import gene_identity, peak_regions
 from cisformer.data.fragments import first_fragments
 from cisformer.data.genome import CCRE_COLUMNS, parse_regions
 from cisformer.data.hdf5 import open_hdf5
-from cisformer.data.reference import BUILT_IN, GENOMES, Reference, coverage, guess_genome, load_reference
+from cisformer.data.known_genomes import GENOMES, coverage, guess_genome
+from cisformer.data.reference import BUILT_IN, Reference, load_reference
 from cisformer.data.sources import Source, open_rows
 from cisformer.data.store import CellStore
 from cisformer.data.tables import FEATURE_TYPE_COLUMNS

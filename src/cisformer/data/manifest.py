@@ -1,4 +1,4 @@
-"""What the `manifest.json` of a split folder says; it is checked before it is believed."""
+"""Read and check the `manifest.json` of a split folder."""
 
 from __future__ import annotations
 

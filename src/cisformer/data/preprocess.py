@@ -24,8 +24,10 @@ from cisformer.data.alignment import FeatureMap, accept_map, map_genes, map_peak
 from cisformer.data.features import are_tiles, peak_regions
 from cisformer.data.fragments import FragmentOptions
 from cisformer.data.h5ad import H5adWriter
+from cisformer.data.known_genomes import GENOMES
+from cisformer.data.own_reference import dataset_reference
 from cisformer.data.pairing import groups_of, pair_barcodes, split_cells
-from cisformer.data.reference import GENOMES, Reference, dataset_reference, load_reference
+from cisformer.data.reference import Reference, load_reference
 from cisformer.data.shards import RowFile, UnsortedCells
 from cisformer.data.sources import Source, open_rows
 from cisformer.data.store import CellStore, SplitName, write_split

@@ -1,4 +1,4 @@
-"""Park aligned cells in a file, then write any selection of them to `.pt` shards, in flat memory.
+"""Keep aligned cells in a temporary file, then write any selection of them to `.pt` shards, in flat memory.
 
 Cells are read in the order of the input and wanted in another: paired, split, sorted or shuffled. A `RowFile`
 takes them as they come; `write_shard` fetches rows in any order. Neither holds more than a few megabytes.

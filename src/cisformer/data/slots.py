@@ -1,4 +1,4 @@
-"""Which matrix of an AnnData holds the counts."""
+"""Choose the matrix of an AnnData that holds the counts."""
 
 from __future__ import annotations
 

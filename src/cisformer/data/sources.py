@@ -1,4 +1,4 @@
-"""Open what users hold - h5ad, h5mu, 10x h5, zarr, loom, fragments, AnnData - as one modality, read in blocks of cells.
+"""Open h5ad, h5mu, 10x h5, zarr, loom, fragments or AnnData as one modality that is read in blocks of cells.
 
 Files are opened, not loaded: only `obs` and `var` come into memory, and of the matrix the row pointer. CSC
 matrices are the exception: they are stored by feature, not by cell, and are loaded once; so are matrices in text form.

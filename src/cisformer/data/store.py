@@ -8,7 +8,7 @@ A split folder holds
 - ``reference/``, where the reference is not a built-in one;
 - ``manifest.json``: format, sizes, reference fingerprint, checksums of the files, where it all came from.
 
-A folder may come from anyone: what its files claim is checked before it is believed, and nothing in them is run.
+A folder may come from anyone: sizes and names in its files are checked before use, and no code in them is run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tables of cells and features say: barcodes, whose features are of a modality, whether both are swapped."""
+"""Check the tables of cells and features: barcodes, which features belong to a modality, swapped axes."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 
 from cisformer.data.genome import overlap_pairs, rename_chroms, tss
-from cisformer.data.reference import GENOMES, Reference, load_annotation
+from cisformer.data.known_genomes import GENOMES, load_annotation
+from cisformer.data.reference import Reference
 from cisformer.data.store import CellStore
 from cisformer.errors import CheckpointError, InputError
 from cisformer.links.evidence import state_profiles

@@ -45,6 +45,17 @@ class CellRows:
             first += len(rows)
         return CellRows(tuple(parts))
 
+    def folds(self, number: int, rng: np.random.Generator) -> list[CellRows]:
+        """Return the cells in `number` parts of about the same size, drawn at random."""
+        group = rng.permutation(np.arange(len(self)) % number)
+        parts = np.split(group, np.cumsum([len(rows) for _, rows in self.parts])[:-1])
+        return [
+            CellRows(
+                tuple((store, rows[of == k]) for (store, rows), of in zip(self.parts, parts, strict=True))
+            )
+            for k in range(min(number, len(self)))
+        ]
+
     def read(self, layout: Layout) -> CellMatrix:
         """Return normalised input and target of all of the cells, known features only."""
         sides = ((layout.input_modality, layout.input_index), (layout.target_modality, layout.target_index))

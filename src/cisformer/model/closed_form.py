@@ -36,6 +36,8 @@ FIT_CELLS, FIT_VALUES = 20_000, 50_000_000
 """At most so many training cells, and values of theirs, that projections are fitted to."""
 SELECTION_CELLS = 1_000
 """At most so many validation cells that rank and penalty are chosen by."""
+FEW_CELLS, N_FOLDS = 200, 5
+"""RNA→ATAC: with fewer validation cells than this, training cells left out in turn help to choose the penalty."""
 LEAST_PACE = 0.01
 
 
@@ -185,11 +187,15 @@ def fit_linear(
         projection, found = fit_target_states(projection, sample, chosen, moments, options.seed, given)
         rank = found.axes.shape[1]
         return LinearStart(projection, *moments, found.loadings, rank, found.penalty, target_states=found)
-    sums = Sums.over(train, projection, layout)
+    n_folds = N_FOLDS if given is None and 0 < len(held_out) < FEW_CELLS else 1
+    folds = train.folds(n_folds, rng)
+    parts = [Sums.over(fold, projection, layout) for fold in folds]
+    sums = sum(parts[1:], parts[0])
     near = beside(train.reference.ccres.iloc[layout.target_index])
     penalty = Penalty(projection.rank, 0.3 if given is None else given, 0.5)
     if given is None and len(held_out):
-        penalty = select_penalty(sums, projection, held_out, layout, near, rng)
+        left_out = [(sums - part, fold) for part, fold in zip(parts, folds, strict=True) if n_folds > 1]
+        penalty = select_penalty([(sums, held_out), *left_out], projection, layout, near, rng)
     sd = projection.sd.double().numpy()
     return LinearStart(
         projection, *moments, solve(sums, sd, penalty, near), penalty.rank, penalty.ridge,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -79,6 +79,9 @@ class Sums:
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
     @classmethod
     def over(cls, cells: CellRows, projection: Projection, layout: Layout) -> Sums:
@@ -300,31 +303,53 @@ def _beside(sums: Sums, hat: Hat, near: sp.csr_matrix, columns: np.ndarray) -> n
     return hat.basis @ ((hat.basis.T @ score) / precision)
 
 
+@dataclass(frozen=True)
+class _Case:
+    """Cells that penalties are judged by: the sums of others, states z, targets y, prior."""
+
+    sums: Sums
+    z: Tensor
+    y: Tensor
+    prior: Tensor
+
+    @classmethod
+    def of(
+        cls, sums: Sums, cells: CellRows, projection: Projection, layout: Layout, judged: np.ndarray
+    ) -> _Case:
+        known = cells.read(replace(layout, target_index=layout.target_index[judged]))
+        z = np.concatenate([states(projection, store, rows, layout) for store, rows in cells.parts])
+        prior = torch.from_numpy(sums.prior()[judged])
+        return cls(sums, torch.from_numpy(z), torch.from_numpy(known.y.toarray()), prior)
+
+    def loss(self, loadings: np.ndarray) -> float:
+        eta = change_of_log_odds(self.z @ torch.from_numpy(loadings).T) + self.prior
+        return float(F.binary_cross_entropy_with_logits(eta, self.y, reduction="sum"))
+
+
 def select_penalty(
-    sums: Sums,
+    judges: Sequence[tuple[Sums, CellRows]],
     projection: Projection,
-    val: CellRows,
     layout: Layout,
     near: sp.csr_matrix,
     rng: np.random.Generator,
 ) -> Penalty:
-    """Return the penalty of lowest validation loss; rank 0 is the mean profile.
+    """Return the penalty of lowest loss; rank 0 is the mean profile.
 
     First rank and λ at the middle unevenness, then λ and unevenness at that rank, then how V is learnt and whether
     neighbours help.
+
+    Parameters
+    ----------
+    judges
+        The sums of the cells to learn from, and the cells to judge by, once or several times.
     """
-    n_targets = len(layout.target_index)
-    judged = np.sort(rng.choice(n_targets, min(n_targets, SELECTION_VALUES // len(val)), replace=False))
-    known = val.read(replace(layout, target_index=layout.target_index[judged]))
-    cells = np.concatenate([states(projection, store, rows, layout) for store, rows in val.parts])
-    target, z = torch.from_numpy(known.y.toarray()), torch.from_numpy(cells)
-    prior = torch.from_numpy(sums.prior()[judged])
+    n_targets, n_cells = len(layout.target_index), sum(len(cells) for _, cells in judges)
+    judged = np.sort(rng.choice(n_targets, min(n_targets, SELECTION_VALUES // n_cells), replace=False))
+    cases = [_Case.of(sums, cells, projection, layout, judged) for sums, cells in judges]
     sd = projection.sd.double().numpy()
 
     def loss(choice: Penalty) -> float:
-        loadings = torch.from_numpy(solve(sums, sd, choice, near, judged))
-        eta = change_of_log_odds(z @ loadings.T) + prior
-        return float(F.binary_cross_entropy_with_logits(eta, target))
+        return sum(case.loss(solve(case.sums, sd, choice, near, judged)) for case in cases)
 
     ranks = sorted({projection.rank, *(r for r in RANKS if r < projection.rank)})
     first = _best(loss, (Penalty(*x) for x in itertools.product(ranks, PENALTIES, UNEVENNESS[1:2])))

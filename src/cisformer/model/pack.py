@@ -1,4 +1,4 @@
-"""Share a model: one zip with weights, configuration, reference, checksums, and a card that says what it is."""
+"""Share a model: one zip with weights, configuration, reference, checksums and a model card."""
 
 from __future__ import annotations
 

@@ -197,7 +197,8 @@ def assemble(
     shared = np.linalg.lstsq(white, found, rcond=None)[0] if len(white) > len(offset) else white.T @ found * 0
     rest = found - white @ shared
     if unit is None:
-        unit = np.maximum(rest.std(axis=0), 1e-3 * max(found.std(), 1e-12))
+        spread = found.std() if found.size else 0.0
+        unit = np.maximum(rest.std(axis=0), 1e-3 * max(spread, 1e-12))
     result = Projection(len(components), len(offset) + axes.shape[1], projection.modality)
     result.weight = projection.weight
     further = (weights - components @ shared) / unit

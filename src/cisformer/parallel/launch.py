@@ -142,7 +142,7 @@ def relaunched(config_path: str | Path | None) -> tuple[bool, bool]:
 def _launch(path: Path, config: dict[str, Any]) -> None:
     """Run this command in as many processes as the config says; exit if one of them fails.
 
-    What failed has said so, unless it was killed; the launchers' own account of it is left out.
+    The process that failed has printed its error, unless it was killed; the launcher's own messages are hidden.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -175,7 +175,7 @@ def processes_here(config: dict[str, Any]) -> int:
 
 
 def cpu_arguments(config: dict[str, Any]) -> list[str]:
-    """Return what torchrun needs to start CPU processes: `accelerate launch` starts but one without MPI."""
+    """Return the arguments of torchrun for CPU processes; `accelerate launch` starts only one without MPI."""
     machines = int(config.get("num_machines") or 1)
     processes = ["--nproc_per_node", str(processes_here(config))]
     if machines == 1:

@@ -1,4 +1,4 @@
-"""The processes that share a command's work, as `accelerate launch` starts them; usually there is one."""
+"""The processes that share the work of a command, started by `accelerate launch`; usually there is one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from cisformer.runtime.files import make_folder
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 LONGEST_WAIT = timedelta(days=7)
-"""How long processes wait for each other: one may work alone for hours, and torch gives up after minutes."""
+"""Maximum time that processes wait for each other: one may work for hours, but torch's default is minutes."""
 
 
 def is_main_process() -> bool:
-    """Tell whether this is the process that speaks: the only one, or the first of several."""
+    """Return whether this process prints messages: the only one, or the first of several."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -60,14 +60,14 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has reached this call."""
         if self.size > 1:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
 
     def _agree(self, value: T) -> T:
-        """Return what the first process has."""
+        """Return the value of the first process in every process."""
         if self.size == 1:
             return value
         from accelerate.utils import broadcast_object_list
@@ -76,11 +76,11 @@ class Processes:
         return sent[0]
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the run of `items` that is this process's; the runs of all follow each other."""
+        """Return this process's share of `items`: consecutive ones, in the order of the processes."""
         return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
 
     def balance(self, work: Mapping[str, int]) -> list[str]:
-        """Return the jobs that are this process's: the largest first, each to who has least to do so far."""
+        """Return this process's jobs: the largest first, each given to the process with the least work so far."""
         load = [0] * self.size
         mine = []
         for name in sorted(work, key=lambda name: (-work[name], name)):
@@ -92,7 +92,7 @@ class Processes:
 
     @contextlib.contextmanager
     def scratch(self, output: Path) -> Iterator[Path]:
-        """Yield an empty folder beside `output` that all processes see; it is gone when the last has left."""
+        """Yield an empty folder beside `output`, the same for all processes; it is removed at the end."""
         folder = self._agree(output.with_name(f".{output.name}.{secrets.token_hex(4)}.parts"))
         if self.is_main:
             make_folder(folder)

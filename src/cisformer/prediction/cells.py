@@ -1,4 +1,4 @@
-"""The cells to predict from: one modality, read on demand, from a file, an AnnData or a preprocessed store."""
+"""The cells to predict from: one modality of a file, an AnnData or a preprocessed store, read on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prediction says of how like the training cells its cells are."""
+"""Compare the cells of a prediction with the training cells, and warn if they differ."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A mosaic: RNA and ATAC in one MuData, where some cells lack one of them; and the same with the gaps filled.
 
-What was measured and what was predicted differ in unit and in noise. In a completed file they never share a matrix:
+Measured and predicted values differ in unit and in noise. In a completed file they are never in one matrix:
 
-    X                      empty, so that no program takes one for the other unawares
+    X                      empty, so that no program mistakes one for the other
     layers["measured"]     X of the input as it was; empty rows where nothing was measured
     layers["measured_…"]   the other layers of the input, and its raw, likewise
     layers["predicted"]    the prediction; empty rows where the cell was measured

@@ -1,4 +1,4 @@
-"""Carry cell labels over from a reference to predicted cells, by their nearest neighbours."""
+"""Transfer cell labels from a reference to predicted cells, by their nearest neighbours."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Packed models: a zip of known files with their checksums. Reading one trusts nothing in it and runs nothing.
 
-Every file is stored as it is, not compressed: the same files give the same bytes, and no small zip becomes a large
-folder. Names outside the list are refused, so that nothing is written elsewhere and no pickle is near.
+Files are stored without compression: the same files give the same bytes, and a small zip cannot become a large
+folder. Names outside the list are refused, so that nothing is written elsewhere and no pickle is read.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ CARD, README, LICENSE, SUMS = "card.json", "README.md", "LICENSE", "SHA256SUMS"
 REQUIRED = (README, CARD, "checkpoint.json", "config.yaml", "model.safetensors")
 OPTIONAL = (LICENSE, "reference/reference.json", "reference/genes.tsv.gz", "reference/ccres.bed.gz")
 MOST_PACKED = 100
-"""What a table of a reference may hold per byte of its gzip; those of real genomes hold 3 to 6."""
+"""Maximum size of an unpacked table per byte of its gzip; tables of real genomes have 3 to 6."""
 _BLOCK = 1 << 20
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def is_archive(path: str | Path) -> bool:
-    """Tell whether `path` is called as packed models are."""
+    """Return whether `path` has the suffix of packed models."""
     return Path(path).suffix == SUFFIX
 
 
@@ -53,7 +53,7 @@ def write_archive(folder: Path, path: str | Path, *, force: bool = False) -> Pat
 def unpacked(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder with the files of a packed model, each compared with its checksum.
 
-    The folder goes afterwards; where a system keeps files that are still mapped into memory, so does it.
+    The folder is removed afterwards, unless the system keeps files that are still mapped into memory.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def read_card(path: str | Path) -> bytes:
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, str]]]:
-    """Open a checked zip, with the checksum of each file; what is wrong with it becomes a `CheckpointError`."""
+    """Open and check a zip; yield it with the checksum of each file. Raises `CheckpointError` as `unpacked` does."""
     if not Path(path).is_file():
         raise CheckpointError(f"model {path} does not exist", hint="check the path")
     try:
@@ -132,7 +132,7 @@ def _extract(archive: zipfile.ZipFile, member: str, target: Path, sha256: str) -
 
 
 def _refuse_bomb(path: Path, member: str) -> None:
-    """Raise `ValueError` where a gzip holds far more than any table of a reference."""
+    """Raise `ValueError` if a gzip unpacks to far more bytes than a table of a reference can have."""
     left = MOST_PACKED * path.stat().st_size
     with gzip.open(path) as table:
         while block := table.read(_BLOCK):

@@ -1,4 +1,4 @@
-"""Safe writes: a file or folder appears whole or not at all, and a full disk is told in one line."""
+"""Safe writes: a file or folder appears whole or not at all, and a full disk gives one clear error."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folders(paths: Sequence[Path], *, force: bool = False) -> Iterator[list[Path]]:
-    """Yield a temporary folder beside each path; on success rename them in this order, with nothing in between.
+    """Yield a temporary folder beside each path; on success rename all of them, in this order.
 
     Raises as `atomic_folder` does.
     """
@@ -89,7 +89,7 @@ def atomic_folders(paths: Sequence[Path], *, force: bool = False) -> Iterator[li
 
 
 def _place_folder(new: Path, path: Path, *, force: bool) -> None:
-    """Rename `new` onto `path`; with `force`, what was there is found at `new` afterwards.
+    """Rename `new` onto `path`; with `force`, the folder that was there moves to `new`.
 
     A kill between the two renames leaves the old folder under a hidden name that ends in `.old`.
     """
@@ -113,7 +113,7 @@ def _place_folder(new: Path, path: Path, *, force: bool) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder, or what can be removed of it; what went wrong before is the error to tell."""
+    """Remove a file or folder as far as possible; errors are ignored, so that an earlier one is reported."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -143,12 +143,12 @@ _DISK = {
 
 
 _TORCH_CANNOT_WRITE = re.compile(r"PytorchStreamWriter failed|inline_container.*unexpected pos")
-"""The message of `torch.save` where writing fails; it does not give the reason."""
+"""What `torch.save` raises if writing fails; it does not give the reason."""
 
 
 @contextlib.contextmanager
 def write_errors(path: Path, temporary: Path) -> Iterator[None]:
-    """Turn whatever a writer raises where the disk is full into one `WriteError` that names `path`."""
+    """Turn any error of a full or read-only disk into one `WriteError` that names `path`."""
     try:
         yield
     except Exception as error:
@@ -162,7 +162,7 @@ def write_errors(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def _disk_reason(error: BaseException | None, temporary: Path) -> str | None:
-    """Return what the disk said, out of an error or one before it; libraries have it in their text only."""
+    """Return the disk's reason from an error or one of its causes; some libraries give it in their text only."""
     while error is not None:
         text = str(error)
         told = re.search(r"errno = (\d+)|os error (\d+)", text)
@@ -199,7 +199,7 @@ def refuse_existing(path: str | Path, *, force: bool) -> None:
 
 
 def refuse_file_name(folder: str | Path) -> None:
-    """Raise `InputError` where what should be a folder is named like a table, or is a file."""
+    """Raise `InputError` if the name of an output folder is a file, or ends like one."""
     if Path(folder).is_file() or re.search(r"\.(?:tsv|csv|txt|json|html)(?:\.gz)?$", str(folder)):
         raise InputError(f"{folder} is the name of a file", hint="give a folder; several files go into it")
 

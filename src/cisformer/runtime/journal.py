@@ -29,9 +29,9 @@ Facts = dict[str, Any]
 
 
 class Journal:
-    """The steps of a run, in a file that is written anew after each of them.
+    """The steps of a run, in a file that is rewritten after each of them.
 
-    A step is done if it came to its end, was made from the same things as now, and its files are still there.
+    A step is done if it finished, its inputs and options are unchanged, and its files still exist.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class Journal:
         return [name for name in names if made_from.get(name) != before.get(name)]
 
     def begin(self, step: str, made_from: Mapping[str, str]) -> None:
-        """Note that a step begins; one that was interrupted, of the same things, goes on."""
+        """Record that a step begins; an interrupted step with the same inputs and options continues."""
         known = self._steps.get(step, {})
         if known.get("done", True) or known["made_from"] != dict(made_from):
             now = datetime.now().strftime(STAMP)
@@ -96,7 +96,7 @@ class Journal:
         return str(self._steps[step]["begun"])
 
     def finish(self, step: str, facts: Facts, seconds: float) -> None:
-        """Note that a step is done, and what it found."""
+        """Record that a step is done, and its results."""
         self._steps[step] |= {"done": True, "seconds": round(seconds, 1), "facts": facts}
         self._write()
 
@@ -156,7 +156,7 @@ class Step:
 
 
 def do_steps(steps: list[Step], journal: Journal, *, force: bool) -> None:
-    """Do the steps that are not done yet, and note what they found.
+    """Do the steps that are not done yet, and record their results.
 
     Raises
     ------
@@ -180,7 +180,7 @@ def _do(step: Step, journal: Journal, heading: str) -> None:
 
 
 def _refuse_changes(journal: Journal, steps: list[Step], force: bool) -> None:
-    """Raise `OutputExistsError` where a step that is done would be done again from other things."""
+    """Raise `OutputExistsError` if a finished step would run again with other inputs or options."""
     changed = {step.title: journal.changes(step.name, step.made_from) for step in steps}
     changed = {title: changes for title, changes in changed.items() if changes}
     if changed and not force:

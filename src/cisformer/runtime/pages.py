@@ -1,4 +1,4 @@
-"""HTML pages out of templates; names from data are escaped."""
+"""HTML pages made from templates; names that come from data are escaped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def render_page(package: str, template: str, /, *, within: str = "templates", **
 
 
 def json_for_html(value: Any) -> str:
-    """Return JSON that can stand in a script element: no text in it can end the element.
+    """Return JSON for use in a script element: no text in it can end the element.
 
     Examples
     --------

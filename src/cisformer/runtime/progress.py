@@ -23,8 +23,8 @@ def progress(
 ) -> Iterator[T]:
     """Yield `items`, showing progress: a bar in a terminal or notebook, elsewhere a log line per 10 %.
 
-    Lines come at least `LOG_EVERY_S` apart, so that what is soon over says nothing. `total` counts in `unit`;
-    `size` says how many of them an item is.
+    Log lines are at least `LOG_EVERY_S` apart, so that short work logs nothing. `total` is in `unit`; `size`
+    returns how many units an item has.
     """
     total = total if total is not None else _length(items)
     if sys.stderr.isatty() or "ipykernel" in sys.modules:

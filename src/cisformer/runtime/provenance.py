@@ -1,4 +1,4 @@
-"""What every file says of its origin: package, version, command and time."""
+"""The origin that files record: package, version, command and time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def package_version() -> str:
 
 
 def provenance(**extra: Any) -> dict[str, Any]:
-    """Return what every file we write carries: package, version and `extra`.
+    """Return the record that every file we write carries: package, version and `extra`.
 
-    Nothing of the moment or the command line, so that the same work gives the same bytes; see `occasion`.
+    Time and command line are not in it, so that the same work gives the same bytes; see `occasion`.
     """
     return {"package": "cisformer", "version": package_version(), **extra}
 
