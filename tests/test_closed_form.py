@@ -1,5 +1,7 @@
 """The closed-form start against scikit-learn and against matrices written out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,17 +25,20 @@ from cisformer.model.closed_form import (
 )
 from cisformer.model.closed_form_atac import (
     BESIDE_SPREAD,
+    USUAL_SHARED,
     Hat,
     Penalty,
     Sums,
     beside,
     change_of_log_odds,
     learn_covariance,
+    shared_loadings,
     solve,
 )
 from cisformer.model.projection import fit_projection, states
 from cisformer.model.target_states import (
     CellRidge,
+    assemble,
     axis_scores,
     conjugate_gradients,
     held_out_states,
@@ -169,6 +174,17 @@ def test_leverage_is_the_mean_share_of_a_cells_own_target():
     assert leverage == pytest.approx(exact, abs=0.02)
 
 
+def test_no_components_of_expression_leave_the_projection_as_it_is(expression):
+    """Validation may choose none; no warning about their spread then."""
+    store, layout, start = expression
+    x = start.projection.features(CellRows.of(store, np.arange(store.n_cells)).read(layout).x)
+    own = int(start.projection.principal.sum())
+    ridge = CellRidge(x, np.zeros((store.n_cells, 0)), np.random.default_rng(0))
+    projection, found = assemble(start.projection, ridge, np.zeros((len(layout.target_index), 0)), 1.0)
+    assert projection.rank == own
+    assert found.readout.shape == (own, 0)
+
+
 def test_axes_of_too_few_cells():
     assert target_axes(sp.csr_matrix(np.eye(1, 7)), np.ones(7), 0).shape == (7, 0)
     assert target_axes(sp.csr_matrix(np.eye(3, 7)), np.ones(7), 0).shape == (7, 2)
@@ -188,28 +204,65 @@ def test_accessibility_without_unevenness_is_ridge_regression(accessibility):
     shrink = sd / sd[0]
     ridge = Ridge(alpha=0.7 * len(z), fit_intercept=False).fit(z * shrink, y - p)
     np.testing.assert_allclose(loadings * (p * (1 - p))[:, None], ridge.coef_ * shrink, atol=1e-5)
-    np.testing.assert_array_equal(start.loadings, solve(sums, sd, Penalty(5, 1.0, 0.5)))
+    usual = Penalty(5, 1.0, 0.5, shared=USUAL_SHARED)
+    np.testing.assert_array_equal(start.loadings, solve(sums, sd, usual))
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_loadings_drawn_to_their_neighbours_are_the_posterior_mean(accessibility, steps):
+def test_what_ccres_share_is_ridge_regression_of_their_number(accessibility):
+    """scikit-learn's ridge of how many cCREs are open in a cell, more than on average."""
+    store, layout, start = accessibility
+    rows = np.arange(store.n_cells)
+    z, y = states(start.projection, store, rows, layout).astype(np.float64), dense(store, layout, "target")
+    sums, sd = (
+        Sums.over(CellRows.of(store, rows), start.projection, layout),
+        start.projection.sd.double().numpy(),
+    )
+    p = 1 / (1 + np.exp(-start.prior.astype(np.float64)))
+    shrink = sd / sd[0]
+    more = (y.sum(axis=1) - p.sum()) / (p * (1 - p)).sum()
+    ridge = Ridge(alpha=len(z) / 4, fit_intercept=False).fit(z * shrink, more)
+    found = shared_loadings(sums, sd, 4.0)
+    np.testing.assert_allclose(found, ridge.coef_ * shrink, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        solve(sums, sd, Penalty(0, 1.0, 0.0, shared=4.0)), np.tile(found, (len(p), 1)), rtol=1e-5
+    )
+
+
+def test_depth_raises_all_ccres_alike():
+    """Cells that differ in depth alone: every cCRE would learn that with an error of its own, all together do not."""
+    rng, n_cells, n_ccres = np.random.default_rng(0), 150, 400
+    depth = rng.normal(size=n_cells)
+    z = np.column_stack([depth, rng.normal(size=n_cells)])
+    p = rng.uniform(0.05, 0.3, n_ccres)
+    y = (rng.random((n_cells, n_ccres)) < p * (1 + 0.3 * depth[:, None])).astype(float)
+    sums, sd = Sums(n_cells, y.sum(axis=0), z.sum(axis=0), z.T @ z, z.T @ y), np.ones(2)
+    errors = [
+        solve(sums, sd, Penalty(2, 1.0, 0.0, steps=30, shared=shared))[:, 0] - 0.3 / (1 - p)
+        for shared in (0.0, 100.0)
+    ]
+    assert np.square(errors[1]).mean() < 0.2 * np.square(errors[0]).mean()
+
+
+@pytest.mark.parametrize(("steps", "shared"), [(0, 0.0), (3, 0.0), (3, 10.0)])
+def test_loadings_drawn_to_their_neighbours_are_the_posterior_mean(accessibility, steps, shared):
     """Of a normal model written out with dense matrices, one cCRE at a time."""
     store, layout, start = accessibility
     sd = start.projection.sd.double().numpy()
     sums = Sums.over(CellRows.of(store, np.arange(store.n_cells)), start.projection, layout)
     near = beside(store.reference.ccres.iloc[layout.target_index])
-    penalty = Penalty(5, 0.7, 0.5, steps=steps, strength=0.5, beside=True)
+    penalty = Penalty(5, 0.7, 0.5, steps=steps, strength=0.5, beside=True, shared=shared)
     loadings = solve(sums, sd, penalty, near)
     hat, p = Hat.of(sums, sd, penalty), sums.frequency()
     w, precision = p * (1 - p), np.linalg.inv(hat.basis @ hat.basis.T)
-    score = sums.cross - np.outer(sums.z, p)
+    m = shared_loadings(sums, sd, shared)
+    score = sums.cross - np.outer(sums.z, p) - np.outer(sums.gram @ m, w)
     for f in (0, 11, 40):
         row = near[f].toarray().ravel()
         own = precision * w[f] ** -0.5  # of M_f: V⁻¹ w^(1 - a), of neighbours of weight w: V⁻¹ w^(1 - a) too
         pooled = np.linalg.solve((row @ w) * sums.gram + BESIDE_SPREAD * w[f] * own, score @ row)
         wanted = pooled + np.linalg.solve(sums.gram + own, score[:, f] / w[f] - sums.gram @ pooled)
-        np.testing.assert_allclose(loadings[f], wanted, rtol=1e-4, atol=1e-5)
-    assert np.abs(loadings - solve(sums, sd, Penalty(5, 0.7, 0.5, steps=steps, strength=0.5))).max() > 0.01
+        np.testing.assert_allclose(loadings[f], m + wanted, rtol=1e-4, atol=1e-5)
+    assert np.abs(loadings - solve(sums, sd, replace(penalty, beside=False))).max() > 0.01
 
 
 def test_cells_say_how_loadings_vary():

@@ -5,7 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -102,6 +102,7 @@ def test_best_is_its_epoch_with_the_closed_form_of_all_cells(direction, tiny_che
     train, val = both_sides(cells)
     if direction == "rna2atac":
         sd = epoch.model.projection.sd.double().numpy()
+        assert {f"linear_{field.name}" for field in fields(Penalty)} <= best.metrics.keys()
         penalty = Penalty.from_metrics(best.metrics)
         near = beside(best.reference.ccres.iloc[best.layout.target_index])
         before, after = (

@@ -21,6 +21,7 @@ from cisformer.data.batches import Layout, read_modality, row_blocks
 from cisformer.data.store import CellStore
 from cisformer.model.cell_rows import CellRows
 from cisformer.model.closed_form_atac import (
+    USUAL_SHARED,
     Hat,
     Penalty,
     Sums,
@@ -192,7 +193,7 @@ def fit_linear(
     parts = [Sums.over(fold, projection, layout) for fold in folds]
     sums = sum(parts[1:], parts[0])
     near = beside(train.reference.ccres.iloc[layout.target_index])
-    penalty = Penalty(projection.rank, 0.3 if given is None else given, 0.5)
+    penalty = Penalty(projection.rank, 0.3 if given is None else given, 0.5, shared=USUAL_SHARED)
     if given is None and len(held_out):
         left_out = [(sums - part, fold) for part, fold in zip(parts, folds, strict=True) if n_folds > 1]
         penalty = select_penalty([(sums, held_out), *left_out], projection, layout, near, rng)

@@ -3,7 +3,7 @@
     eta[i, f] = prior[f] + link(<z[i], loadings[f]>),    loadings[f] ~ N(M_f, V w_f^(a - 1)),    w_f = p_f (1 − p_f)
 
 The loadings are ridge regression of accessibility, in units of w so that they are a change of log odds to first order,
-drawn to M_f with covariance V:
+drawn to M_f = m + N_f with covariance V:
 
     loadings[f] = M_f + (ZᵀZ + V⁻¹ w_f^-a)⁻¹ (Zᵀ(Y[:, f] − p_f) / w_f − ZᵀZ M_f)
 
@@ -13,9 +13,14 @@ log 3 more. Without it a linear model of log odds overshoots at seldom open cCRE
 V starts as that of ridge regression on principal components, diag(σ_k² / σ_1²) / (n λ mean(w)^a): a = 0 is ridge
 regression of frequencies, a = 1 one Newton step of ridge logistic regression. A few steps of expectation–maximisation
 over all cCREs then learn how much each state tells of accessibility, and which tell it together (empirical Bayes: Efron
-and Morris 1973; Dempster, Laird, Rubin 1977). M_f is what the cCREs beside f on the genome say: they tend to open in
-the same cells. Rank, λ, a, steps and neighbours are chosen on validation cells. One sweep over the cells gives ZᵀZ and
-ZᵀY; the rest are K × K systems.
+and Morris 1973; Dempster, Laird, Rubin 1977). m is what all cCREs share: in a deeply sequenced cell more of each are
+found open. If each cCRE had to learn that alone, its errors would change the order of the cCREs within a cell. m is
+ridge regression of the number of open cCREs, where leading components are penalised least:
+
+    m = (ZᵀZ + n/τ diag(σ_1² / σ_k²))⁻¹ Σ_f Zᵀ(Y[:, f] − p_f) / Σ_f w_f
+
+N_f is what the cCREs beside f on the genome say: they tend to open in the same cells. Rank, λ, a, τ, steps and
+neighbours are chosen on validation cells. One sweep over the cells gives ZᵀZ and ZᵀY; the rest are K × K systems.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -47,6 +53,8 @@ RANKS = (4, 8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
 STEPS = (0, 1, 3, 10, 30)
 STRENGTHS = (0.5, 1.0)
 """Of V once it has been learnt."""
+SHARED, USUAL_SHARED = (0.0, 1.0, 10.0, 100.0), 10.0
+"""τ: how freely m is learnt, 0 for m = 0; and the one that serves until it is chosen."""
 LEARN_CCRES, LEARN_OPEN = 50_000, 5
 """V is learnt from at most so many cCREs, each open in at least so many cells."""
 N_BESIDE, BESIDE_BP, MOST_BESIDE_BP = 8, 10_000, 100_000
@@ -101,6 +109,11 @@ class Sums:
                 gram, cross = gram + z.T @ z, cross + (y.T @ z).T
         return cls(n, open_, z_sum, gram, cross)
 
+    @cached_property
+    def cross_total(self) -> np.ndarray:
+        """ZᵀY summed over the targets; float64 [K]."""
+        return self.cross.sum(axis=1)
+
     def prior(self) -> np.ndarray:
         """Return the logit of the frequencies, smoothed by one cell of the mean frequency; float32 [F]."""
         return smoothed_logit(self.open_, self.n_cells)
@@ -121,7 +134,9 @@ class Penalty:
     steps, strength
         Steps that V is learnt by, and what it is multiplied with.
     beside
-        Whether loadings are drawn to those of the cCREs beside them, or to 0.
+        Whether loadings are drawn to those of the cCREs beside them.
+    shared
+        τ: how freely all cCREs share loadings; 0 if they share none.
     """
 
     rank: int
@@ -130,6 +145,7 @@ class Penalty:
     steps: int = 0
     strength: float = 1.0
     beside: bool = False
+    shared: float = 0.0
 
     def to_metrics(self) -> dict[str, float]:
         """Return what a checkpoint records."""
@@ -177,7 +193,7 @@ def beside(ccres: pd.DataFrame) -> sp.csr_matrix:
 
 @dataclass(frozen=True)
 class Hat:
-    """The inverses (ZᵀZ + V⁻¹ w_f^-a)⁻¹ of all targets: basis (spread + ridge_f)⁻¹ basisᵀ.
+    """The inverses (ZᵀZ + V⁻¹ w_f^-a)⁻¹ of all targets, basis (spread + ridge_f)⁻¹ basisᵀ, and what targets share.
 
     Attributes
     ----------
@@ -185,11 +201,14 @@ class Hat:
         float64 [K, K] and [K], basis basisᵀ = V and basisᵀ ZᵀZ basis = diag(spread); zero and one beyond the rank.
     ridge
         w_f^-a; float64 [F].
+    shared
+        m; float64 [K].
     """
 
     basis: np.ndarray
     spread: np.ndarray
     ridge: np.ndarray
+    shared: np.ndarray
 
     @classmethod
     def of(cls, sums: Sums, sd: np.ndarray, penalty: Penalty) -> Hat:
@@ -200,15 +219,37 @@ class Hat:
         unit = sums.n_cells * max(penalty.ridge, 1e-9) * weight.mean() ** penalty.unevenness
         start[:rank] = np.square(sd[:rank] / sd[0]) / unit
         covariance = np.diag(start)
+        shared = shared_loadings(sums, sd, penalty.shared)
         if penalty.steps:
             learnt = _learnt_from(sums)
-            score = _score(sums, p, learnt)
+            score = _score(sums, p, learnt) - np.outer(sums.gram @ shared, weight[learnt])
             for _ in range(penalty.steps):
                 covariance = learn_covariance(
                     covariance, sums.gram, score, weight[learnt], penalty.unevenness
                 )
         covariance = covariance * penalty.strength
-        return cls(*simultaneous(covariance, sums.gram, rank), weight**-penalty.unevenness)
+        return cls(*simultaneous(covariance, sums.gram, rank), weight**-penalty.unevenness, shared)
+
+
+def shared_loadings(sums: Sums, sd: np.ndarray, freedom: float) -> np.ndarray:
+    """Return m, the loadings that all targets share; float64 [K].
+
+    Parameters
+    ----------
+    sums
+        Of the training cells.
+    sd
+        Spread of each state before whitening, largest first; [K].
+    freedom
+        τ; 0 for none.
+    """
+    if freedom == 0:
+        return np.zeros(len(sd))
+    p = sums.frequency()
+    penalty = sums.n_cells / freedom * np.square(sd[0] / sd)
+    return np.linalg.solve(
+        sums.gram + np.diag(penalty), (sums.cross_total - sums.z * p.sum()) / (p * (1 - p)).sum()
+    )
 
 
 def _learnt_from(sums: Sums) -> np.ndarray:
@@ -285,20 +326,20 @@ def solve(
 def _solve(sums: Sums, hat: Hat, near: sp.csr_matrix | None, columns: np.ndarray) -> np.ndarray:
     p = sums.frequency()
     weight = (p * (1 - p))[columns]
-    wanted = _score(sums, p, columns) / weight
-    centre = np.zeros_like(wanted)
+    centre = np.repeat(hat.shared[:, None], len(columns), axis=1)
     if near is not None:
-        centre = _beside(sums, hat, near[columns], columns)
-        wanted = wanted - sums.gram @ centre
+        centre += _beside(sums, hat, near[columns], columns)
+    wanted = _score(sums, p, columns) / weight - sums.gram @ centre
     inverse = 1 / (hat.spread[:, None] + hat.ridge[columns])
     return (centre + hat.basis @ ((hat.basis.T @ wanted) * inverse)).T
 
 
 def _beside(sums: Sums, hat: Hat, near: sp.csr_matrix, columns: np.ndarray) -> np.ndarray:
-    """Return M [K, columns]: the neighbours' cells taken together, as if of one cCRE, and shrunk."""
+    """Return N [K, columns]: the neighbours' cells taken together, as if of one cCRE, and shrunk."""
     p = sums.frequency()
     weight = p * (1 - p)
     score = (near @ sums.cross.T).T - np.outer(sums.z, near @ p)
+    score -= np.outer(sums.gram @ hat.shared, near @ weight)
     precision = hat.spread[:, None] * (near @ weight) + BESIDE_SPREAD * weight[columns] * hat.ridge[columns]
     return hat.basis @ ((hat.basis.T @ score) / precision)
 
@@ -336,7 +377,7 @@ def select_penalty(
     """Return the penalty of lowest loss; rank 0 is the mean profile.
 
     First rank and λ at the middle unevenness, then λ and unevenness at that rank, then how V is learnt and whether
-    neighbours help.
+    neighbours help, then how much all cCREs share.
 
     Parameters
     ----------
@@ -352,18 +393,22 @@ def select_penalty(
         return sum(case.loss(solve(case.sums, sd, choice, near, judged)) for case in cases)
 
     ranks = sorted({projection.rank, *(r for r in RANKS if r < projection.rank)})
-    first = _best(loss, (Penalty(*x) for x in itertools.product(ranks, PENALTIES, UNEVENNESS[1:2])))
-    best = _best(loss, (Penalty(*x) for x in itertools.product([first.rank], PENALTIES, UNEVENNESS)))
+    usual = Penalty(0, 1.0, UNEVENNESS[1], shared=USUAL_SHARED)
+    pairs = itertools.product(ranks, PENALTIES)
+    best = _best(loss, (replace(usual, rank=rank, ridge=ridge) for rank, ridge in pairs))
+    forms = itertools.product(PENALTIES, UNEVENNESS)
+    best = _best(loss, (replace(best, ridge=ridge, unevenness=uneven) for ridge, uneven in forms))
     best = _best(loss, (replace(best, steps=steps, beside=True) for steps in STEPS))
     choices = itertools.product(STRENGTHS, (False, True))
     best = _best(
         loss, (replace(best, strength=strength, beside=with_them) for strength, with_them in choices)
     )
-    if loss(Penalty(0, 1.0, 0.0)) <= loss(best):
-        best = Penalty(0, best.ridge, best.unevenness)
+    best = _best(loss, (replace(best, shared=shared) for shared in SHARED))
+    alone = Penalty(0, best.ridge, best.unevenness)
+    best = _best(loss, (alone, replace(alone, shared=best.shared), best))
     logger.info(
-        "linear start: %d components, penalty %g, unevenness %g, %d steps, strength %g, neighbours %s",
-        best.rank, best.ridge, best.unevenness, best.steps, best.strength, best.beside,
+        "linear start: %d components, penalty %g, unevenness %g, %d steps, strength %g, neighbours %s, shared %g",
+        best.rank, best.ridge, best.unevenness, best.steps, best.strength, best.beside, best.shared,
     )  # fmt: skip
     return best
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from cisformer.errors import CheckpointError, TrainingError
 from cisformer.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.closed_form import count_features
+from cisformer.model.closed_form_atac import Penalty
 from cisformer.model.documented_task import FullTask
 from cisformer.parallel.processes import Processes
 from cisformer.runtime.device import best_device, fastest_precision
@@ -48,13 +50,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
-START_METRICS = (
-    *(
-        f"linear_{name}"
-        for name in ("rank", "ridge", "unevenness", "steps", "strength", "beside", "val_loss")
-    ),
-    "mean_val_loss",
-)
+START_METRICS = (*(f"linear_{field.name}" for field in fields(Penalty)), "linear_val_loss", "mean_val_loss")
 """Facts about the closed-form start; part of every epoch's record."""
 
 
