@@ -276,7 +276,7 @@ def blood_links(data: Path) -> Links:
         FEATURES,
         LinkPrior,
         count_between,
-        gene_competition,
+        count_near,
         is_noncoding,
         pair_features,
         relative_activity,
@@ -297,16 +297,17 @@ def blood_links(data: Path) -> Links:
     gene, peak = window_pairs(genes, blood.peaks, WINDOW_BP)
     distance = signed_distance(genes, blood.peaks, gene, peak)
     names = genes["gene_name"]
-    between = count_between(human.genes, genes["chrom"].to_numpy()[gene], middle[peak], site[gene])
+    chrom = genes["chrom"].to_numpy()
+    between = count_between(human.genes, chrom[gene], middle[peak], site[gene])
+    near = count_near(human.genes, chrom, site)[gene]
     breadth, promoter = blood.breadth_of(names)[gene], blood.is_promoter(genes)
-    partner = exchange_genes(genes["chrom"].to_numpy(), level.mean(axis=0), np.random.default_rng(0))
+    partner = exchange_genes(chrom, level.mean(axis=0), np.random.default_rng(0))
     correlation = blood_correlation(blood, names.iloc[gene], peak)
     exchanged = blood_correlation(blood, names.iloc[partner[gene]], peak)
 
     def log_odds(signal: np.ndarray) -> np.ndarray:
         activity = relative_activity(signal, promoter)[peak]
-        rivals = gene_competition(gene, distance, activity, len(genes))[gene]
-        return prior.log_odds(pair_features(distance, activity, between, breadth, rivals))
+        return prior.log_odds(pair_features(distance, activity, between, breadth, near))
 
     one, zero = np.ones(len(gene)), np.zeros(len(gene))
     evidence = Evidence(probability(log_odds(blood.signal.mean(axis=0))), correlation, exchanged, zero, one)
