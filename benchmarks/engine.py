@@ -3,6 +3,7 @@
     python benchmarks/engine.py WORK speed [--cells 1000] [--ccres 100000]
     python benchmarks/engine.py WORK growth [--cells 1000 10000 100000] [--ccres 40000 200000 1000000]
     python benchmarks/engine.py WORK presets [--cells 2000]
+    python benchmarks/engine.py WORK start [--cells 1000] [--ccres 100000 1000000] [--directions atac2rna]
 
 `speed` takes training steps and predicts cells in this process, one thread, and runs the prediction commands. The
 operations of matrix products are counted, and the bytes that go into and come out of every operator, and stand
@@ -11,7 +12,8 @@ goes, and what `compile` changes. What stays in cache between two operators coun
 pass that of copying. `growth` runs whole commands with the small preset and one epoch, on cells with 2,000 genes and
 6,000 open cCREs each, human reference, over the number of cells at 100,000 cCREs and over the number of cCREs at
 1,000 cells, and fits exponents. `presets` trains both presets on simulated cells with planted links (5,000 genes,
-40,000 cCREs) and scores the test cells.
+40,000 cCREs) and scores the test cells. `start` fits the closed form
+alone, in this process, to cells as those of `growth`.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work", type=Path)
-    parser.add_argument("what", choices=["speed", "growth", "presets"])
+    parser.add_argument("what", choices=["speed", "growth", "presets", "start"])
     parser.add_argument("--cells", type=int, nargs="+")
     parser.add_argument("--ccres", type=int, nargs="+")
     parser.add_argument("--over", nargs="+", default=["cells", "cCREs"], choices=["cells", "cCREs"])
@@ -53,7 +55,7 @@ def main() -> None:
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     print(f"python {platform.python_version()}, numpy {np.__version__}, seed {options.seed}")
-    {"speed": speed, "growth": growth, "presets": presets}[options.what](options)
+    {"speed": speed, "growth": growth, "presets": presets, "start": start}[options.what](options)
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -137,6 +139,28 @@ def growth_row(
     )
     shutil.rmtree(folder / "save")
     return trained.cpu_s, trained.own_gb
+
+
+# ---------------------------------------------------------------------------------------------- start
+
+
+def start(options: argparse.Namespace) -> None:
+    """Print CPU seconds of the closed-form start."""
+    import torch
+
+    from cisformer.training.loop import _fit
+    from cisformer.training.split import CellSplit
+
+    torch.set_num_threads(1)
+    for direction in options.directions:
+        for n_cells in options.cells or (GROWTH_CELLS,):
+            for n_ccres in options.ccres or (100_000, 1_000_000):
+                data = cells_on_disk(options, n_cells, n_ccres, direction) / "data"
+                cells = CellSplit.open(data, None, direction, 0)
+                began = time.process_time()
+                _fit(cells, default_config(direction, "small"), direction)
+                took = time.process_time() - began
+                print(f"{direction}, {n_cells:,} cells, {n_ccres:,} cCREs: {took:.1f} CPU s", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- presets

@@ -267,13 +267,17 @@ def null_calibration(
 def print_null(table: pd.DataFrame, types: pd.Series, figure: Path | None) -> None:
     """Print inflation and false discoveries by type."""
     tested = table[table["p_value"].notna()]
-    print("\n| cell type | cells | tested | λ | FDR < 0.05 |\n|---|---|---|---|---|")
+    print(
+        "\n| cell type | cells | tested | λ | p < 0.0001, over 0.0001 | FDR < 0.05 |\n|---|---|---|---|---|---|"
+    )
     for name, part in [*tested.groupby("cell_type"), ("all", tested)]:
         n_cells = int((types == name).sum()) or len(types)
         false = (part["fdr"] < 0.05).sum()
+        tail = (part["p_value"] < 1e-4).mean() / 1e-4
         print(
-            f"| {name} | {n_cells:,} | {len(part):,} | {inflation(part['p_value']):.3f} | {false / len(part):.5%} |"
+            f"| {name} | {n_cells:,} | {len(part):,} | {inflation(part['p_value']):.3f} | {tail:.2f} ", end=""
         )
+        print(f"| {false / len(part):.5%} |")
     if figure is not None:
         draw_qq(tested, figure)
         print(f"\nwrote {figure}")
@@ -296,7 +300,7 @@ def draw_qq(tested: pd.DataFrame, path: Path) -> None:
             observed = -np.log10(np.sort(part["p_value"]))
             expected = -np.log10((np.arange(len(part)) + 0.5) / len(part))
             axes.plot(expected, observed, ".", ms=3, label=f"{name}, λ = {inflation(part['p_value']):.2f}")
-        n = tested["cell_type"].value_counts().max()
+        n = tested["cell_type"].value_counts().min()  # the widest band
         grid = np.arange(1, int(n) + 1, max(1, int(n) // 5000))
         band = [-np.log10(stats.beta.ppf(q, grid, n - grid + 1)) for q in (0.025, 0.975)]
         axes.fill_between(-np.log10(grid / n), *band, color="0.85", lw=0, zorder=0)

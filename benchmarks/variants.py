@@ -1,12 +1,14 @@
 """Measure `annotate_variants`: is the linked gene right more often than the nearest one, and is the enrichment honest?
 
     python benchmarks/variants.py WORK --simulated contact 31     one mode and seed at a time, a minute and a half each
-    python benchmarks/variants.py WORK --enrichment contact 31    on the links that --simulated left in WORK
+    python benchmarks/variants.py WORK --enrichment contact 31    planted traits, on the links that --simulated left
+    python benchmarks/variants.py WORK --null contact31 uniform31    random variants, on these links
     python benchmarks/variants.py WORK --real DATA                DATA holds `truth/`, `crispr/` and `heme_bulk_14/`
 
 *Simulated*: 1,500 cells, 1,200 genes, 10,000 cCREs, 6 types; the `small` preset; all cells are linked. One variant is
 planted in each cCRE whose links are all distal (more than 1 kb from the TSS), at a random base. A gene is right if the
-cCRE is linked to it in some type.
+cCRE is linked to it in some type. The linked gene is that of the highest score, however low (`min_score` 0); the
+column `gene` is that of the default: the linked gene where a link scores enough, else the nearest one.
 
 *Enrichment*: random variants fall into listed cCREs in proportion to their length, scattered (80) or three
 within 20 kb of each of 40 places. Planted traits: half of the loci in cCREs with a distal link in one type, of which
@@ -21,14 +23,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cisformer.analysis.enrichment import linked_enrichment
-from cisformer.analysis.stored import open_links
+from cisformer.analysis.enrichment import LinkedShare, MatchedCcres, one_per_locus
+from cisformer.analysis.stored import StoredLinks, open_links
 from cisformer.analysis.variant_genes import annotate_variants, collect
 from cisformer.config import default_config
 from cisformer.data.genome import region_names, signed_distance, tss, window_pairs
@@ -43,12 +46,13 @@ DISTAL_BP, WINDOW_BP = 1_000, 250_000
 BINS_BP = (1_000, 10_000, 50_000, 250_000)
 CLUSTER_BP = 20_000
 SCORES = (0.0, 0.1, 0.5, 0.9)
-N_NULL, N_PLANTED = 150, 30
-EVERYTHING = {"min_score": 0.0, "genome": "hg38", "n_permutations": 1}
+N_NULL, N_PLANTED, N_DRAWS = 300, 30, 500
+DEFAULT = {"genome": "hg38", "n_permutations": 1}
+EVERYTHING = DEFAULT | {"min_score": 0.0}
 
 
 def right(table: pd.DataFrame, genes_of: dict[str, set[str]]) -> pd.DataFrame:
-    """Say of each variant whether the linked gene, the nearest gene and the two together are right."""
+    """Say of each variant whether the linked gene and the nearest gene are right, and whether they are the same."""
     truth = [genes_of[name] for name in table["variant"]]
     columns = {
         "linked": [gene in known for gene, known in zip(table["linked_gene"], truth, strict=True)],
@@ -84,6 +88,21 @@ def compare(answers: pd.DataFrame, distance: np.ndarray) -> None:
     )
 
 
+def compare_column(links: Path, variants: Path, answers: pd.DataFrame, genes_of: dict[str, set[str]]) -> None:
+    """Print how often the column `gene` is right, beside the nearest gene and the linked gene, with sign tests."""
+    found = annotate_variants(links, variants, **DEFAULT).variants
+    gene = np.array(
+        [gene in genes_of[name] for gene, name in zip(found["gene"], found["variant"], strict=True)]
+    )
+    print(f"\ncolumn gene: {gene.mean():.1%} of {len(gene):,} right; right alone : wrong alone", end="")
+    for name in ("nearest", "linked"):
+        other = answers[name].to_numpy(bool)
+        ours, theirs = int((gene & ~other).sum()), int((other & ~gene).sum())
+        p = stats.binomtest(ours, ours + theirs).pvalue if ours + theirs else 1.0
+        print(f"; against {name} ({other.mean():.1%}) {ours} : {theirs}, p {p:.1g}", end="")
+    print()
+
+
 # ---------------------------------------------------------------------------------------------- simulated
 
 
@@ -104,7 +123,9 @@ def simulated(work: Path, mode: str, seed: int) -> None:
     table = annotate_variants(folder, folder / "variants.bed", **EVERYTHING).variants
     near = distal.assign(far=distal["distance"].abs()).groupby("ccre")["far"].min().reindex(table["variant"])
     print(f"\n{mode}, seed {seed}:\n")
-    compare(right(table, genes_of), near.to_numpy())
+    answers = right(table, genes_of)
+    compare(answers, near.to_numpy())
+    compare_column(folder, folder / "variants.bed", answers, genes_of)
 
 
 def make_links(folder: Path, mode: str, seed: int) -> None:
@@ -119,51 +140,76 @@ def make_links(folder: Path, mode: str, seed: int) -> None:
     link(best, store.path, cells.rna.obs["cell_type"], folder)
 
 
-def enrichment(work: Path, mode: str, seed: int) -> None:
-    """Print the calibration of p-values of random variants, and how often planted traits are found."""
-    stored = open_links(work / f"{mode}{seed}")
-    _, linked = collect(stored, pd.DataFrame({"variant": [0], "ccre": [0]}), 0.0)
-    rng = np.random.default_rng(seed)
-    width = (stored.ccres["end"] - stored.ccres["start"]).to_numpy()[linked.ccre]
+@dataclass(frozen=True)
+class Trial:
+    """Links of a simulated set, what random variants are drawn from, and what they are compared with."""
 
-    middle = (stored.ccres["start"] + stored.ccres["end"]).to_numpy()[linked.ccre] // 2
-    chrom = stored.ccres["chrom"].to_numpy()[linked.ccre]
+    stored: StoredLinks
+    linked: LinkedShare
+    matched: MatchedCcres
+    rng: np.random.Generator
 
-    def neighbours(k: int) -> np.ndarray:
-        near = np.flatnonzero((chrom == chrom[k]) & (np.abs(middle - middle[k]) <= CLUSTER_BP))
-        return linked.ccre[rng.choice(near, 3, p=width[near] / width[near].sum())]
+    @classmethod
+    def of(cls, folder: Path, seed: int) -> Trial:
+        """Read the links that `simulated` made."""
+        stored = open_links(folder)
+        _, linked = collect(stored, pd.DataFrame({"variant": [0], "ccre": [0]}), 0.0)
+        matched = MatchedCcres.of(linked, stored.ccres, stored.genes)
+        return cls(stored, linked, matched, np.random.default_rng(seed))
 
-    def tested(rows: np.ndarray) -> pd.Series:
-        about = stored.ccres.iloc[rows][["chrom", "start"]].assign(pip=np.nan, ccre=rows)
-        found = linked_enrichment(about, linked, stored.ccres, stored.genes, n_draws=500, seed=int(rows[0]))
-        return found.set_index("cell_type")["p_value"]
+    def p_values(self, rows: np.ndarray) -> np.ndarray:
+        """Test variants, one in each of these cCREs; [types]."""
+        about = self.stored.ccres.iloc[rows][["chrom", "start"]].assign(pip=np.nan, ccre=rows)
+        place = np.searchsorted(self.linked.ccre, one_per_locus(about, int(rows[0])))
+        return self.matched.test(place, n_draws=N_DRAWS, seed=int(rows[0]))[1]
 
-    print(
-        f"\n{mode}, seed {seed}:\n\n| random variants | λ (median χ²) | p below 0.05 | below 0.01 | KS, worst type |"
-    )
-    print("|---|---|---|---|---|")
-    for name in ("scattered", "clustered"):
+    def random(self, kind: str) -> np.ndarray:
+        """Draw cCREs in proportion to their length: 80 scattered ones, or three around each of 40."""
+        share = self.matched.width / self.matched.width.sum()
+        if kind == "scattered":
+            return np.sort(self.rng.choice(self.linked.ccre, 80, replace=False, p=share))
+        regions = self.stored.ccres.iloc[self.linked.ccre]
+        middle, chrom = ((regions["start"] + regions["end"]) // 2).to_numpy(), regions["chrom"].to_numpy()
         found = []
-        for _ in range(N_NULL):
-            if name == "scattered":
-                rows = rng.choice(linked.ccre, 80, replace=False, p=width / width.sum())
-            else:
-                rows = np.concatenate(
-                    [neighbours(k) for k in rng.choice(len(width), 40, p=width / width.sum())]
-                )
-                rows = np.unique(rows)
-            found.append(tested(np.sort(rows)))
-        p = pd.concat(found, axis=1)
-        inflation = np.median(stats.chi2.isf(p.to_numpy(), 1)) / stats.chi2.ppf(0.5, 1)
-        worst = min(stats.kstest(row, "uniform").pvalue for row in p.to_numpy())
-        below = [(p < level).to_numpy().mean() for level in (0.05, 0.01)]
-        print(f"| {name} | {inflation:.2f} | {below[0]:.3f} | {below[1]:.3f} | {worst:.2g} |")
-    planted(stored, work / f"{mode}{seed}" / "true_links.tsv", linked, tested, rng)
+        for k in self.rng.choice(len(share), 40, p=share):
+            near = np.flatnonzero((chrom == chrom[k]) & (np.abs(middle - middle[k]) <= CLUSTER_BP))
+            found.append(self.rng.choice(near, 3, p=share[near] / share[near].sum()))
+        return np.unique(self.linked.ccre[np.concatenate(found)])
 
 
-def planted(stored, truth: Path, linked, tested, rng: np.random.Generator) -> None:
+def null(work: Path, names: list[str]) -> None:
+    """Print λ of random variants for each set of links, and for all, with its error from sets of variants."""
+    print("| links | random variants | λ | its s.e. | p below 0.05 | below 0.01 | KS, worst type |")
+    print("|---|---|---|---|---|---|---|")
+    rng = np.random.default_rng(0)
+    for kind in ("scattered", "clustered"):
+        parts = []
+        for name in names:
+            trial = Trial.of(work / name, 1)
+            parts.append(np.stack([trial.p_values(trial.random(kind)) for _ in range(N_NULL)]))
+            print_null(name, kind, parts[-1], rng)
+        print_null("all", kind, np.concatenate(parts), rng)
+
+
+def print_null(name: str, kind: str, p: np.ndarray, rng: np.random.Generator) -> None:
+    """Print one row; p-values are [sets of variants, types], whose types go together."""
+
+    def inflation(values: np.ndarray) -> float:
+        return float(np.median(stats.chi2.isf(values, 1)) / stats.chi2.ppf(0.5, 1))
+
+    drawn = [inflation(p[rng.integers(0, len(p), len(p))]) for _ in range(200)]
+    worst = min(stats.kstest(row, "uniform").pvalue for row in p.T)
+    print(
+        f"| {name} | {kind} | {inflation(p):.3f} | {np.std(drawn):.3f} | {(p < 0.05).mean():.4f} | "
+        f"{(p < 0.01).mean():.4f} | {worst:.2g} |", flush=True,
+    )  # fmt: skip
+
+
+def planted(work: Path, mode: str, seed: int) -> None:
     """Print how often the type of a planted trait is significant, and first."""
-    links = pd.read_csv(truth, sep="\t", keep_default_na=False)
+    trial = Trial.of(work / f"{mode}{seed}", seed)
+    stored, linked, rng = trial.stored, trial.linked, trial.rng
+    links = pd.read_csv(work / f"{mode}{seed}" / "true_links.tsv", sep="\t", keep_default_na=False)
     links = links[links["distance"].abs() > DISTAL_BP]
     row_of = pd.Series(np.arange(len(stored.ccres)), region_names(stored.ccres))
     share = {}
@@ -171,7 +217,8 @@ def planted(stored, truth: Path, linked, tested, rng: np.random.Generator) -> No
         table = stored.of_type(name, ("n_open",)).drop_duplicates("ccre")
         share[name] = np.bincount(table["ccre"], table["n_open"], len(stored.ccres)) / stored.n_cells[name]
     mean = np.mean(list(share.values()), axis=0)
-    print("\n| planted trait, loci | right type: p below 0.05 / types | right type first |\n|---|---|---|")
+    print(f"\n{mode}, seed {seed}:\n")
+    print("| planted trait, loci | right type: p below 0.05 / types | right type first |\n|---|---|---|")
     for n in (30, 100):
         hit = []
         for number in range(N_PLANTED):
@@ -182,7 +229,7 @@ def planted(stored, truth: Path, linked, tested, rng: np.random.Generator) -> No
             rows = np.concatenate(
                 [rng.choice(own, n // 2, replace=False), rng.choice(linked.ccre, n - n // 2)]
             )
-            p = tested(np.unique(rows))
+            p = pd.Series(trial.p_values(np.unique(rows)), list(linked.score))
             hit.append((p[name] < 0.05 / len(p), p.idxmin() == name))
         found, first = np.mean(hit, axis=0)
         print(f"| {n} | {found:.0%} | {first:.0%} |")
@@ -212,6 +259,7 @@ def real(work: Path, data: Path) -> None:
     near = known.groupby("variant")["far"].min().reindex(answers["variant"]).to_numpy()
     print("variants in a peak:\n")
     compare(right(answers[within], genes_of), near[within])
+    compare_column(work / "heme", work / "eqtl.bed", right(answers, genes_of), genes_of)
     outside = right(answers[~within], genes_of)
     print(
         f"\nvariants in no peak: {len(outside):,}; the nearest gene is right for {outside['nearest'].mean():.1%}"
@@ -228,7 +276,7 @@ def blood_links(data: Path) -> Links:
         FEATURES,
         LinkPrior,
         count_between,
-        gene_competition,
+        count_near,
         is_noncoding,
         pair_features,
         relative_activity,
@@ -249,16 +297,17 @@ def blood_links(data: Path) -> Links:
     gene, peak = window_pairs(genes, blood.peaks, WINDOW_BP)
     distance = signed_distance(genes, blood.peaks, gene, peak)
     names = genes["gene_name"]
-    between = count_between(human.genes, genes["chrom"].to_numpy()[gene], middle[peak], site[gene])
+    chrom = genes["chrom"].to_numpy()
+    between = count_between(human.genes, chrom[gene], middle[peak], site[gene])
+    near = count_near(human.genes, chrom, site)[gene]
     breadth, promoter = blood.breadth_of(names)[gene], blood.is_promoter(genes)
-    partner = exchange_genes(genes["chrom"].to_numpy(), level.mean(axis=0), np.random.default_rng(0))
+    partner = exchange_genes(chrom, level.mean(axis=0), np.random.default_rng(0))
     correlation = blood_correlation(blood, names.iloc[gene], peak)
     exchanged = blood_correlation(blood, names.iloc[partner[gene]], peak)
 
     def log_odds(signal: np.ndarray) -> np.ndarray:
         activity = relative_activity(signal, promoter)[peak]
-        rivals = gene_competition(gene, distance, activity, len(genes))[gene]
-        return prior.log_odds(pair_features(distance, activity, between, breadth, rivals))
+        return prior.log_odds(pair_features(distance, activity, between, breadth, near))
 
     one, zero = np.ones(len(gene)), np.zeros(len(gene))
     evidence = Evidence(probability(log_odds(blood.signal.mean(axis=0))), correlation, exchanged, zero, one)
@@ -283,12 +332,15 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--simulated", nargs=2, metavar=("MODE", "SEED"))
     parser.add_argument("--enrichment", nargs=2, metavar=("MODE", "SEED"))
+    parser.add_argument("--null", nargs="+", metavar="MODESEED")
     parser.add_argument("--real", type=Path, metavar="DATA")
     options = parser.parse_args()
     if options.simulated:
         simulated(options.work, options.simulated[0], int(options.simulated[1]))
+    if options.null:
+        null(options.work, options.null)
     if options.enrichment:
-        enrichment(options.work, options.enrichment[0], int(options.enrichment[1]))
+        planted(options.work, options.enrichment[0], int(options.enrichment[1]))
     if options.real:
         real(options.work, options.real)
 

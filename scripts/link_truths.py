@@ -13,20 +13,21 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from cisformer.data.genome import overlap_pairs, signed_distance, tss, window_pairs
+from cisformer.data.genome import overlap_pairs, tss
 from cisformer.data.reference import Reference, load_reference
 from cisformer.links.prior import (
     PROMOTER_BP,
+    UNKNOWN_BREADTH,
     count_between,
+    count_near,
     expression_breadth,
-    gene_competition,
     is_noncoding,
     pair_features,
     relative_activity,
 )
 from cisformer.links.statistics import distance_contact as contact
 
-SNP_FLANK_BP, WINDOW_BP = 250, 250_000
+SNP_FLANK_BP = 250
 POPULATION_OF = {"B cells": "B", "CD14+ Monocytes": "Mono", "CD4 Naive": "CD4", "CD8 Naive": "CD8"}
 
 
@@ -102,9 +103,9 @@ class Blood:
         )
 
     def breadth_of(self, genes: pd.Series) -> np.ndarray:
-        """Return the breadth of genes by name; 0.5 where unknown."""
+        """Return the breadth of genes by name."""
         column = self.gene.reindex(genes).to_numpy()
-        return np.where(np.isnan(column), 0.5, self.breadth[np.nan_to_num(column).astype(int)])
+        return np.where(np.isnan(column), UNKNOWN_BREADTH, self.breadth[np.nan_to_num(column).astype(int)])
 
     def strongest_peak(self, regions: pd.DataFrame) -> np.ndarray:
         """Return the strongest of the peaks that each region touches, −1 for none; [E]."""
@@ -114,17 +115,6 @@ class Blood:
         result = np.full(len(regions), -1)
         result[best["row"]] = best["peak"]
         return result
-
-    def competition_of(self, names: pd.Series, genes: pd.DataFrame) -> np.ndarray:
-        """Return activity × contact of all peaks within 250 kb of a gene's TSS, all populations together, by name."""
-        genes = genes[genes["end"] > 0].reset_index(drop=True)
-        site = tss(genes)
-        activity = relative_activity(self.signal.mean(axis=0), self.is_promoter(genes))
-        gene, peak = window_pairs(genes.assign(start=site, end=site + 1), self.peaks, WINDOW_BP)
-        distance = signed_distance(genes, self.peaks, gene, peak)
-        total = pd.Series(gene_competition(gene, distance, activity[peak], len(genes)), genes["gene_name"])
-        total = total[~total.index.duplicated()]
-        return total.reindex(names).fillna(total.median()).to_numpy()
 
     def is_promoter(self, genes: pd.DataFrame) -> np.ndarray:
         """Say which peaks lie at the TSS of a gene that some population expresses."""
@@ -172,8 +162,9 @@ def screens(data: Path, reference: Reference, blood: Blood) -> Truth:
         "accessibility / distance": reads / far,
         "ABC-like: √(DHS · H3K27ac) / distance": acetylated / far,
     }
-    genewise = blood.breadth_of(pairs["gene"]), blood.competition_of(pairs["gene"], reference.genes)
-    return Truth("CRISPRi K562", pairs, pair_features(distance, activity, between, *genewise), scores)
+    near = count_near(reference.genes, table["chrom"].to_numpy(), site)
+    features = pair_features(distance, activity, between, blood.breadth_of(pairs["gene"]), near)
+    return Truth("CRISPRi K562", pairs, features, scores)
 
 
 def _tss_of_screen(table: pd.DataFrame, middle: np.ndarray, genes: pd.DataFrame) -> np.ndarray:
@@ -248,8 +239,8 @@ def _of_peaks(
     relative = np.stack([relative_activity(row, promoter) for row in blood.signal])
     activity = relative_activity(population, promoter)[peak] if own is None else relative[own, peak]
     between = count_between(genes, table["chrom"].to_numpy(), middle, site)
-    genewise = blood.breadth_of(table["gene"]), blood.competition_of(table["gene"], genes)
-    features = pair_features(distance, activity, between, *genewise)
+    near = count_near(genes, table["chrom"].to_numpy(), site)
+    features = pair_features(distance, activity, between, blood.breadth_of(table["gene"]), near)
     pairs = table.assign(is_link=table["label"].astype(bool), distance=distance, peak=peak)
     scores = {
         "distance": -distance.astype(float),

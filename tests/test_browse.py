@@ -56,6 +56,8 @@ async function use() {
   key("locus", "0"); out.restored = all(".arc").length;
   await arrive(() => { location.hash = ""; }); out.home = !$("start").hidden && $("gene").hidden;
   await arrive(() => { location.hash = "#gene=ENSG03"; }); out.other = $("gene-title").textContent;
+  await arrive(() => { location.hash = "#gene=" + out.other.toLowerCase(); }); out.by_name = $("gene-title").textContent;
+  await arrive(() => { location.hash = "#gene=zzz"; }); out.no_gene = $("told").textContent;
   out.overflow = document.documentElement.scrollWidth - innerWidth;
   out.resources = performance.getEntriesByType("resource").map(one => one.name);
   out.background = getComputedStyle(document.body).backgroundColor;
@@ -118,6 +120,8 @@ def test_a_reader_finds_a_gene_and_reads_sorts_filters_and_takes_its_links(folde
     assert seen["restored"] == 3
     assert seen["home"]
     assert seen["other"] == "FAR"
+    assert seen["by_name"] == "FAR"
+    assert seen["no_gene"] == "no link of “zzz” on this page"
     assert seen["resources"] == []
     assert seen["overflow"] <= 0
     assert seen["injected"] == 0  # names with tags in them are text

@@ -38,6 +38,7 @@ from cisformer.model.closed_form_atac import (
 from cisformer.model.projection import fit_projection, states
 from cisformer.model.target_states import (
     CellRidge,
+    assemble,
     axis_scores,
     conjugate_gradients,
     held_out_states,
@@ -171,6 +172,17 @@ def test_leverage_is_the_mean_share_of_a_cells_own_target():
     kernel = np.asarray(centred @ centred.T)
     exact = np.trace(kernel @ np.linalg.inv(kernel + np.trace(kernel) / 200 * np.eye(200))) / 200
     assert leverage == pytest.approx(exact, abs=0.02)
+
+
+def test_no_components_of_expression_leave_the_projection_as_it_is(expression):
+    """Validation may choose none; no warning about their spread then."""
+    store, layout, start = expression
+    x = start.projection.features(CellRows.of(store, np.arange(store.n_cells)).read(layout).x)
+    own = int(start.projection.principal.sum())
+    ridge = CellRidge(x, np.zeros((store.n_cells, 0)), np.random.default_rng(0))
+    projection, found = assemble(start.projection, ridge, np.zeros((len(layout.target_index), 0)), 1.0)
+    assert projection.rank == own
+    assert found.readout.shape == (own, 0)
 
 
 def test_axes_of_too_few_cells():

@@ -60,6 +60,21 @@ def test_weights_equal_dense_ridge_on_what_the_components_leave(parts, monkeypat
         np.testing.assert_allclose(fit.weight[pairs], ridge.coef_ * root, atol=1e-3)
 
 
+def test_weights_do_not_depend_on_how_genes_are_grouped(parts, monkeypatch):
+    """Genes alone, in small groups, and all together; products with a sparse and with a dense xᵀx."""
+    store, layout, start, windows = parts
+    monkeypatch.setattr(closed_form_cis, "PENALTIES", (20.0,))
+    cells = CellRows.of(store, np.arange(store.n_cells))
+    fits = []
+    for genes, ccres, share in ((1, 1, 0.0), (3, 30, 1.0), (10_000, 10_000, 0.0)):
+        monkeypatch.setattr(closed_form_cis, "BLOCK_GENES", genes)
+        monkeypatch.setattr(closed_form_cis, "BLOCK_CCRES", ccres)
+        monkeypatch.setattr(closed_form_cis, "DENSE_SHARE", share)
+        fits.append(fit_local(cells, cells, layout, start, windows, 0).weight)
+    for weight in fits[1:]:
+        np.testing.assert_allclose(weight, fits[0], atol=1e-4 * np.abs(fits[0]).max())
+
+
 def test_bias_and_loadings_keep_mean_and_linear_path(parts, monkeypatch):
     """Adding w·x, bias and loadings must equal adding w·x̃, with x̃ free of mean and components."""
     store, layout, start, windows = parts

@@ -9,10 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from made_links import write_links
 from scipy import stats
 
 from cisformer import compare_links, preprocess
+from cisformer.analysis.candidates import read_candidates
 from cisformer.analysis.coupling import (
+    accessibility_explains,
     common_ratio,
     dispersion,
     open_dispersion,
@@ -166,14 +169,39 @@ def test_planted_differences_are_found_and_depth_and_level_make_none(by_donors):
         assert (tested.loc[tested["kind"] == kind, "p_value"] < 0.01).mean() < 0.025
 
 
-def test_with_permuted_conditions_p_values_are_uniform(planted, planting, tmp_path):
-    rng = np.random.default_rng(8)
-    for donors in (True, False):
-        null = planting.permuted(planted, rng, donors=donors)
-        found = planting.compare(null, tmp_path / str(donors), donor="donor" if donors else None)
-        rest = found[found["kind"].isin(["none", "both"])]
-        assert 0.85 < planting.inflation(rest["p_value"]) < 1.15
-        assert (rest["fdr"] < 0.05).sum() <= 1
+@pytest.mark.parametrize("by_donor", [True, False])
+def test_with_permuted_conditions_p_values_are_uniform(planting, by_donor):
+    cells, rng = planting.NullCells.simulated(3, 2000), np.random.default_rng(8)
+    p = np.concatenate(
+        [part for _ in range(6) for part in cells.permuted(rng, by_donor=by_donor, donors=by_donor)]
+    )
+    p = p[np.isfinite(p)]
+    assert 0.9 < planting.inflation(p) < 1.1
+    assert (p < 0.01).mean() < 0.02
+
+
+def test_a_change_of_accessibility_alone_is_told_from_a_change_of_the_link(planting, tmp_path):
+    options = {"n_genes": 250, "n_ccres": 1500, "n_pairs": 30, "n_access": 40, "effect": 6.0}
+    cells = planting.plant(planting.Planting(3000, **options, seed=5))
+    found = planting.compare(cells, tmp_path, donor="donor")
+    sure = found[found["fdr"] < 0.05]
+    access, differs = (
+        sure.loc[sure["kind"] == kind, "accessibility_explains"] for kind in ("access", "differs")
+    )
+    assert len(access) > 5
+    assert len(differs) > 5
+    assert access.mean() > 0.8
+    assert differs.mean() < 0.1
+
+
+def test_accessibility_explains_at_most_its_own_ratio():
+    is_open = np.array([0.2, 0.2, 0.2, 0.1]), np.array([0.1, 0.1, 0.1, 0.1])  # the median of the ratios is 2
+    is_open[0][3] = 0.4  # twice the others': M may be half as high
+    ratio = np.full(4, 1.0), np.array([1.0, 1.3, 0.7, 1.9])
+    error = np.full(4, 0.01)
+    assert accessibility_explains(ratio, error, is_open).tolist() == [False, False, False, True]
+    ratio[1][3] = 2.1
+    assert not accessibility_explains(ratio, error, is_open)[3]
 
 
 # ---------------------------------------------------------------- inputs
@@ -187,6 +215,7 @@ def small(planting, tmp_path_factory):
     obs = cells.rna.obs
     obs["dose"] = np.where(obs["condition"] == "A", 1, 2)
     obs["paired"] = [f"p{number}" for number in np.arange(len(obs)) % 4]
+    obs["half"] = np.where(np.arange(len(obs)) % 3, obs["donor"], "both")
     obs["single"] = obs["condition"].map({"A": "x", "B": "y"})
     obs["gappy"] = [None if number % 50 == 0 else name for number, name in enumerate(obs["donor"])]
     rare = np.flatnonzero(obs["condition"] == "B")[:5]
@@ -267,6 +296,22 @@ def test_what_cannot_be_compared_is_refused_in_words(small, groups, options, com
     store, types, pairs = small
     with pytest.raises(InputError, match=complaint):
         compare_links(pairs, store, types, groups, **options)
+
+
+def test_donors_are_told_of_by_cell_type_and_untested_types_together(small, caplog):
+    store, types, pairs = small
+    some = types.copy()
+    some.iloc[np.flatnonzero(some == some.iloc[0])[:12]] = "few"
+    found = compare_links(pairs, store, some, ("A", "B"), condition="condition", donor="half")
+    assert f"cell type {types.iloc[0]!r}: both in both groups: too few for a paired test (3)" in caplog.text
+    assert found.describe().splitlines()[-1] == "too few cells to test a link: few"
+    assert sum("links tested" in line for line in found.describe().splitlines()) == types.nunique()
+
+
+def test_a_smallest_score_above_all_is_said(tmp_path):
+    folder = write_links(tmp_path / "cisformer_link")
+    with pytest.raises(InputError, match=r"none of the \d+ links in .* has a score of at least 3"):
+        read_candidates(folder, min_score=3)
 
 
 def test_links_of_other_cells_are_refused(small, tmp_path):

@@ -6,8 +6,8 @@ import pandas as pd
 from cisformer.data.known_genomes import load_annotation
 from cisformer.data.reference import Reference
 from cisformer.links.measure import CellSums
-from cisformer.links.prior import count_between
-from cisformer.links.score import _breadth, _genes_of_genome
+from cisformer.links.prior import UNKNOWN_BREADTH, count_between
+from cisformer.links.shared import _breadth, _genes_of_genome
 
 CCRES = pd.DataFrame({"chrom": ["chr1"], "start": [1000], "end": [1500]})
 
@@ -39,5 +39,5 @@ def test_breadth_of_few_counts_is_that_of_an_unknown_gene():
     nothing = np.zeros((3, 0))
     cells = CellSums(["a", "b", "c"], np.full(3, 50), nothing, nothing, counts, counts, nothing)
     once, narrow, broad = _breadth(cells)
-    assert abs(once - 0.5) < 0.02
-    assert narrow < 0.4 < 0.6 < broad
+    assert abs(once - UNKNOWN_BREADTH) < 0.02
+    assert narrow < 0.5 < 0.9 < broad

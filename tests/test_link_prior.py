@@ -12,9 +12,10 @@ import pytest
 
 from cisformer.links.prior import (
     FEATURES,
+    UNKNOWN_BREADTH,
     count_between,
+    count_near,
     expression_breadth,
-    gene_competition,
     is_noncoding,
     load_prior,
     pair_features,
@@ -48,12 +49,27 @@ def test_noncoding_names():
     assert is_noncoding(names).tolist() == [False, True, True, True, False, True, True, True]
 
 
-def test_breadth_ranks_even_genes_first():
-    expression = np.array([[10.0, 20, 0, 0], [10, 0, 0, 5], [10, 0, 0, 0]])
-    breadth = expression_breadth(expression)
-    assert breadth[0] == breadth.max()
-    assert breadth[2] == 0.5  # not expressed
-    assert np.array_equal(expression_breadth(expression[:1]), np.full(4, 0.5))
+def test_genes_near_count_the_gene_itself(genes):
+    chrom, site = np.array(["chr1", "chr1", "chr2", "chr9"]), np.array([100, 99_000, 550, 550])
+    assert count_near(genes, chrom, site).tolist() == [2, 2, 1, 0]
+    assert count_near(genes, chrom[:1], np.array([100_699])).tolist() == [0]
+
+
+def test_breadth_by_hand():
+    expression = np.array([[5e5, 5e5, 0], [1e6, 0, 0]])
+    first = (np.log2(1 + 5e5) + np.log2(1 + 1e6)) / 2 / np.log2(1 + 1e6)
+    assert np.allclose(expression_breadth(expression), [first, 0.5, UNKNOWN_BREADTH])
+    assert np.array_equal(expression_breadth(expression[:1]), np.full(3, UNKNOWN_BREADTH))
+
+
+def test_breadth_does_not_depend_on_which_genes_the_data_hold():
+    """A rank among the data's genes did: with well expressed genes alone, half of them seemed narrow."""
+    rng = np.random.default_rng(0)
+    level = rng.gamma(2, 5_000, (4, 100)) * (rng.random((4, 100)) < np.linspace(0.2, 1, 100))
+    level *= 1e6 / level.sum(axis=1, keepdims=True)
+    broad = np.arange(100) >= 70
+    some = np.column_stack([level[:, broad], 1e6 - level[:, broad].sum(axis=1)])  # the same depth
+    assert np.allclose(expression_breadth(some)[:-1], expression_breadth(level)[broad])
 
 
 def test_activity_is_relative_to_promoters():
@@ -61,11 +77,6 @@ def test_activity_is_relative_to_promoters():
     assert np.allclose(relative_activity(rate, np.array([False, True, True, False])), rate / 0.3)
     assert relative_activity(rate, np.zeros(4, bool)).max() == 1
     assert not relative_activity(np.zeros(3), np.zeros(3, bool)).any()
-
-
-def test_competition_by_hand():
-    found = gene_competition(np.array([0, 0, 1]), np.array([0, -5_000, 0]), np.array([1.0, 0.5, 0.2]), 3)
-    assert np.allclose(found, [1 + 0.5 * 2**-0.9, 0.2, 0])
 
 
 def test_weights_have_the_signs_of_biology():

@@ -249,7 +249,7 @@ def test_parts_that_do_not_belong_together(tiny_checkpoints, tiny_data, types, c
 def test_score_is_that_of_its_columns(links, checkpoint, store, types):
     """Prior, association, coupling and expression, each with its weight, give the score of each row."""
     from cisformer.links.inputs import LinkOptions
-    from cisformer.links.score import prepare
+    from cisformer.links.scorer import prepare
 
     scorer = prepare(checkpoint, store, types, LinkOptions(), "cpu")
     weights, table = scorer.shared.weights, links.table
@@ -376,7 +376,7 @@ def test_beyond_the_models_window_nothing_is_known(checkpoint, store, types):
 @pytest.fixture(scope="module")
 def scorer(checkpoint, store, types):
     from cisformer.links.inputs import LinkOptions
-    from cisformer.links.score import prepare
+    from cisformer.links.scorer import prepare
 
     return prepare(checkpoint, store, types, LinkOptions(), "cpu")
 
@@ -419,7 +419,9 @@ def test_p_values_are_adjusted_for_the_depths_of_the_type(links, store, types):
         left = expression[:, part.gene[at]].toarray().ravel()
         right = is_open[:, part.ccre[at]].toarray().ravel()
         r, free = residual_correlation(depths, left, right)
-        p = 2 * stats.t.sf(abs(r) * np.sqrt(free / (1 - r * r)), free)
+        z = stats.norm.isf(stats.t.sf(abs(r) * np.sqrt(free / (1 - r * r)), free))
+        skew = abs(stats.skew(left) * stats.skew(right)) / len(left) ** 0.5
+        p = stats.pearson3.sf(z, skew) + stats.pearson3.cdf(-z, skew)
         assert part.evidence["p_value"][at] == pytest.approx(p, rel=1e-2, abs=1e-6)
 
 
@@ -465,7 +467,7 @@ def test_each_pass_reads_each_cell_once(checkpoint, store, types, monkeypatch):
 
         monkeypatch.setattr(CellStore, name, counted)
     from cisformer.links.inputs import LinkOptions
-    from cisformer.links.score import prepare
+    from cisformer.links.scorer import prepare
 
     n_cells = int(types.index.isin(store.barcodes).sum())
     scorer = prepare(checkpoint, store, types, LinkOptions(), "cpu")

@@ -17,6 +17,7 @@ from cisformer.links.statistics import (
     distance_contact,
     false_discovery_rate,
     orthonormal,
+    skewed_p_value,
     two_way_rank,
 )
 
@@ -105,8 +106,9 @@ def test_partial_correlation_is_that_of_residuals(pairs):
     )
     assert np.allclose(test.correlation(), wanted, atol=1e-6)
     t = wanted * np.sqrt((400 - 4) / (1 - wanted**2))
-    assert np.allclose(test.p_value(), 2 * stats.t.sf(abs(t), 400 - 4), atol=1e-6)
-    assert np.allclose(2 * stats.norm.sf(abs(test.z())), test.p_value(), atol=1e-6)
+    of_t = 2 * stats.t.sf(abs(t), 400 - 4)
+    assert np.allclose(2 * stats.norm.sf(abs(test.z())), of_t, atol=1e-6)
+    assert np.allclose(test.p_value(), of_t, atol=0.02)  # hardly skewed
     assert np.array_equal(np.sign(test.z()), np.sign(t))
 
 
@@ -172,6 +174,30 @@ def test_uncoupled_cells_give_uniform_p_values():
     p = p[~np.isnan(p)]
     assert stats.kstest(p, "uniform").statistic < 0.04
     assert stats.chi2.isf(np.median(p), 1) / stats.chi2.isf(0.5, 1) == pytest.approx(1, abs=0.1)
+
+
+def test_p_values_of_rare_pairs_hold_far_out():
+    """Two cells of 200 are expected to have both: t finds three times too many p-values below 0.001."""
+    rng = np.random.default_rng(0)
+    n, features, seen = 200, 200, 20
+    level = np.concatenate([rng.lognormal(1, 0.5, seen), np.zeros(n - seen)])
+    rna = np.column_stack([rng.permutation(level) for _ in range(features)]).astype(np.float32)
+    atac = np.column_stack([rng.permutation(level > 0) for _ in range(features)]).astype(np.float32)
+    gene, ccre = np.divmod(np.arange(features**2), features)
+    test = PartialCorrelation(Pairs(gene, ccre, ccre), orthonormal(np.zeros((n, 0))), (features, features))
+    for rows in (slice(0, 150), slice(150, n)):
+        test.add(sp.csr_matrix(rna[rows]), sp.csr_matrix(atac[rows]))
+    wanted = stats.skew(rna[:, 3]) * stats.skew(atac[:, 5]) / np.sqrt(n)
+    assert test.skewness()[3 * features + 5] == pytest.approx(wanted, rel=1e-3)
+    below = 0.001 * len(gene)
+    assert (2 * stats.norm.sf(abs(test.z())) < 0.001).sum() > 2 * below
+    assert below / 3 < (test.p_value() < 0.001).sum() < 1.2 * below
+
+
+def test_skewed_p_value_is_that_of_pearson_3():
+    z, skew = np.array([-3.0, 0.2, 5.0]), np.array([0.7, 1.5, 0.05])
+    wanted = stats.pearson3.sf(abs(z), skew) + stats.pearson3.cdf(-abs(z), skew)
+    assert np.allclose(skewed_p_value(z, skew), wanted, rtol=1e-6)
 
 
 def test_depth_confounding_is_adjusted_away():

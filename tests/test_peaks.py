@@ -27,6 +27,18 @@ def bed(tmp_path):
     return path
 
 
+def test_a_header_is_passed_over_and_few_genes_are_said(folder, tmp_path, caplog):
+    path = tmp_path / "peaks.bed"
+    path.write_text("chr\tstart\tend\nchr1\t9500\t9700\n")
+    assert annotate_peaks(path, folder)["peak"].tolist() == ["chr1:9500-9700"]
+    assert "genes of hg38: the nearest gene is the nearest of these. Give --gtf" in caplog.text
+    path.write_text("chr1\t9500\t9700\nchr\tstart\tend\n")
+    with pytest.raises(InputError, match="line 2 is not a BED region"):
+        annotate_peaks(path, folder)
+    with pytest.raises(InputError, match="smallest score of a link is 2"):
+        annotate_peaks(path, folder, min_score=2)
+
+
 def test_kinds_distances_and_linked_genes(folder, bed):
     table = annotate_peaks(bed, folder, min_score=0.1).set_index("peak")
     assert table["kind"].tolist() == ["promoter", "gene body", "distal", "distal", "distal"]

@@ -28,8 +28,8 @@ ORDER = {
         "cells", "compact", "likeness", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
     ],
     "links": [
-        "statistics", "prior", "weights", "inputs", "evidence", "measure", "type_scores", "formats", "files", "gene",
-        "score", "precision", "truth", "benchmark", "plot",
+        "statistics", "prior", "weights", "inputs", "evidence", "measure", "shared", "type_scores", "formats", "files",
+        "gene", "scorer", "score", "precision", "truth", "benchmark", "plot",
     ],
     "evaluation": [
         "matrices", "ranking", "like_frequency", "probabilities", "correlation", "pseudobulk", "bootstrap",

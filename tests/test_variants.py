@@ -185,7 +185,11 @@ def test_the_summary_has_each_variant_once_beside_its_nearest_gene(annotation):
     assert table["n_ccres"].tolist() == [1, 1, 0, 1, 1]
     assert table["nearest_gene"].tolist() == ["NEAR", "NEAR", "NEAR", "FAR", "</script><b>"]
     assert table["linked_gene"].tolist() == ["</script><b>"] * 2 + ["", "FAR", "</script><b>"]
-    assert annotation.counts == {"variants": 5, "in_no_ccre": 1, "in_ccre": 4, "linked": 4, "not_nearest": 2}
+    assert annotation.counts == {
+        "variants": 5, "in_no_ccre": 1, "in_ccre": 4, "linked": 4, "by_nearest": 1, "not_nearest": 2,
+    }  # fmt: skip
+    assert table["gene"].tolist() == ["</script><b>"] * 2 + ["NEAR", "FAR", "</script><b>"]
+    assert table["by"].tolist() == ["link", "link", "nearest", "link", "link"]
     assert "1 in no cCRE" in annotation.describe()
 
 
@@ -217,7 +221,15 @@ def test_another_genome_is_refused_and_an_unknown_one_is_said(folder, tmp_path, 
         assert "does not say of which genome" in caplog.text
         caplog.clear()
         assert annotate_variants(folder, bed, genome="GRCh38", n_permutations=5).source["assembly"] == "hg38"
-        assert caplog.text == ""
+        assert "of which genome" not in caplog.text
+
+
+def test_variants_outside_all_ccres_are_said(folder, tmp_path, caplog):
+    found = annotate_variants(folder, write(tmp_path / "v.bed", "1\t1\t2\nchr9\t5\t6\n"), genome="hg38")
+    assert "no variant lies in a cCRE of the links. Are its positions of genome hg38?" in caplog.text
+    assert found.variants["by"].tolist() == ["nearest"]  # chr9 has no cCRE
+    with pytest.raises(InputError, match="smallest score of a link is 50"):
+        annotate_variants(folder, tmp_path / "v.bed", min_score=50)
 
 
 def test_min_pip(folder, tmp_path):

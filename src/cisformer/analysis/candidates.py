@@ -58,27 +58,30 @@ def read_candidates(
     """
     path = Path(links)
     if path.is_dir() or path.name == TABLE:
-        found = _stored_candidates(open_links(path), min_score, cell_types)
+        kept, n_all = _stored_candidates(open_links(path), min_score, cell_types)
     else:
         found = _table_candidates(path)
-    kept = found[~(found["score"] < min_score)]
-    if found.empty:
+        kept, n_all = found[~(found["score"] < min_score)], len(found)
+    if n_all == 0:
         raise InputError(f"{path} holds no links", hint="give a table with links in it")
     if kept.empty:
         raise InputError(
-            f"none of the {len(found):,} links in {path} has a score of at least {min_score:g}",
+            f"none of the {n_all:,} links in {path} has a score of at least {min_score:g}",
             hint="lower --min_score",
         )
     return kept.reset_index(drop=True)
 
 
-def _stored_candidates(stored: StoredLinks, min_score: float, cell_types: Sequence[str]) -> pd.DataFrame:
-    """Read our own links, one cell type at a time; only those that score enough are held."""
-    parts = []
+def _stored_candidates(
+    stored: StoredLinks, min_score: float, cell_types: Sequence[str]
+) -> tuple[pd.DataFrame, int]:
+    """Read our own links, one cell type at a time; hold only those that score enough, and count all."""
+    parts, n_all = [], 0
     for name in stored.cell_types:
         if cell_types and name not in cell_types:
             continue
         table = stored.of_type(name)
+        n_all += len(table)
         table = table[~(table["score"] < min_score)]
         genes = stored.genes.iloc[table["gene"]].reset_index(drop=True)
         regions = stored.ccres.iloc[table["ccre"]].reset_index(drop=True)
@@ -89,7 +92,7 @@ def _stored_candidates(stored: StoredLinks, min_score: float, cell_types: Sequen
             f"the links of {stored.source} have no cell type {' or '.join(map(repr, cell_types))}",
             hint=f"they are of: {', '.join(stored.cell_types[:10])}",
         )
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True), n_all
 
 
 def _table_candidates(path: Path) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from cisformer.analysis.candidates import PlacedPairs, place_pairs, read_candida
 from cisformer.analysis.coupling import (
     Block,
     UnitSums,
+    accessibility_explains,
     common_ratio,
     dispersion,
     open_dispersion,
@@ -116,13 +117,19 @@ class LinkContrast:
         """Return the result in a few lines."""
         a, b = self.options.groups
         lines = []
-        for name, part in self.table.groupby("cell_type", sort=False):
+        tested = self.table[self.table["p_value"].notna()]
+        for name, part in tested.groupby("cell_type", sort=False):
             sure = part[part["fdr"] < fdr]
             place = f"{name}: " if name else ""
             lines.append(
-                f"{place}{part['p_value'].notna().sum():,} links tested, {len(sure):,} differ (FDR below {fdr:g}): "
+                f"{place}{len(part):,} links tested, {len(sure):,} differ (FDR below {fdr:g}): "
                 f"{(sure['effect'] > 0).sum():,} stronger in {a}, {(sure['effect'] < 0).sum():,} in {b}"
             )
+            if explained := int(sure["accessibility_explains"].sum()):
+                lines[-1] += f"; {explained:,} of them may differ in the cCRE's accessibility alone"
+        untested = [name for name in self.table["cell_type"].unique() if name not in set(tested["cell_type"])]
+        if untested:
+            lines.append(f"too few cells to test a link: {', '.join(untested)}")
         return "\n".join(lines)
 
     def write(self, folder: str | Path, *, force: bool = False) -> list[Path]:
@@ -243,16 +250,17 @@ def _compare(
 ) -> tuple[pd.DataFrame, dict[str, object]]:
     """Compare the links of one cell type, or of two types; return their table, and what is to be reported."""
     placed = place_pairs(candidates, store.reference, one.links_of)
-    units, mean_total = _read_units(one, placed, store, design)
+    units, mean_total = read_units(one, placed, store, design)
     found = compare_units(units, one, placed)
-    if one.has_donors:
+    n_tested = int((~np.isnan(found.p_value)).sum())
+    if one.has_donors and n_tested:
         logger.info(
             "%s: estimates vary between donors %.2f times as much as the sampling of cells explains",
             one.describe(), found.spread,
         )  # fmt: skip
     about: dict[str, object] = {
         "cell_type": one.cell_type, "n_cells": one.n_cells, "n_donors": one.n_donors if one.has_donors else None,
-        "paired": one.paired, "n_tested": int((~np.isnan(found.p_value)).sum()), "donor_spread": found.spread,
+        "paired": one.paired, "n_tested": n_tested, "donor_spread": found.spread,
         "prior_df": found.prior_df if np.isfinite(found.prior_df) else None,
     }  # fmt: skip
     table = _table(one, placed, store, units, found)
@@ -261,7 +269,7 @@ def _compare(
     return table, about
 
 
-def _read_units(
+def read_units(
     one: Comparison, placed: PlacedPairs, store: CellStore, design: np.ndarray
 ) -> tuple[list[UnitSums], float]:
     """Read the cells of each unit, in blocks: once for depths, once for sums; return the mean total, too."""
@@ -336,4 +344,7 @@ def _table(
         columns[f"expression_{letter}"] = np.sum([sums.counts for sums in mine], axis=0)[pairs.gene] / size
         if one.has_donors:
             columns[f"n_donors_{letter}"] = (found.n_a, found.n_b)[number]
-    return pd.DataFrame(columns)
+    table = pd.DataFrame(columns)
+    means, opened = (found.mean_a, found.mean_b), (table["open_a"].to_numpy(), table["open_b"].to_numpy())
+    table["accessibility_explains"] = accessibility_explains(means, found.error, opened)
+    return table

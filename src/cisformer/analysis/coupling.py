@@ -18,6 +18,8 @@ from cisformer.links.statistics import PairProducts, Pairs
 
 PRIOR_SQUARES = 3.0
 """How many squared expected counts the gene's own dispersion is worth."""
+ONE_SIDED_5_PERCENT = 1.645
+"""Standard errors by which a difference must exceed what accessibility can make of it."""
 
 
 @dataclass(frozen=True)
@@ -191,3 +193,33 @@ def ratio_variance(
     per_total = np.divide(ratio, total, out=np.zeros_like(rate), where=known)
     variance = var_open * np.square(share - per_total) + np.maximum(var_closed, 0) * np.square(per_total)
     return np.where(known & (variance > 0), variance, np.inf)
+
+
+def accessibility_explains(
+    ratio: tuple[np.ndarray, np.ndarray], error: np.ndarray, is_open: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Say for which pairs a cCRE that acts alike in both groups could make the difference in M; bool [E].
+
+    If cells with an open cCRE express the gene 1 + β times as much as other cells, and a share π of cells has it open,
+    then M = (1 + β) / (1 + βπ). So for one β > 0, M is lower in the group in which more cells have the cCRE open, and
+    the ratio of the two M is at most the inverse ratio of the two π, whatever β is and however many open cCREs
+    sequencing misses.
+
+    Parameters
+    ----------
+    ratio
+        M in A and in B; [E] each.
+    error
+        Standard error of their difference; [E].
+    is_open
+        Share of cells of A and of B with an open cCRE; [E] each. Depth is taken out by the median of their ratio.
+    """
+    change = np.divide(
+        is_open[0], is_open[1], out=np.ones_like(error), where=(is_open[0] > 0) & (is_open[1] > 0)
+    )
+    change /= np.median(change)
+    more_in_a = change > 1
+    high, low = np.where(more_in_a, ratio, ratio[::-1])
+    most = high * np.maximum(change, 1 / change)
+    explained: np.ndarray = (low > high) & (low - most < ONE_SIDED_5_PERCENT * error)
+    return explained

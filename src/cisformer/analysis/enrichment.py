@@ -75,23 +75,60 @@ def linked_enrichment(
     chosen = one_per_locus(hits[np.isin(hits["ccre"], linked.ccre)], seed)
     place = np.searchsorted(linked.ccre, chosen)
     names = list(linked.score)
-    score = np.stack([linked.score[name] for name in names]) if names else np.zeros((0, len(linked.ccre)))
-    observed = score[:, place].sum(axis=1, dtype=np.float64)
+    observed = np.array([score[place].sum(dtype=np.float64) for score in linked.score.values()])
     expected, p_value = np.full(len(names), np.nan), np.full(len(names), np.nan)
     if len(place) >= FEWEST_LOCI:
-        group = strata(_features(linked, ccres, genes))
-        width = (ccres["end"] - ccres["start"]).to_numpy(np.float64)[
-            linked.ccre
-        ]  # a variant hits long ones more often
-        drawn = _draw(score, group, width, place, n_draws, seed)
-        expected = drawn.mean(axis=1)
-        p_value = (1 + (drawn >= observed[:, None] - 1e-9).sum(axis=1)) / (1 + n_draws)
+        matched = MatchedCcres.of(linked, ccres, genes)
+        expected, p_value = matched.test(place, n_draws=n_draws, seed=seed)
     fold = np.divide(observed, expected, out=np.full(len(names), np.nan), where=expected > 0)
     table = {
         "cell_type": names, "n_loci": len(place), "observed": observed, "expected": expected, "fold": fold,
         "p_value": p_value, "fdr": false_discovery_rate(p_value),
     }  # fmt: skip
     return pd.DataFrame(table).sort_values(["p_value", "cell_type"], ignore_index=True)
+
+
+@dataclass(frozen=True)
+class MatchedCcres:
+    """Best scores of all cCREs, and groups of cCREs that are alike.
+
+    Attributes
+    ----------
+    score
+        [types, C].
+    group
+        Number of each cCRE's group; int64 [C].
+    width
+        Lengths: a variant hits long ones more often; [C].
+    """
+
+    score: np.ndarray
+    group: np.ndarray
+    width: np.ndarray
+
+    @classmethod
+    def of(cls, linked: LinkedShare, ccres: pd.DataFrame, genes: pd.DataFrame) -> MatchedCcres:
+        """Group all listed cCREs; arguments are those of `linked_enrichment`."""
+        width = (ccres["end"] - ccres["start"]).to_numpy(np.float64)[linked.ccre]
+        return cls(np.stack(list(linked.score.values())), strata(_features(linked, ccres, genes)), width)
+
+    def test(self, place: np.ndarray, *, n_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean sum of scores over draws, and the p-value of the sum at these cCREs; type by type."""
+        observed = self.score[:, place].sum(axis=1, dtype=np.float64)
+        drawn = self._draw(place, n_draws, seed)
+        higher = (drawn >= observed[:, None] - 1e-9).sum(axis=1)
+        return drawn.mean(axis=1), (1 + higher) / (1 + n_draws)
+
+    def _draw(self, place: np.ndarray, n_draws: int, seed: int) -> np.ndarray:
+        """Return the sum of scores of each draw, of the group of each place one, by width; float64 [types, draws]."""
+        rng = np.random.default_rng(seed)
+        members = pd.Series(np.arange(len(self.group))).groupby(self.group).indices
+        sums = np.zeros((len(self.score), n_draws))
+        for row in place:
+            alike = members[self.group[row]]
+            weight = self.width[alike]
+            sums += self.score[:, rng.choice(alike, n_draws, p=weight / weight.sum())]
+        return sums
 
 
 def one_per_locus(hits: pd.DataFrame, seed: int) -> np.ndarray:
@@ -146,16 +183,3 @@ def strata(features: np.ndarray) -> np.ndarray:
         share = values.groupby(group).rank(pct=True, method="first").to_numpy()
         group = 2 * group + (share > 0.5)
     return group
-
-
-def _draw(
-    score: np.ndarray, group: np.ndarray, weight: np.ndarray, place: np.ndarray, n_draws: int, seed: int
-) -> np.ndarray:
-    """Return the sum of scores of each draw, of the group of each place one, by weight; float64 [types, draws]."""
-    rng = np.random.default_rng(seed)
-    members = pd.Series(np.arange(len(group))).groupby(group).indices
-    sums = np.zeros((len(score), n_draws))
-    for row in place:
-        alike = members[group[row]]
-        sums += score[:, rng.choice(alike, n_draws, p=weight[alike] / weight[alike].sum())]
-    return sums

@@ -175,12 +175,13 @@ def _comparison(
             f"column {column!r} has no value for {gaps} of {sum(map(len, rows))} cells of these groups",
             hint="fill it in, or drop these cells",
         )
+    place = f"cell type {cell_type!r}: " if cell_type else ""
     names = [sorted(set(donors[own])) for own in rows]
     shared = sorted(set(names[0]) & set(names[1]))
     paired = len(shared) >= FEWEST_SHARED
     if paired:
         if lost := sorted(set(names[0]) ^ set(names[1])):
-            logger.warning("donors with cells of one group only are left out: %s", ", ".join(lost))
+            logger.warning("%sdonors with cells of one group only are left out: %s", place, ", ".join(lost))
         names = [shared, shared]
     elif min(map(len, names)) < FEWEST_DONORS:
         have = " and ".join(f"{group!r} has {len(own)} ({', '.join(own[:3])})"
@@ -191,8 +192,8 @@ def _comparison(
         )
     elif shared:
         logger.warning(
-            "%s in both groups: too few for a paired test (%d), so they count as different donors", ", ".join(shared),
-            FEWEST_SHARED,
+            "%s%s in both groups: too few for a paired test (%d), so they count as different donors", place,
+            ", ".join(shared), FEWEST_SHARED,
         )  # fmt: skip
     units = tuple(
         Unit(number, name, own[donors[own] == name])

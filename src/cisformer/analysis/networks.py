@@ -25,8 +25,8 @@ def network_of(triplets: pd.DataFrame) -> pd.DataFrame:
 
     Returns
     -------
-    Columns source (a factor's gene: dimers count for both of theirs), target and weight: the chance that one of the
-    cCREs of the pair is at work, the highest of the cell types. Each pair once, by source, then weight.
+    Columns source (a factor's gene: dimers count for both of theirs), target and weight: 1 − Π(1 − score) over
+    the cCREs of the pair, the highest of the cell types. Each pair once, by source, then weight.
     """
     edges = triplets[["cell_type", "tf", "gene_name", "score"]].rename(columns={"gene_name": "target"})
     idle = np.log1p(-np.minimum(edges["score"].to_numpy(np.float64), 1 - 1e-12))

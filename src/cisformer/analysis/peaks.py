@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from cisformer.analysis.stored import StoredLinks, open_links
+from cisformer.analysis.stored import StoredLinks, check_min_score, open_links, warn_few_genes
 from cisformer.data.annotation import read_bed, read_gtf
 from cisformer.data.features import peak_regions
 from cisformer.data.genome import nearest_tss, overlap_pairs, region_names, rename_chroms, tss
@@ -61,6 +61,7 @@ def annotate_peaks(
     InputError
         If a file is not what it should be, the genome is unknown, or peaks and genes share no chromosome.
     """
+    check_min_score(min_score)
     regions, label = _read(peaks)
     stored = open_links(links) if links is not None else None
     genes = _genes(regions, label, stored, genome, gtf)
@@ -103,6 +104,7 @@ def _genes(
             hint=f"lift the peaks over to {stored.genome}; or state their genome with --genome, if this is wrong",
         )
     if stored is not None and (stored.genes["end"] - stored.genes["start"] > 1).any():
+        warn_few_genes(stored, ". Give --gtf for all genes")
         return stored.genes
     if genome is None and not known:
         raise InputError(

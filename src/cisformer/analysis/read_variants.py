@@ -123,7 +123,7 @@ def read_variants(path: str | Path, *, genome: str = "") -> Variants:
 
 
 def _told(left_out: dict[str, int]) -> str:
-    return "".join(f"; {number:,} {why}" for why, number in left_out.items())
+    return "".join(f"; {number:,} left out ({why})" for why, number in left_out.items())
 
 
 def _once(found: Variants) -> Variants:

@@ -22,7 +22,6 @@ from cisformer.errors import InputError
 from cisformer.links.files import safe_name
 from cisformer.links.formats import text_writer
 from cisformer.links.type_scores import MOST_EXPRESSION, works
-from cisformer.links.weights import score_fdr
 from cisformer.runtime.files import atomic_folder, refuse_existing
 from cisformer.runtime.provenance import provenance
 
@@ -149,9 +148,9 @@ def link_tfs(
     Returns
     -------
     Regulon
-        The score of a triplet is the product of three probabilities: that the link works in the type; that the motif
-        match is not a chance match, as similar cCREs have; and that the site is this factor's, from its expression in
-        the type and over types. `score_fdr` is the mean of 1 − score over the type's triplets with at least this score.
+        The score of a triplet, between 0 and 1, is the product of three: the link's score in the type; the share of
+        such motif matches that are more than chance, as similar cCREs have them; and whether the factor's expression in
+        the type and over types agrees. It ranks triplets; it is not the probability of one.
 
     Raises
     ------
@@ -352,7 +351,6 @@ def _triplets(
             "gene_name": genes["gene_name"].to_numpy(),
             "distance": links["distance"].to_numpy()[link],
             "score": score,
-            "score_fdr": score_fdr(score),
             "link_score": link_score[link],
             "site": site,
             "tf_expression": expression[factor],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,12 @@ from cisformer.links.formats import OWN_COLUMNS, TABLE, read_any_table
 if TYPE_CHECKING:
     import h5py
 
+logger = logging.getLogger(__name__)
 MATRICES = "*_correlation_matrix.h5ad"
 NEEDED = tuple(name for name in OWN_COLUMNS if name != "fdr")
 """Columns that a table of links cannot do without."""
+WHOLE_GENOME = 10_000
+"""Genes that at least a whole human or mouse annotation has."""
 
 
 @dataclass(frozen=True)
@@ -197,3 +201,21 @@ def _open_table(path: Path) -> StoredLinks:
     rows = table[columns].apply(pd.to_numeric, errors="coerce").assign(gene=gene, ccre=ccre)
     parts = {str(name): part for name, part in rows.groupby(table["cell_type"], sort=True)}
     return StoredLinks(str(path), guess_genome(ccres), genes, ccres, dict.fromkeys(parts, 0), parts)
+
+
+def check_min_score(min_score: float) -> None:
+    """Raise `InputError` unless scores of links can be that high."""
+    if not 0 <= min_score <= 1:
+        raise InputError(
+            f"the smallest score of a link is {min_score:g}", hint="give a score between 0 and 1, such as 0.5"
+        )
+
+
+def warn_few_genes(stored: StoredLinks, hint: str = "") -> None:
+    """Warn where the nearest gene is sought among a part of the genome's genes only."""
+    number = int((stored.genes["end"] > 0).sum())
+    if stored.genome and number < WHOLE_GENOME:
+        logger.warning(
+            "%s has %s genes of %s: the nearest gene is the nearest of these%s", stored.source, f"{number:,}",
+            stored.genome, hint,
+        )  # fmt: skip

@@ -12,7 +12,7 @@ import pandas as pd
 
 from cisformer.analysis.enrichment import LinkedShare, linked_enrichment
 from cisformer.analysis.read_variants import Variants, genome_named, on_chroms, read_variants
-from cisformer.analysis.stored import StoredLinks, open_links
+from cisformer.analysis.stored import StoredLinks, check_min_score, open_links, warn_few_genes
 from cisformer.data.genome import nearest_tss, overlap_pairs, region_names, tss
 from cisformer.errors import InputError
 from cisformer.links.formats import text_writer
@@ -54,6 +54,7 @@ class VariantOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_min_score(self.min_score)
         if self.n_permutations < 1 or self.seed < 0:
             raise InputError(
                 f"permutations is {self.n_permutations}, seed is {self.seed}",
@@ -70,7 +71,8 @@ class VariantAnnotation:
     links
         One row per variant, gene and cell type, the highest score first.
     variants
-        One row per variant, in their order: its best linked gene and the nearest gene.
+        One row per variant, in their order: its gene and what names it (`by`: ``"link"`` or ``"nearest"``), the nearest
+        gene, and the best linked gene.
     enrichment
         One row per cell type.
     counts
@@ -96,6 +98,12 @@ class VariantAnnotation:
             lines.append(
                 f"the best linked gene is not the nearest one for {c['not_nearest']:,} of {c['linked']:,}"
             )
+        if c["linked"] < c["variants"]:
+            lines.append(
+                f"column gene: the best linked gene for {c['linked']:,}, the nearest gene for {c['by_nearest']:,}"
+            )
+            if none := c["variants"] - c["linked"] - c["by_nearest"]:
+                lines[-1] += f", none for {none:,} (no gene on their chromosome)"
         tested = self.enrichment.dropna(subset=["p_value"])
         if tested.empty:
             lines.append("enrichment is not tested: too few loci")
@@ -168,7 +176,8 @@ def annotate_variants(
     found = on_chroms(found, stored.ccres["chrom"].unique(), stored.source)
     found = _likely(found, options.min_pip)
     for why, number in found.left_out.items():
-        logger.info("%s: %d %s", found.source, number, why)
+        logger.info("%s: %d left out (%s)", found.source, number, why)
+    warn_few_genes(stored)
     return _annotate(stored, found, options)
 
 
@@ -218,6 +227,11 @@ def _likely(found: Variants, min_pip: float | None) -> Variants:
 def _annotate(stored: StoredLinks, found: Variants, options: VariantOptions) -> VariantAnnotation:
     variant, ccre = overlap_pairs(found.table, stored.ccres)
     hits = pd.DataFrame({"variant": variant, "ccre": ccre})
+    if hits.empty:
+        logger.warning(
+            "%s: no variant lies in a cCRE of the links. Are its positions of genome %s?",
+            found.source, found.genome or "of the links",
+        )  # fmt: skip
     rows, linked = collect(stored, hits, options.min_score)
     told = found.table.iloc[variant].reset_index(drop=True)[["chrom", "start", "pip"]].assign(ccre=ccre)
     enrichment = linked_enrichment(
@@ -231,6 +245,7 @@ def _annotate(stored: StoredLinks, found: Variants, options: VariantOptions) -> 
         "in_no_ccre": int((summary["n_ccres"] == 0).sum()),
         "in_ccre": int((summary["n_ccres"] > 0).sum()),
         "linked": int(with_gene.sum()),
+        "by_nearest": int((summary["by"] == "nearest").sum()),
         "not_nearest": int((with_gene & (summary["linked_gene_id"] != summary["nearest_gene_id"])).sum()),
     }
     source = provenance(
@@ -289,21 +304,27 @@ def _link_table(stored: StoredLinks, variants: pd.DataFrame, rows: pd.DataFrame)
 def _summary(
     stored: StoredLinks, variants: pd.DataFrame, hits: pd.DataFrame, rows: pd.DataFrame
 ) -> pd.DataFrame:
-    """Return one row per variant: cCREs, nearest gene, best linked gene."""
+    """Return one row per variant: cCREs, nearest gene, best linked gene, and which of the two to take."""
     near, near_distance = nearest_tss(variants, stored.genes)
     n_ccres = np.bincount(hits["variant"], minlength=len(variants))
     best = rows.sort_values("score", ascending=False, kind="stable").drop_duplicates("variant")
     best = best.assign(variant_distance=_variant_distance(stored, variants, best)).set_index("variant")
     best = best.reindex(np.arange(len(variants)))
     n_genes = rows.groupby("variant")["gene"].nunique().reindex(best.index).fillna(0).astype(int)
+    names, ids = stored.genes["gene_name"].to_numpy(), stored.genes["gene_id"].to_numpy()
+    nearest = pd.Series(near).where(near >= 0)
+    gene = best["gene"].fillna(nearest)
     return variants.assign(
         n_ccres=n_ccres,
         ccre=_or_empty(region_names(stored.ccres), best["ccre"]),
-        nearest_gene=_or_empty(stored.genes["gene_name"].to_numpy(), pd.Series(near).where(near >= 0)),
-        nearest_gene_id=_or_empty(stored.genes["gene_id"].to_numpy(), pd.Series(near).where(near >= 0)),
+        gene=_or_empty(names, gene),
+        gene_id=_or_empty(ids, gene),
+        by=np.select([best["gene"].notna(), gene.notna()], ["link", "nearest"], ""),
+        nearest_gene=_or_empty(names, nearest),
+        nearest_gene_id=_or_empty(ids, nearest),
         nearest_distance=pd.Series(near_distance, dtype="Int64").where(near >= 0),
-        linked_gene=_or_empty(stored.genes["gene_name"].to_numpy(), best["gene"]),
-        linked_gene_id=_or_empty(stored.genes["gene_id"].to_numpy(), best["gene"]),
+        linked_gene=_or_empty(names, best["gene"]),
+        linked_gene_id=_or_empty(ids, best["gene"]),
         cell_type=best["cell_type"].fillna(""),
         score=best["score"],
         **{name: best[name] for name in EVIDENCE},

@@ -29,7 +29,8 @@ def draw_volcano(
     output
         File to write: .png, .svg or .pdf.
     fdr
-        Links below are coloured, the strongest named by their genes.
+        Links below are coloured, the strongest named by their genes. Circles are empty where a change of accessibility
+        alone may explain the difference.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -53,18 +54,25 @@ def draw_volcano(
 def _panel(axes, part: pd.DataFrame, groups: tuple[str, str], fdr: float) -> None:  # type: ignore[no-untyped-def]
     effect = part["effect"].to_numpy()
     height = -np.log10(np.maximum(part["p_value"].to_numpy(), 1e-300))
-    sure = (part["fdr"] < fdr).to_numpy()
+    sure, explained = (part["fdr"] < fdr).to_numpy(), part["accessibility_explains"].to_numpy(bool)
     axes.scatter(effect[~sure], height[~sure], s=3, color=FAINT, lw=0, alpha=0.5, rasterized=True)
     for sign, colour, group in zip((1, -1), COLOURS, groups, strict=True):
         mine = sure & (np.sign(effect) == sign)
         axes.scatter(
-            effect[mine], height[mine], s=7, color=colour, lw=0, label=f"stronger in {group}: {mine.sum():,}"
+            effect[mine],
+            height[mine],
+            s=7,
+            color=colour,
+            lw=0.5,
+            label=f"stronger in {group}: {mine.sum():,}",
         )
+        mine &= explained
+        axes.scatter(effect[mine], height[mine], s=7, facecolors="white", edgecolors=colour, lw=0.5)
     reach = 1.15 * float(np.quantile(np.abs(effect), 0.999)) if len(effect) else 1.0
     reach = max(reach, 1.25 * float(np.abs(effect[sure]).max(initial=0)), 1e-6)
     axes.set_xlim(-reach, reach)
     axes.set_ylim(0, 1.05 * max(float(height.max(initial=0)), 1.0))
-    _name(axes, part["gene_name"].to_numpy(), effect / reach, height / axes.get_ylim()[1], sure)
+    _name(axes, part["gene_name"].to_numpy(), effect / reach, height / axes.get_ylim()[1], sure & ~explained)
     axes.axvline(0, color=FAINT, lw=0.5, zorder=0)
     axes.set_xlabel(f"coupling in {groups[0]} less coupling in {groups[1]}")
     axes.set_ylabel("−log10 p")

@@ -22,6 +22,7 @@ from cisformer.errors import InputError
 logger = logging.getLogger(__name__)
 
 _POSITION = re.compile("[0-9]{1,12}")
+_HEADER = re.compile(r"(chrom_?|peak_?)?start\t(chrom_?|peak_?)?end", re.IGNORECASE)
 _GENE_ID = re.compile(r'(?<!\w)gene_id "?([^";]+)')
 _GENE_NAME = re.compile(r'(?<!\w)gene(?:_name)? "?([^";]+)')
 _TRANSCRIPT = re.compile(r'(?<!\w)transcript_id "?([^";]+)')
@@ -31,12 +32,17 @@ _SAME_LOCUS_BP = 100_000
 
 
 def read_bed(path: str | Path) -> pd.DataFrame:
-    """Read the regions of a BED file, plain or gzipped: ``chrom, start, end``; duplicates kept once."""
+    """Read the regions of a BED file, plain or gzipped: ``chrom, start, end``; duplicates kept once.
+
+    A first line that names the columns is passed over.
+    """
     rows = []
     with open_text(path) as handle:
         for number, line in enumerate(handle, start=1):
             fields = line.split()
             if not fields or fields[0] in ("browser", "track") or fields[0].startswith("#"):
+                continue
+            if number == 1 and _HEADER.fullmatch("\t".join(fields[1:3])):
                 continue
             numeric = len(fields) >= 3 and all(_POSITION.fullmatch(field) for field in fields[1:3])
             if not numeric or int(fields[1]) >= int(fields[2]):

@@ -30,18 +30,20 @@ HEADER = re.compile(r"(cell[ _.-]?)?(types?|labels?|annotations?|clusters?)", re
 
 @dataclass(frozen=True)
 class LinkOptions:
-    """How links are scored; checks itself.
+    """How links are scored: the options of `score_links` and `link`. Checks itself.
 
     Attributes
     ----------
     window_bp
         Largest distance between gene body and cCRE in bp.
     max_cells
-        Maximum number of cells per type; `None` for all.
+        Maximum number of cells per type, drawn by `seed`; `None` for all.
     covariates
-        Columns of `cell_info` to adjust for, beside depth.
+        Columns of the store's `cell_info` to adjust p-values and coupling for, beside depth. Text, booleans and
+        integers with at most 10 values are categories.
     donor
-        Column of `cell_info` that names the donor of each cell; `None` to take cells as replicates.
+        Column of `cell_info` that names the donor of each cell: p-values are then of a t-test over donors. `None` to
+        take cells as replicates.
     genes
         Names or ids of the genes to link; all where empty.
     region
@@ -52,9 +54,9 @@ class LinkOptions:
 
     window_bp: int = WINDOW_BP
     max_cells: int | None = None
-    covariates: tuple[str, ...] = ()
+    covariates: Sequence[str] = ()
     donor: str | None = None
-    genes: tuple[str, ...] = ()
+    genes: Sequence[str] = ()
     region: str | None = None
     seed: int = 0
 

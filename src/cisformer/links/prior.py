@@ -7,8 +7,12 @@ of which any paired data set has:
 - ``log_distance``: log of the distance between TSS and cCRE + 5 kb;
 - ``log_activity``: log(1 + 20 · activity), where activity is accessibility over that of an average promoter;
 - ``log_genes_between``: log(1 + protein-coding TSSs between the two);
-- ``breadth``: how evenly cell types express the gene, as a rank among genes, 0 to 1. Genes that all types express
-  are regulated less from afar.
+- ``breadth``: how evenly cell types express the gene, 0 to 1. Genes that all types express are regulated less from
+  afar;
+- ``log_genes_near``: log(1 + protein-coding TSSs within 100 kb of the gene's). Genes among many have fewer links.
+
+None depends on which other peaks or genes a data set happens to hold: a prior that counted peaks around the gene, or
+ranked breadth among the data's genes, was too sure by up to half where peaks or genes were few.
 """
 
 from __future__ import annotations
@@ -20,17 +24,16 @@ from importlib import resources
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from cisformer.data.genome import tss
-from cisformer.links.statistics import distance_contact
 
-FEATURES = ("log_distance", "log_activity", "log_genes_between", "breadth", "log_competition")
+FEATURES = ("log_distance", "log_activity", "log_genes_between", "breadth", "log_genes_near")
 DISTANCE_OFFSET_BP = 5_000
 ACTIVITY_SCALE = 20.0
-LEAST_COMPETITION = 0.03
+NEAR_BP = 100_000
 PROMOTER_BP = 500
-UNKNOWN_BREADTH = 0.5
+UNKNOWN_BREADTH = 0.7
+"""With it for all genes, the prior's sum in the screens is the number of links."""
 _NONCODING = (
     r"^(?:[A-Z]{2}\d{6}|LINC|M[Ii][Rr]\d|M[Ii][Rr][Ll]|RNU|RN7|RNA5|Y_RNA|S[Nn][Oo][Rr]|ENS|Gm\d|.*Rik$)"
     r"|-AS\d|-DT$|-IT\d|-OT\d|\dP\d*$|-ps\d*$"
@@ -71,7 +74,7 @@ def pair_features(
     activity: np.ndarray,
     genes_between: np.ndarray,
     breadth: np.ndarray,
-    competition: np.ndarray,
+    genes_near: np.ndarray,
 ) -> pd.DataFrame:
     """Return the features of pairs.
 
@@ -85,32 +88,17 @@ def pair_features(
         Number of protein-coding TSSs between the two; [E].
     breadth
         Of the gene's expression, see `expression_breadth`; [E].
-    competition
-        Of all cCREs near the gene, see `gene_competition`; [E].
+    genes_near
+        Number of protein-coding TSSs around the gene's, see `count_near`; [E].
     """
     columns = (
         np.log(np.abs(distance_bp) + DISTANCE_OFFSET_BP),
         np.log1p(ACTIVITY_SCALE * activity),
         np.log1p(genes_between),
         breadth,
-        np.log(LEAST_COMPETITION + competition),
+        np.log1p(genes_near),
     )
     return pd.DataFrame(dict(zip(FEATURES, columns, strict=True)))
-
-
-def gene_competition(
-    gene: np.ndarray, distance_bp: np.ndarray, activity: np.ndarray, n_genes: int
-) -> np.ndarray:
-    """Return the sum of activity × contact over each gene's pairs; float64 [n_genes].
-
-    Parameters
-    ----------
-    gene, distance_bp, activity
-        Of all pairs around the genes; [E].
-    n_genes
-        More than the largest gene.
-    """
-    return np.bincount(gene, activity * distance_contact(distance_bp), minlength=n_genes)
 
 
 def is_noncoding(names: pd.Series) -> np.ndarray:
@@ -137,11 +125,24 @@ def count_between(genes: pd.DataFrame, chrom: np.ndarray, left: np.ndarray, righ
     return np.where(start >= 0, np.maximum(between, 0), 0)
 
 
-def expression_breadth(expression: np.ndarray) -> np.ndarray:
-    """Return how evenly each gene is expressed over cell types, as a rank among expressed genes in (0, 1); [G].
+def count_near(genes: pd.DataFrame, chrom: np.ndarray, site: np.ndarray) -> np.ndarray:
+    """Count the protein-coding TSSs within 100 kb of a gene's, its own among them; int64 [G].
 
-    The mean over types of log2(1 + CPM) over its maximum, ranked. One half where there is one type only, or the
-    gene is not expressed.
+    Parameters
+    ----------
+    genes
+        As in `count_between`.
+    chrom, site
+        Chromosome and TSS of each gene to count for, TSS in bp; [G].
+    """
+    return count_between(genes, chrom, site - NEAR_BP, site + NEAR_BP)
+
+
+def expression_breadth(expression: np.ndarray) -> np.ndarray:
+    """Return how evenly each gene is expressed over cell types, 1 where all express it alike; [G].
+
+    The mean over types of log2(1 + CPM), over its maximum: 1 less a form of the index τ of Yanai et al. 2005.
+    `UNKNOWN_BREADTH` where there is one type only, or the gene is not expressed.
 
     Parameters
     ----------
@@ -151,12 +152,8 @@ def expression_breadth(expression: np.ndarray) -> np.ndarray:
     total = expression.sum(axis=1, keepdims=True)
     level = np.log2(1 + 1e6 * expression / np.maximum(total, 1e-12))
     most = level.max(axis=0, initial=0)
-    breadth = np.full(expression.shape[1], UNKNOWN_BREADTH)
-    known = most > 0
-    if len(expression) > 1 and known.any():
-        even = level[:, known].mean(axis=0) / most[known]
-        breadth[known] = (stats.rankdata(even) - 0.5) / known.sum()
-    return breadth
+    known = (most > 0) & (len(expression) > 1)
+    return np.where(known, level.mean(axis=0) / np.maximum(most, 1e-12), UNKNOWN_BREADTH)
 
 
 def opening_rate(share_open: np.ndarray) -> np.ndarray:

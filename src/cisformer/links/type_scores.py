@@ -21,67 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from cisformer.links.measure import CellSums, PairTests
-from cisformer.links.prior import (
-    ACTIVITY_SCALE,
-    LinkPrior,
-    gene_competition,
-    opening_rate,
-    pair_features,
-    relative_activity,
-)
-from cisformer.links.statistics import Pairs
-from cisformer.links.weights import EvidenceWeights, probability, score_fdr
+from cisformer.links.prior import ACTIVITY_SCALE, opening_rate
+from cisformer.links.shared import SharedEvidence, pair_power
+from cisformer.links.weights import probability, score_fdr
 
 WORKS, WORKS_BY_EXPRESSION, MOST_EXPRESSION = 1.7, 1.5, 2.0
 PER_CELL = 1e4
 SMALLEST_EXPRESSION = 0.05
 """Counts in ten thousand, added before logs are taken."""
-
-
-@dataclass(frozen=True)
-class SharedEvidence:
-    """What all types share.
-
-    Attributes
-    ----------
-    pairs
-        Genes and cCREs.
-    prior, weights
-        Of the score.
-    genes_between, breadth
-        Features of the prior that no type changes; [E].
-    is_promoter
-        Which cCREs lie at the TSS of a gene; [P].
-    association
-        Of all cells; [E].
-    less
-        What is taken from all log odds, so that evidence adds no links.
-    power
-        Root of the number of cells expected to have both; [E].
-    """
-
-    pairs: Pairs
-    prior: LinkPrior
-    weights: EvidenceWeights
-    genes_between: np.ndarray
-    breadth: np.ndarray
-    is_promoter: np.ndarray
-    association: np.ndarray
-    less: float
-    power: np.ndarray
-
-    def activity(self, n_open: np.ndarray, n_cells: int) -> np.ndarray:
-        """Return the accessibility of cCREs in some cells, over that of an average promoter; [P]."""
-        return relative_activity(opening_rate(n_open / (n_cells + 1)), self.is_promoter)
-
-    def prior_log_odds(self, activity: np.ndarray) -> np.ndarray:
-        """Return the prior's log odds where cCREs are accessible like this; [E]."""
-        pairs = self.pairs
-        near = activity[pairs.ccre]
-        n_genes = int(pairs.gene.max(initial=-1)) + 1
-        competition = gene_competition(pairs.gene, pairs.distance, near, n_genes)[pairs.gene]
-        features = pair_features(pairs.distance, near, self.genes_between, self.breadth, competition)
-        return self.prior.log_odds(features)
 
 
 @dataclass(frozen=True)
@@ -200,14 +147,6 @@ class TypeScorer:
 def works(expression: np.ndarray) -> np.ndarray:
     """Return the log of the chance that a link works in a type, over that at mean expression; any shape."""
     return np.logaddexp(0, -WORKS) - np.logaddexp(0, -WORKS - WORKS_BY_EXPRESSION * expression)
-
-
-def pair_power(pairs: Pairs, cells: CellSums, number: int | None = None) -> np.ndarray:
-    """Return the root of the number of cells expected to have both of a pair, in all cells or a type; [E]."""
-    rows = slice(None) if number is None else slice(number, number + 1)
-    n_cells = cells.n_cells[rows].sum()
-    n_open, n_expressed = cells.n_open[rows].sum(axis=0), cells.n_expressed[rows].sum(axis=0)
-    return np.sqrt(n_open[pairs.ccre] * n_expressed[pairs.gene] / n_cells)
 
 
 def relative_expression(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -120,10 +120,10 @@ def fit_projection(cells: sp.csr_matrix, modality: Modality, rank: int, seed: in
     rank = max(1, min(rank, min(cells.shape) - 2))
     projection = Projection(cells.shape[1], rank, modality)
     projection.weight = torch.from_numpy(input_weights(cells, modality))
-    x = projection.features(cells)
+    x = projection.features(cells).tocsc()  # by feature: products are several times faster
     svd = TruncatedSVD(min(rank + 1, min(x.shape) - 1), random_state=seed, n_iter=7)
     scores = svd.fit_transform(x)
-    depth = np.log1p(np.diff(x.indptr))
+    depth = np.log1p(np.diff(cells.indptr))
     # Expression, as predicted, is normalised for depth; accessibility is not.
     depth_unit = scores.std(axis=0).max() / max(depth.std(), 1e-6) if modality == "rna" else 0.0
     scores = np.column_stack([scores, depth * depth_unit]).astype(np.float64)

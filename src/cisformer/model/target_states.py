@@ -17,6 +17,7 @@ order, the prediction of a cell from the others is (û − h u) / (1 − h), wit
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +92,8 @@ class CellRidge:
     """Ridge regression on sparse features of cells, less their mean, for any penalty."""
 
     def __init__(self, x: sp.csr_matrix, targets: np.ndarray, rng: np.random.Generator) -> None:
-        self.x, self.xt, self.targets = x, x.T.tocsr(), targets
+        # By feature: a product then goes over the features in order, at random only over cells × targets.
+        self.x, self.targets = x.tocsc(), targets
         self.mean = np.asarray(x.mean(axis=0), np.float64).ravel()
         squares = float(x.multiply(x).sum()) / x.shape[0] - float(self.mean @ self.mean)
         self.unit = max(squares, 1e-12)
@@ -108,22 +110,29 @@ class CellRidge:
         return self._adjoint(self._dual[:, : self.targets.shape[1]]), float(np.clip(leverage, 0, 0.95))
 
     def _adjoint(self, a: np.ndarray) -> np.ndarray:
-        return self.xt @ a - np.outer(self.mean, a.sum(axis=0))
+        return self.x.T @ (a - a.mean(axis=0)).astype(np.float32)
 
     def _kernel(self, a: np.ndarray) -> np.ndarray:
-        w = self._adjoint(a)
-        return self.x @ w - self.mean @ w
+        image = (self.x @ self._adjoint(a)).astype(np.float64)
+        return image - image.mean(axis=0)
 
 
-def conjugate_gradients(apply, wanted: np.ndarray, start: np.ndarray) -> np.ndarray:  # type: ignore[no-untyped-def]
+def conjugate_gradients(
+    apply: Callable[[np.ndarray], np.ndarray],
+    wanted: np.ndarray,
+    start: np.ndarray,
+    tolerance: float = TOLERANCE,
+) -> np.ndarray:
     """Solve apply(a) = wanted, `apply` symmetric and positive, all columns [n, k] at once.
+
+    It ends when no column's residual is longer than `tolerance` of its wanted side, or after `MOST_STEPS` steps.
 
     Source: Hestenes and Stiefel (1952).
     """
     a = start.copy()
     residual = wanted - apply(a)
     direction, size = residual.copy(), np.square(residual).sum(axis=0)
-    goal = TOLERANCE**2 * np.square(wanted).sum(axis=0)
+    goal = tolerance**2 * np.square(wanted).sum(axis=0)
     for _ in range(MOST_STEPS):
         if (size <= goal).all():
             break

@@ -33,6 +33,10 @@ const linkTo = gene => element("a", { href: "#gene=" + encodeURIComponent(G.id[g
 const linksOf = new Map();
 L.gene.forEach((gene, i) => linksOf.has(gene) ? linksOf.get(gene).push(i) : linksOf.set(gene, [i]));
 const geneOfId = new Map(G.id.map((id, gene) => [id, gene]));
+const geneNamed = text => {
+  const wanted = text.toLowerCase(), row = G.name.findIndex((name, i) => i < G.linked && name.toLowerCase() === wanted);
+  return row < 0 ? undefined : row;
+};
 const ccresOn = C.chroms.map(() => []);
 C.chrom.forEach((chrom, ccre) => ccresOn[chrom].push(ccre));
 
@@ -299,7 +303,9 @@ function drawGene(chosen) {
   refresh();
 }
 function route() {
-  const wanted = location.hash.startsWith("#gene=") ? geneOfId.get(decodeURIComponent(location.hash.slice(6))) : undefined;
+  const asked = location.hash.startsWith("#gene=") ? decodeURIComponent(location.hash.slice(6)) : "";
+  const wanted = geneOfId.get(asked) ?? geneNamed(asked);
+  $("told").textContent = asked && wanted === undefined ? `no link of “${asked}” on this page` : "";
   $("start").hidden = wanted !== undefined; $("gene").hidden = wanted === undefined;
   if (wanted === undefined) { document.title = document.title.replace(/^.* – (?=.* – )/, ""); return; }
   drawGene(wanted);
