@@ -143,9 +143,14 @@ def ahead(report: dict[str, Any], metrics: list[Metric]) -> str:
     for metric in metrics:
         for method in report["scores"]:
             if outcome(report, metric, method) == "worse":
-                value = report["scores"][method][metric.key]["value"]
-                said.setdefault(method, []).append(f"{metric.name} ({score_text(value)})")
-    return "; ".join(f"**{method}**: {', '.join(what)}" for method, what in said.items()) or "nobody"
+                said.setdefault(method, []).append(metric.name)
+    return (
+        "; ".join(
+            f"**{method}** on {'all' if len(what) == len(metrics) else ', '.join(what)}"
+            for method, what in said.items()
+        )
+        or "–"
+    )
 
 
 def pages(results: dict[str, Any], *groups: list[str]) -> str:
@@ -160,4 +165,5 @@ def pages(results: dict[str, Any], *groups: list[str]) -> str:
         }
         if chosen:
             parts += [overview(chosen), *(brief(chosen, direction) for direction in ARROWS)]
-    return "\n\n".join([*parts, *(table(key, result) for key, result in results.items())]) + "\n"
+    parts += [table(key, result) for key, result in results.items()]
+    return "\n\n".join(part for part in parts if part) + "\n"
