@@ -1,5 +1,7 @@
 """Compact predictions: two small matrices that hold every probability."""
 
+from pathlib import Path
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -42,6 +44,15 @@ def test_probabilities_are_exact(path, full):
     assert prediction.shape == full.shape
     np.testing.assert_allclose(prediction.toarray(), full, atol=1e-6)
     np.testing.assert_allclose(prediction[5:9, 100:300], full[5:9, 100:300], atol=1e-6)
+
+
+def test_the_formula_of_the_documentation_gives_the_probabilities(path, full):
+    text = (Path(__file__).parents[1] / "docs" / "predictions.md").read_text(encoding="utf-8")
+    assert 'logit p[i, f] = var["prior"][f] + (x[i, f] if x[i, f] < 0 else log(1 + x[i, f]))' in text
+    file = ad.read_h5ad(path)
+    x = file.var["intercept"].to_numpy() + file.obsm["X_cisformer"] @ file.varm["cisformer"].T
+    logit = file.var["prior"].to_numpy() + np.where(x < 0, x, np.log1p(np.maximum(x, 0)))
+    np.testing.assert_allclose(1 / (1 + np.exp(-logit)), full, atol=1e-6)
 
 
 def test_distances_between_states_are_those_inside_the_link(path, full, tiny_checkpoints):
