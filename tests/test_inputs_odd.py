@@ -270,8 +270,16 @@ WRONG = {
     "pointer.h5ad": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer", "git lfs pull"),
     "x.zarr.zip": (b"PK\x03\x04" + bytes(50), "is an archive", "unpack it"),
     "x.tar.gz": (gzip.compress(bytes(1024), mtime=0), "is an archive", "unpack it"),
-    "fragments.tsv.gz.tbi": (gzip.compress(b"TBI\1" + bytes(99), mtime=0), "is an index", "give fragments.tsv.gz"),
-    "fragments.tsv.gz": (gzip.compress(b"chr1 1 9 AAAC 1\n", mtime=0), "first line is 'chr1 1 9 AAAC 1'", "by tabs"),
+    "fragments.tsv.gz.tbi": (
+        gzip.compress(b"TBI\1" + bytes(99), mtime=0),
+        "is an index",
+        "give fragments.tsv.gz",
+    ),
+    "fragments.tsv.gz": (
+        gzip.compress(b"chr1 1 9 AAAC 1\n", mtime=0),
+        "first line is 'chr1 1 9 AAAC 1'",
+        "by tabs",
+    ),
     "atac_fragments.tsv": (b"chr1\t1\t9\n", "first line is 'chr1 1 9'", "4 to 6 columns"),
 }
 
