@@ -75,7 +75,8 @@ def accessibility(tiny_data):
     return store, *fit(store, np.arange(store.n_cells), direction="rna2atac")
 
 
-def test_few_validation_cells_do_not_choose_the_penalty_alone(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("limit", ["FEW_CELLS", "FOLD_VALUES"])
+def test_few_validation_cells_do_not_choose_the_penalty_alone(limit, tiny, tmp_path, monkeypatch):
     """Six cells whose RNA is paired with the ATAC of others speak for the mean profile; the training cells do not."""
     rna, atac = tiny.rna.copy(), tiny.atac.copy()
     atac.X = atac.X[[*range(150, 156), *range(6, 160)]]
@@ -83,7 +84,7 @@ def test_few_validation_cells_do_not_choose_the_penalty_alone(tiny, tmp_path, mo
     wrong = np.isin(store.barcodes, rna.obs_names[:6])
     val, rows = CellRows.of(store, np.flatnonzero(wrong)), np.flatnonzero(~wrong)
     assert fit(store, rows, val, direction="rna2atac", ridge="auto")[1].rank > 0
-    monkeypatch.setattr(closed_form, "FEW_CELLS", 0)
+    monkeypatch.setattr(closed_form, limit, 0)
     assert fit(store, rows, val, direction="rna2atac", ridge="auto")[1].rank == 0
 
 

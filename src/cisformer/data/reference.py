@@ -173,6 +173,7 @@ def _load_built_in(name: str) -> Reference:
 
 
 def resource(name: str) -> Traversable:
+    """Return a file that comes with the package."""
     return importlib.resources.files("cisformer.resources").joinpath(name)
 
 
@@ -191,6 +192,7 @@ def _unpack_ccres(packed: np.lib.npyio.NpzFile) -> pd.DataFrame:
 
 
 def read_genes(handle: IO[bytes]) -> pd.DataFrame:
+    """Read a gzipped table of genes: columns as `Reference.genes`, or those of them that the file has."""
     text = dict.fromkeys(("gene_id", "gene_name", "chrom", "strand"), str)
     genes = pd.read_csv(handle, sep="\t", compression="gzip", dtype=text, keep_default_na=False, na_values=[])
     return genes.astype({"start": np.int64, "end": np.int64})

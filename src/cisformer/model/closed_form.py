@@ -39,6 +39,8 @@ SELECTION_CELLS = 1_000
 """At most so many validation cells that rank and penalty are chosen by."""
 FEW_CELLS, N_FOLDS = 200, 5
 """RNA→ATAC: with fewer validation cells than this, training cells left out in turn help to choose the penalty."""
+FOLD_VALUES = 30_000_000
+"""But only where the sums of all folds hold no more values than this (8 bytes each): some 190,000 cCREs."""
 LEAST_PACE = 0.01
 
 
@@ -188,7 +190,10 @@ def fit_linear(
         projection, found = fit_target_states(projection, sample, chosen, moments, options.seed, given)
         rank = found.axes.shape[1]
         return LinearStart(projection, *moments, found.loadings, rank, found.penalty, target_states=found)
-    n_folds = N_FOLDS if given is None and 0 < len(held_out) < FEW_CELLS else 1
+    few = (
+        0 < len(held_out) < FEW_CELLS and N_FOLDS * len(layout.target_index) * projection.rank <= FOLD_VALUES
+    )
+    n_folds = N_FOLDS if given is None and few else 1
     folds = train.folds(n_folds, rng)
     parts = [Sums.over(fold, projection, layout) for fold in folds]
     sums = sum(parts[1:], parts[0])

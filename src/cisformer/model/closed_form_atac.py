@@ -120,6 +120,10 @@ class Sums:
 
     def frequency(self) -> np.ndarray:
         """Return the smoothed frequencies, p; float64 [F]."""
+        return self._frequency
+
+    @cached_property
+    def _frequency(self) -> np.ndarray:  # once: every choice of a penalty asks for it several times
         return 1 / (1 + np.exp(-self.prior().astype(np.float64)))
 
 
