@@ -29,8 +29,6 @@ def main() -> None:
     # times slower, not spinning at all made it half as fast on an idle one.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # Linux, read by torch: memory of large tensors comes in pages of 2 MB, not of 4 kB, which are handed out one by one.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     debug = "--debug" in sys.argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without our arrows and dots

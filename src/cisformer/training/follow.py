@@ -37,7 +37,8 @@ def follow_training(best: Checkpoint, start: Checkpoint, cells: CellSplit) -> Ch
 def validation_losses(checkpoint: Checkpoint, cells: CellSplit) -> np.ndarray:
     """Return the loss of every validation cell, float64 [n]."""
     model = checkpoint.model.eval()
-    losses, done = np.empty(len(cells.val_rows)), 0  # in one piece: small ones kept between large ones break memory up
+    # In one piece: hundreds of small ones, kept between large ones, would break memory up.
+    losses, done = np.empty(len(cells.val_rows)), 0
     for batch in validation_batches(cells.val, cells.val_rows, checkpoint.layout, checkpoint.config):
         losses[done : done + batch.n_cells] = model(batch).numpy()
         done += batch.n_cells
