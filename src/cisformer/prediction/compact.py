@@ -2,7 +2,9 @@
 
 The logits of the default model are low-rank but for a fixed curve. For cell i and cCRE f,
 
-    logit p[i, f] = prior[f] + link(intercept[f] + <state[i], loadings[f]>),    link(x) = min(x, 0) + log(1 + max(x, 0))
+    logit p[i, f] = prior[f] + link(intercept[f] + <state[i], loadings[f]>)
+
+The link is `link.change_of_log_odds`; the version of the format says which.
 
 A compact file keeps the factors in place of their product, some 0.3 kB a cell in place of 4 MB, and loses nothing:
 every probability can be computed from it on demand.
@@ -31,7 +33,7 @@ from cisformer.data.batches import row_blocks
 from cisformer.data.genome import CCRE_COLUMNS, overlap_pairs, parse_regions, rename_chroms
 from cisformer.data.h5ad import H5adWriter, MatrixLayout, load_h5ad
 from cisformer.errors import InputError
-from cisformer.model.closed_form_atac import change_of_log_odds
+from cisformer.model.link import LINK_VERSION, change_of_log_odds
 from cisformer.runtime.files import refuse_existing
 from cisformer.runtime.progress import progress
 from cisformer.runtime.provenance import provenance
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from cisformer.model.cis import CisModel
 
 STATES, LOADINGS, INTERCEPT, PRIOR = "X_cisformer", "cisformer", "intercept", "prior"
-COMPACT_FORMAT, COMPACT_VERSION = "cisformer-compact-prediction", 1
+COMPACT_FORMAT = "cisformer-compact-prediction"
 SMALLEST_LENGTH = 1e-6
 """Directions of the loadings that are shorter than this share of the longest are left out: rounding noise."""
 BLOCK_VALUES = 1 << 24
@@ -83,11 +85,6 @@ class LowRank:
         """Return the states [B, R] of cells from their places [B, width] in the model."""
         return place @ self.rotation
 
-    def probability(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the probability of every known target, float32 [B, F]."""
-        inner = torch.addmm(self.intercept, states, self.loadings.T)
-        return change_of_log_odds(inner).add_(self.prior).sigmoid_()
-
 
 @dataclass(frozen=True, eq=False)
 class CompactPrediction:
@@ -123,7 +120,13 @@ class CompactPrediction:
             torch.from_numpy(self.var[name].to_numpy(np.float32)[columns]) for name in (PRIOR, INTERCEPT)
         )
         inner = torch.from_numpy(self.states[rows]) @ torch.from_numpy(self.loadings[columns]).T
-        return change_of_log_odds(inner.add_(intercept)).add_(prior).sigmoid_().numpy()
+        change = change_of_log_odds(inner.add_(intercept), prior, self.link_version)
+        return change.add_(prior).sigmoid_().numpy()
+
+    @property
+    def link_version(self) -> int:
+        """Version of the format, and so of the link."""
+        return int(self.record.get("format_version", LINK_VERSION))
 
     def toarray(self) -> NDArray[np.float32]:
         """Return all probabilities, float32 [n_cells, n_ccres]."""
@@ -355,9 +358,9 @@ def is_compact(adata: AnnData) -> bool:
 def compact_of(adata: AnnData, label: str) -> CompactPrediction:
     """Return the compact prediction that an AnnData holds."""
     record = dict(adata.uns.get("cisformer", {}))
-    if int(record.get("format_version", 1)) > COMPACT_VERSION:
+    if int(record.get("format_version", LINK_VERSION)) > LINK_VERSION:
         raise InputError(
-            f"{label} is of format version {record['format_version']}, this program reads {COMPACT_VERSION}",
+            f"{label} is of format version {record['format_version']}, this program reads {LINK_VERSION}",
             hint="update cisformer",
         )
     states, loadings = (np.asarray(x, np.float32) for x in (adata.obsm[STATES], adata.varm[LOADINGS]))

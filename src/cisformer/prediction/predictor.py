@@ -26,7 +26,6 @@ from cisformer.parallel.processes import Processes
 from cisformer.prediction.cells import READ_CELLS, InputCells
 from cisformer.prediction.compact import (
     COMPACT_FORMAT,
-    COMPACT_VERSION,
     INTERCEPT,
     LOADINGS,
     PRIOR,
@@ -303,10 +302,14 @@ class Predictor:
         """Return what the result says of its origin."""
         checkpoint, options = self.checkpoint, self.options
         atac = checkpoint.direction == "rna2atac"
+        version = FORMAT_VERSION
+        if options.compact:
+            assert isinstance(self.model, CisModel)
+            version = int(self.model.link_version)
         probability = "open (1) or closed" if options.binarize else "probability of being open"
         return {
             "format": COMPACT_FORMAT if options.compact else "cisformer-prediction",
-            "format_version": COMPACT_VERSION if options.compact else FORMAT_VERSION,
+            "format_version": version,
             "direction": checkpoint.direction,
             "unit": probability if atac else "log1p(counts per 10,000)",
             "min_prob": options.min_prob if atac and not options.binarize else 0.0,
