@@ -4,8 +4,6 @@ The logits of the default model are low-rank but for a fixed curve. For cell i a
 
     logit p[i, f] = prior[f] + link(intercept[f] + <state[i], loadings[f]>)
 
-The link is `link.change_of_log_odds`; the version of the format says which.
-
 A compact file keeps the factors in place of their product, some 0.3 kB a cell in place of 4 MB, and loses nothing:
 every probability can be computed from it on demand.
 
@@ -13,6 +11,7 @@ every probability can be computed from it on demand.
     varm["cisformer"]    loadings [n_ccres, R], orthonormal columns
     var["prior"]         logit of the mean; minus infinity where training saw no open cell: probability 0
     var["intercept"]     what a cell in state 0 has inside the link
+    var["link_version"]  of `link.change_of_log_odds`; earlier files have link 1, and not this column
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ if TYPE_CHECKING:
     from cisformer.model.cis import CisModel
 
 STATES, LOADINGS, INTERCEPT, PRIOR = "X_cisformer", "cisformer", "intercept", "prior"
-COMPACT_FORMAT = "cisformer-compact-prediction"
+LINK = "link_version"
+COMPACT_FORMAT, COMPACT_VERSION = "cisformer-compact-prediction", 2
 SMALLEST_LENGTH = 1e-6
 """Directions of the loadings that are shorter than this share of the longest are left out: rounding noise."""
 BLOCK_VALUES = 1 << 24
@@ -63,12 +63,15 @@ class LowRank:
         float32 [F, R], columns of unit length at right angles.
     rotation
         What turns a state of the model into one of this space; float32 [width, R].
+    link_version
+        Of `change_of_log_odds`.
     """
 
     prior: torch.Tensor
     intercept: torch.Tensor
     loadings: torch.Tensor
     rotation: torch.Tensor
+    link_version: int
 
     @classmethod
     def of(cls, model: CisModel) -> LowRank:
@@ -79,7 +82,8 @@ class LowRank:
         kept = length > SMALLEST_LENGTH * length.max()
         axes = axes.flip(1)[:, kept]
         unit = (loadings.double() @ (axes / length[kept])).float()
-        return cls(model.prior, intercept, unit, (axes * length[kept]).float())
+        version = int(model.link_version) if model.cis is None else LINK_VERSION
+        return cls(model.prior, intercept, unit, (axes * length[kept]).float(), version)
 
     def states(self, place: torch.Tensor) -> torch.Tensor:
         """Return the states [B, R] of cells from their places [B, width] in the model."""
@@ -125,8 +129,8 @@ class CompactPrediction:
 
     @property
     def link_version(self) -> int:
-        """Version of the format, and so of the link."""
-        return int(self.record.get("format_version", LINK_VERSION))
+        """Of `change_of_log_odds`."""
+        return LINK_VERSION if LINK in self.var else 1
 
     def toarray(self) -> NDArray[np.float32]:
         """Return all probabilities, float32 [n_cells, n_ccres]."""
@@ -358,9 +362,9 @@ def is_compact(adata: AnnData) -> bool:
 def compact_of(adata: AnnData, label: str) -> CompactPrediction:
     """Return the compact prediction that an AnnData holds."""
     record = dict(adata.uns.get("cisformer", {}))
-    if int(record.get("format_version", LINK_VERSION)) > LINK_VERSION:
+    if int(record.get("format_version", 1)) > COMPACT_VERSION:
         raise InputError(
-            f"{label} is of format version {record['format_version']}, this program reads {LINK_VERSION}",
+            f"{label} is of format version {record['format_version']}, this program reads {COMPACT_VERSION}",
             hint="update cisformer",
         )
     states, loadings = (np.asarray(x, np.float32) for x in (adata.obsm[STATES], adata.varm[LOADINGS]))

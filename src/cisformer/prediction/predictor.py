@@ -22,11 +22,14 @@ from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.documented_task import FullTask
+from cisformer.model.link import LINK_VERSION
 from cisformer.parallel.processes import Processes
 from cisformer.prediction.cells import READ_CELLS, InputCells
 from cisformer.prediction.compact import (
     COMPACT_FORMAT,
+    COMPACT_VERSION,
     INTERCEPT,
+    LINK,
     LOADINGS,
     PRIOR,
     STATES,
@@ -296,20 +299,18 @@ class Predictor:
             loadings = np.zeros((len(var), self.low_rank.loadings.shape[1]), np.float32)
             loadings[seen] = self.low_rank.loadings.cpu().numpy()
             var, varm = var.assign(**{PRIOR: prior, INTERCEPT: intercept}), {LOADINGS: loadings}
+            if self.low_rank.link_version == LINK_VERSION:
+                var = var.assign(**{LINK: np.float32(LINK_VERSION)})
         return var, varm, {"cisformer": self._record()}
 
     def _record(self) -> dict[str, Any]:
         """Return what the result says of its origin."""
         checkpoint, options = self.checkpoint, self.options
         atac = checkpoint.direction == "rna2atac"
-        version = FORMAT_VERSION
-        if options.compact:
-            assert isinstance(self.model, CisModel)
-            version = int(self.model.link_version)
         probability = "open (1) or closed" if options.binarize else "probability of being open"
         return {
             "format": COMPACT_FORMAT if options.compact else "cisformer-prediction",
-            "format_version": version,
+            "format_version": COMPACT_VERSION if options.compact else FORMAT_VERSION,
             "direction": checkpoint.direction,
             "unit": probability if atac else "log1p(counts per 10,000)",
             "min_prob": options.min_prob if atac and not options.binarize else 0.0,
