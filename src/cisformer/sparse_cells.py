@@ -188,7 +188,7 @@ def _chance(log_odds: np.ndarray) -> np.ndarray:
 
 def _rate(log_rate: np.ndarray, depth: np.ndarray) -> np.ndarray:
     """Return the expected counts of genes whose log rate is given, at most 6."""
-    rate = np.minimum(log_rate, 6)
+    rate: np.ndarray = np.minimum(log_rate, 6)
     np.exp(rate, out=rate)
     rate *= depth
     return rate
