@@ -5,9 +5,9 @@
 Shallow simulated cells (`simulate --depth`; at 0.05 about 250 genes and 490 open cCREs each) of 10,000 genes and
 100,000 cCREs, human reference. `train` is `atac2rna_train`, preset small with batches of 128 and 1,000 targets a cell,
 one epoch, ended by SIGKILL in that epoch and finished with `--resume`; `start` is `rna2atac_train` with `epoch: 0`, the
-closed form, on the first shard (10,000 cells) and validated on the second; `predict` reads all cells from `rna.h5ad` and
-writes their accessibility in the compact form; `link` takes 200 cells a type. A stage that WORK/stages.json has is not run again. Memory is the largest of the stage, with and without mapped files;
-disk is what the stage left.
+closed form, on the first shard (10,000 cells) and validated on the second; `predict` reads all cells from `rna.h5ad`
+and writes their accessibility in the compact form; `link` takes 200 cells a type. A stage that WORK/stages.json has is
+not run again. Memory is the largest of the stage, with and without mapped files; disk is what the stage left.
 """
 
 from __future__ import annotations
