@@ -1,16 +1,11 @@
-"""Which device computes, in which precision, and what becomes of its memory."""
+"""Which device computes, and in which precision."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of `mallopt`, as in glibc's malloc.h."""
 
 
 def best_device() -> str:
@@ -35,14 +30,3 @@ def fastest_precision(device: torch.device) -> str:
     if multiplies_bf16(device):
         return "bf16"
     return "fp16" if device.type == "cuda" else "no"
-
-
-def keep_freed_memory() -> None:
-    """Let memory that one tensor frees serve the next; changes nothing where malloc is not glibc's.
-
-    Large blocks otherwise go back to the system at once, and the gradients of a million embeddings are mapped
-    anew, page by page, in every step of training.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

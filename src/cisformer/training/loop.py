@@ -27,7 +27,7 @@ from cisformer.model.closed_form import count_features
 from cisformer.model.closed_form_atac import Penalty
 from cisformer.model.documented_task import FullTask
 from cisformer.parallel.processes import Processes
-from cisformer.runtime.device import best_device, fastest_precision, keep_freed_memory
+from cisformer.runtime.device import best_device, fastest_precision
 from cisformer.runtime.progress import progress
 from cisformer.training.closed_form_start import fit_closed_form, fold_in, make_layout
 from cisformer.training.follow import follow_training
@@ -230,8 +230,6 @@ class Run:
         self.settings, self.start = config.training, start
         self.history: list[dict[str, Any]] = []
         self.start_metrics = {k: v for k, v in start.metrics.items() if k in START_METRICS}
-        if accelerator.device.type == "cpu":
-            keep_freed_memory()
         optimizer = torch.optim.AdamW(
             start.model.parameters(), lr=self.settings.lr, weight_decay=self.settings.weight_decay,
             fused=accelerator.device.type in ("cpu", "cuda"),
