@@ -5,9 +5,9 @@
 Shallow simulated cells (`simulate --depth`; at 0.05 about 250 genes and 490 open cCREs each) of 10,000 genes and
 100,000 cCREs, human reference. `train` is `atac2rna_train`, preset small with batches of 128 and 1,000 targets a cell,
 one epoch, ended by SIGKILL in that epoch and finished with `--resume`; `start` is `rna2atac_train` with `epoch: 0`, the
-closed form; `predict` writes the accessibility of the test cells in the compact form; `link` takes 200 cells a type. A
-stage that WORK/stages.json has is not run again. Memory is the largest of the stage, with and without mapped files;
-disk is what the stage left.
+closed form, on the first shard (10,000 cells) and validated on the second; `predict` reads all cells from `rna.h5ad`
+and writes their accessibility in the compact form; `link` takes 200 cells a type. A stage that WORK/stages.json has is
+not run again. Memory is the largest of the stage, with and without mapped files; disk is what the stage left.
 """
 
 from __future__ import annotations
@@ -51,23 +51,15 @@ def train(work: Path, options: argparse.Namespace) -> list[Run]:
 
 
 def start(work: Path, options: argparse.Namespace) -> list[Run]:
-    command = [
-        *CISFORMER,
-        "rna2atac_train",
-        "-t",
-        "data/atac2rna_train",
-        "-v",
-        "data/atac2rna_val",
-        "-n",
-        "start",
-    ]
-    return [run([*command, "-s", "save_rna2atac", "-c", configuration(work, "rna2atac", epoch=0)], work)]
+    shards = [text for flag, number in (("-t", 0), ("-v", 1)) for text in (flag, shard(number))]
+    flags = ["-n", "start", "-s", "save_rna2atac", "-c", configuration(work, "rna2atac", epoch=0)]
+    return [run([*CISFORMER, "rna2atac_train", *shards, *flags], work)]
 
 
 def predict(work: Path, options: argparse.Namespace) -> list[Run]:
     model = newest(work / "save_rna2atac")
-    flags = ["-m", str(model), "--compact", "--batch_size", "64", "-o", "predicted", "--force"]
-    return [run([*CISFORMER, "rna2atac_predict", "-r", "data/atac2rna_test", *flags], work)]
+    flags = ["-m", str(model), "--compact", "-o", "predicted", "--force"]
+    return [run([*CISFORMER, "rna2atac_predict", "-r", "rna.h5ad", *flags], work)]
 
 
 def link(work: Path, options: argparse.Namespace) -> list[Run]:
@@ -99,6 +91,11 @@ def configuration(work: Path, direction: Direction, epoch: int) -> str:
     path = work / f"{direction}_{epoch}.yaml"
     path.write_text(dump_config(config))
     return path.name
+
+
+def shard(number: int) -> str:
+    """Return the name of a shard of training cells."""
+    return f"data/atac2rna_train/atac2rna_{number}.pt"
 
 
 def newest(folder: Path) -> Path:

@@ -11,8 +11,9 @@ from cisformer.data.store import CellStore, find_split
 from cisformer.model.cell_rows import CellRows
 from cisformer.model.cis import CisModel
 from cisformer.model.closed_form import StartOptions, count_features, fit_linear, pace_of
-from cisformer.model.closed_form_atac import Hat, Sums, change_of_log_odds
+from cisformer.model.closed_form_atac import Hat, Sums
 from cisformer.model.closed_form_cis import Windows, fit_local
+from cisformer.model.link import change_of_log_odds
 from cisformer.model.projection import states
 from cisformer.training.closed_form_start import make_layout
 
@@ -46,7 +47,7 @@ def test_the_untrained_model_is_the_closed_form(direction, tiny_data, tiny_confi
     z = states(start.projection, store, rows, layout)
     expected = z @ start.loadings.T
     if local is None:
-        expected = change_of_log_odds(torch.from_numpy(expected)).numpy()
+        expected = change_of_log_odds(torch.from_numpy(expected), torch.from_numpy(start.prior)).numpy()
     expected += start.prior / start.scale
     if local is not None:
         x = read_modality(store, rows, "atac").toarray()[:, layout.input_index]

@@ -30,11 +30,11 @@ from cisformer.model.closed_form_atac import (
     Penalty,
     Sums,
     beside,
-    change_of_log_odds,
     learn_covariance,
     shared_loadings,
     solve,
 )
+from cisformer.model.link import change_of_log_odds
 from cisformer.model.projection import fit_projection, states
 from cisformer.model.target_states import (
     CellRidge,
@@ -73,6 +73,16 @@ def expression(tiny_data):
 def accessibility(tiny_data):
     store = CellStore.open(find_split(tiny_data["rna2atac"], "train"))
     return store, *fit(store, np.arange(store.n_cells), direction="rna2atac")
+
+
+@pytest.fixture(scope="module")
+def summed(accessibility):
+    """States and accessibility of the cells, what one sweep leaves of them, and the spread of the components."""
+    store, layout, start = accessibility
+    rows = np.arange(store.n_cells)
+    z = states(start.projection, store, rows, layout).astype(np.float64)
+    sums = Sums.over(CellRows.of(store, rows), start.projection, layout)
+    return z, dense(store, layout, "target"), sums, start.projection.sd.double().numpy()
 
 
 @pytest.mark.parametrize("limit", ["FEW_CELLS", "FOLD_VALUES"])
@@ -191,17 +201,10 @@ def test_axes_of_too_few_cells():
     assert target_axes(sp.csr_matrix(np.eye(3, 7)), np.ones(7), 0).shape == (7, 2)
 
 
-def test_accessibility_without_unevenness_is_ridge_regression(accessibility):
+def test_accessibility_without_unevenness_is_ridge_regression(accessibility, summed):
     """Given a penalty, a is the middle one; with a = 0 the loadings are those of scikit-learn's ridge."""
-    store, layout, start = accessibility
-    rows = np.arange(store.n_cells)
-    z, y = states(start.projection, store, rows, layout).astype(np.float64), dense(store, layout, "target")
-    sums, sd = (
-        Sums.over(CellRows.of(store, rows), start.projection, layout),
-        start.projection.sd.double().numpy(),
-    )
-    loadings = solve(sums, sd, Penalty(5, 0.7, 0.0))
-    p = 1 / (1 + np.exp(-start.prior.astype(np.float64)))
+    start, (z, y, sums, sd) = accessibility[2], summed
+    loadings, p = solve(sums, sd, Penalty(5, 0.7, 0.0)), sums.frequency()
     shrink = sd / sd[0]
     ridge = Ridge(alpha=0.7 * len(z), fit_intercept=False).fit(z * shrink, y - p)
     np.testing.assert_allclose(loadings * (p * (1 - p))[:, None], ridge.coef_ * shrink, atol=1e-5)
@@ -209,17 +212,10 @@ def test_accessibility_without_unevenness_is_ridge_regression(accessibility):
     np.testing.assert_array_equal(start.loadings, solve(sums, sd, usual))
 
 
-def test_what_ccres_share_is_ridge_regression_of_their_number(accessibility):
+def test_what_ccres_share_is_ridge_regression_of_their_number(summed):
     """scikit-learn's ridge of how many cCREs are open in a cell, more than on average."""
-    store, layout, start = accessibility
-    rows = np.arange(store.n_cells)
-    z, y = states(start.projection, store, rows, layout).astype(np.float64), dense(store, layout, "target")
-    sums, sd = (
-        Sums.over(CellRows.of(store, rows), start.projection, layout),
-        start.projection.sd.double().numpy(),
-    )
-    p = 1 / (1 + np.exp(-start.prior.astype(np.float64)))
-    shrink = sd / sd[0]
+    z, y, sums, sd = summed
+    p, shrink = sums.frequency(), sd / sd[0]
     more = (y.sum(axis=1) - p.sum()) / (p * (1 - p)).sum()
     ridge = Ridge(alpha=len(z) / 4, fit_intercept=False).fit(z * shrink, more)
     found = shared_loadings(sums, sd, 4.0)
@@ -293,18 +289,11 @@ def test_neighbours_on_the_genome():
     assert beside(ccres[:1]).nnz == 0
 
 
-def test_full_unevenness_is_one_newton_step_from_the_prior(accessibility):
+def test_full_unevenness_is_one_newton_step_from_the_prior(accessibility, summed):
     """Gradient and Hessian of the ridge-penalised log-likelihood by automatic differentiation."""
-    store, layout, start = accessibility
-    rows = np.arange(store.n_cells)
-    sums, sd = (
-        Sums.over(CellRows.of(store, rows), start.projection, layout),
-        start.projection.sd.double().numpy(),
-    )
-    loadings = solve(sums, sd, Penalty(5, 0.7, 1.0))
-    z = torch.from_numpy(states(start.projection, store, rows, layout)).double()
-    target = torch.from_numpy(dense(store, layout, "target")).double()
-    p = 1 / (1 + np.exp(-start.prior.astype(np.float64)))
+    start, (z, y, sums, sd) = accessibility[2], summed
+    loadings, p = solve(sums, sd, Penalty(5, 0.7, 1.0)), sums.frequency()
+    z, target = torch.from_numpy(z), torch.from_numpy(y).double()
     penalty = torch.from_numpy(0.7 * len(z) * (p * (1 - p)).mean() * (sd[0] / sd) ** 2)
     for f in (0, 11, 40):
 
@@ -344,13 +333,25 @@ def test_sums_of_parts_are_sums_of_all(accessibility):
     np.testing.assert_allclose((parts[0] + parts[1]).prior(), start.prior, atol=1e-6)
 
 
-def test_the_link_is_log_odds_below_and_a_share_of_the_odds_above():
-    x = torch.tensor([-2.0, -0.1, 0.0, 0.1, 2.0], requires_grad=True)
-    np.testing.assert_allclose(
-        change_of_log_odds(x).detach(), [-2, -0.1, 0, np.log(1.1), np.log(3)], rtol=1e-6
-    )
-    change_of_log_odds(x).sum().backward()
-    np.testing.assert_allclose(x.grad[[0, 1, 3, 4]], [1, 1, 1 / 1.1, 1 / 3], rtol=1e-6)
+def test_the_link_is_that_of_a_straight_probability():
+    """p + p (1 − p) x as long as half of p and of 1 − p is left; beyond, log odds go on with the slope reached."""
+    p = torch.tensor([0.001, 0.2, 0.5, 0.9], dtype=torch.float64)
+    x = torch.cat([torch.linspace(-9, 9, 19), torch.linspace(10, 900, 90)]).double()[:, None].repeat(1, 4)
+    x.requires_grad_()
+    change = change_of_log_odds(x, p.logit())
+    straight = p + p * (1 - p) * x
+    near = (straight >= p / 2) & (1 - straight >= (1 - p) / 2)
+    torch.testing.assert_close((p.logit() + change).sigmoid()[near], straight[near])
+    slope = torch.autograd.grad(change.sum(), x)[0]
+    for beyond, wanted in ((straight < p / 2, 4 * (1 - p) / (2 - p)), (~near & (x > 0), 4 * p / (1 + p))):
+        assert beyond.any(dim=0).all()
+        torch.testing.assert_close(slope[beyond], wanted.expand_as(slope)[beyond])
+
+
+def test_the_link_of_earlier_checkpoints_is_log_odds_below_and_a_share_of_the_odds_above():
+    x = torch.tensor([-2.0, -0.1, 0.0, 0.1, 2.0])
+    wanted = [-2, -0.1, 0, np.log(1.1), np.log(3)]
+    np.testing.assert_allclose(change_of_log_odds(x, torch.zeros(5), 1), wanted, rtol=1e-6)
 
 
 def test_features_are_counted(fitted):
@@ -445,10 +446,8 @@ def test_a_projection_of_fewer_cells_than_components_is_cut():
     assert fit_projection(cells, "atac", 32, 0).components.shape == (9, 4)
 
 
-def test_the_penalty_shrinks(accessibility):
-    store, layout, start = accessibility
-    sums = Sums.over(CellRows.of(store, np.arange(store.n_cells)), start.projection, layout)
-    sd = start.projection.sd.double().numpy()
+def test_the_penalty_shrinks(summed):
+    _, _, sums, sd = summed
     loose, tight = (np.square(solve(sums, sd, Penalty(5, r, 0.5))).sum(axis=1) for r in (0.1, 10))
     assert (tight < loose).all()
     assert not solve(sums, sd, Penalty(0, 1.0, 0.0)).any()

@@ -40,16 +40,23 @@ def test_windows_list_every_pair_within_reach(parts):
     assert len(windows.gene) == len(expected) > 0
 
 
-def test_weights_equal_dense_ridge_on_what_the_components_leave(parts, monkeypatch):
+@pytest.fixture
+def dense_fit(parts, monkeypatch):
+    """Fit of all cells with penalty 20, their states, their open cCREs, and these free of mean and components."""
     store, layout, start, windows = parts
     monkeypatch.setattr(closed_form_cis, "PENALTIES", (20.0,))
     rows = np.arange(store.n_cells)
     fit = fit_local(CellRows.of(store, rows), CellRows.of(store, rows), layout, start, windows, 0)
     z = states(start.projection, store, rows, layout).astype(np.float64)
     x = read_modality(store, rows, "atac").toarray()[:, layout.input_index].astype(np.float64)
+    centred = x - x.mean(axis=0)
+    return fit, z, x, centred - z @ np.linalg.lstsq(z, centred, rcond=None)[0]
+
+
+def test_weights_equal_dense_ridge_on_what_the_components_leave(parts, dense_fit):
+    (store, layout, start, windows), (fit, z, _, x) = parts, dense_fit
+    rows = np.arange(store.n_cells)
     y = read_modality(store, rows, "rna").toarray()[:, layout.target_index].astype(np.float64)
-    x = x - x.mean(axis=0)
-    x = x - z @ np.linalg.lstsq(z, x, rcond=None)[0]
     u = axis_scores(sp.csr_matrix(y), start.prior, start.scale, start.target_states.axes)
     known = held_out_states(z, u, start.target_states)
     for gene in np.unique(windows.gene)[:5]:
@@ -75,18 +82,11 @@ def test_weights_do_not_depend_on_how_genes_are_grouped(parts, monkeypatch):
         np.testing.assert_allclose(weight, fits[0], atol=1e-4 * np.abs(fits[0]).max())
 
 
-def test_bias_and_loadings_keep_mean_and_linear_path(parts, monkeypatch):
+def test_bias_and_loadings_keep_mean_and_linear_path(parts, dense_fit):
     """Adding w·x, bias and loadings must equal adding w·x̃, with x̃ free of mean and components."""
-    store, layout, start, windows = parts
-    monkeypatch.setattr(closed_form_cis, "PENALTIES", (20.0,))
-    rows = np.arange(store.n_cells)
-    fit = fit_local(CellRows.of(store, rows), CellRows.of(store, rows), layout, start, windows, 0)
-    z = states(start.projection, store, rows, layout).astype(np.float64)
-    x = read_modality(store, rows, "atac").toarray()[:, layout.input_index].astype(np.float64)
+    (_, layout, _, windows), (fit, z, x, free) = parts, dense_fit
     spread = np.zeros((len(layout.target_index), x.shape[1]))
     spread[windows.gene, windows.ccre] = fit.weight
-    free = x - x.mean(axis=0)
-    free = free - z @ np.linalg.lstsq(z, free, rcond=None)[0]
     np.testing.assert_allclose(x @ spread.T + fit.bias + z @ fit.loadings.T, free @ spread.T, atol=1e-3)
 
 

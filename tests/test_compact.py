@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from scipy.special import expit, logit
 
 from cisformer.errors import InputError, WriteError
 from cisformer.prediction import predict as predict_module
@@ -48,21 +49,27 @@ def test_probabilities_are_exact(path, full):
 
 def test_the_formula_of_the_documentation_gives_the_probabilities(path, full):
     text = (Path(__file__).parents[1] / "docs" / "predictions.md").read_text(encoding="utf-8")
-    assert 'logit p[i, f] = var["prior"][f] + (x[i, f] if x[i, f] < 0 else log(1 + x[i, f]))' in text
+    assert "log((1 + (1 - q) * m) / (1 - q * m)) + (x - m) / ((1 + (1 - q) * m) * (1 - q * m))" in text
+    assert "m = min(max(x, -1 / (2 - 2 * q)), 1 / (2 * q))" in text
     file = ad.read_h5ad(path)
     x = file.var["intercept"].to_numpy() + file.obsm["X_cisformer"] @ file.varm["cisformer"].T
-    logit = file.var["prior"].to_numpy() + np.where(x < 0, x, np.log1p(np.maximum(x, 0)))
-    np.testing.assert_allclose(1 / (1 + np.exp(-logit)), full, atol=1e-6)
+    prior = file.var["prior"].to_numpy(np.float64)
+    q = expit(prior)
+    with np.errstate(divide="ignore"):  # 0 where training saw no open cell
+        m = np.clip(x, -1 / (2 - 2 * q), 1 / (2 * q))
+    predicted = prior + np.log((1 + (1 - q) * m) / (1 - q * m)) + (x - m) / ((1 + (1 - q) * m) * (1 - q * m))
+    np.testing.assert_allclose(expit(predicted), full, atol=1e-6)
 
 
 def test_distances_between_states_are_those_inside_the_link(path, full, tiny_checkpoints):
     adata = ad.read_h5ad(path)
     seen = adata.var["seen_in_training"].to_numpy(bool)
-    logits = np.log(full[:, seen].astype(np.float64) / (1 - full[:, seen]))
-    logits -= adata.var["prior"].to_numpy(np.float64)[seen]
-    logits = np.where(logits > 0, np.expm1(logits), logits)
+    p, q = full[:, seen].astype(np.float64), expit(adata.var["prior"].to_numpy(np.float64)[seen])
+    straight = np.clip(p, q / 2, (1 + q) / 2)  # beyond, log odds go on with the slope that they have there
+    slope = np.where(p < q, 4 * (1 - q) / (2 - q), 4 * q / (1 + q))
+    x = (straight - q) / (q * (1 - q)) + (logit(p) - logit(straight)) / slope
     difference = adata.obsm[STATES][:1] - adata.obsm[STATES][1:]
-    wanted = np.linalg.norm(logits[:1] - logits[1:], axis=1)
+    wanted = np.linalg.norm(x[:1] - x[1:], axis=1)
     np.testing.assert_allclose(np.linalg.norm(difference, axis=1), wanted, rtol=1e-3)
 
 

@@ -8,17 +8,20 @@ import pytest
 
 from cisformer.errors import InputError
 from cisformer.simulation import simulate
-from cisformer.sparse_cells import _counts, _fragments, _Sampler, simulate_sparse
+from cisformer.sparse_cells import _counts, _early, _fragments, _Sampler, simulate_sparse
 from cisformer.tissue import SimulationOptions, Tissue
 
 SMALL = SimulationOptions(n_cells=600, n_genes=100, n_ccres=800, n_types=3, seed=5)
 
 
-def test_counts_are_gamma_poisson():
-    """Zeros, mean and variance of 40,000 counts of each mean, to 5 standard errors."""
+@pytest.mark.parametrize("more", [1.0, 3.0])
+def test_counts_are_gamma_poisson(more):
+    """Zeros, mean and variance of 40,000 counts of each mean, to 5 standard errors; also where means may be larger."""
     mean = np.array([0.02, 0.5, 3.0, 40.0], np.float32)
-    n = 40_000
-    counts = _counts(np.repeat(mean[:, None], n, axis=1), np.random.default_rng(0)).toarray()
+    n, rng = 40_000, np.random.default_rng(0)
+    gene, cell, first = _early(np.repeat(more * mean[:, None], n, axis=1), rng)
+    counts = np.zeros((n, len(mean)))
+    counts[cell, gene] = _counts(mean[gene], first, rng)
     variance = mean + 0.3 * mean**2
     zero = (1 + 0.3 * mean) ** (-1 / 0.3)
     assert (np.abs((counts == 0).mean(axis=0) - zero) < 5 * np.sqrt(zero * (1 - zero) / n) + 1e-12).all()

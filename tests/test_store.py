@@ -23,7 +23,7 @@ from cisformer.data import shards
 from cisformer.data.preprocess import preprocess
 from cisformer.data.reference import Reference, load_reference
 from cisformer.data.shards import RowFile, UnsortedCells, write_shard
-from cisformer.data.store import CellStore, SplitName, find_split, write_split
+from cisformer.data.store import CellStore, Split, SplitName, find_split, write_splits
 from cisformer.errors import OutputExistsError, ReferenceMismatchError, StoreError
 from cisformer.runtime.files import atomic_folder
 
@@ -64,7 +64,8 @@ def write_store(
         info = pd.concat(obs)
         rows = np.arange(len(info))
         cells = UnsortedCells(rna, atac, rows, rows, info)
-        write_split(new, cells, reference, direction, cnt, {"split": split, "shuffle": not cell_info})
+        about = {"split": split, "shuffle": not cell_info}
+        write_splits([Split(new, cells, about, cnt)], reference, direction)
     return CellStore.open(folder)
 
 

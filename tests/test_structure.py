@@ -19,9 +19,9 @@ ORDER = {
         "manifest", "store", "preprocess", "inspect", "batches",
     ],
     "model": [
-        "attention", "likeness", "projection", "target_states", "cell_rows", "closed_form_atac", "closed_form",
-        "closed_form_cis", "cell_encoder", "cis_path", "cis", "bf16_attention", "published", "documented",
-        "documented_task", "checkpoint", "pack",
+        "attention", "likeness", "projection", "target_states", "cell_rows", "link", "closed_form_atac",
+        "closed_form", "closed_form_cis", "cell_encoder", "cis_path", "cis", "bf16_attention", "published",
+        "documented", "documented_task", "checkpoint", "pack",
     ],
     "training": ["loss_plot", "split", "reliability", "follow", "closed_form_start", "run_folder", "loop"],
     "prediction": [

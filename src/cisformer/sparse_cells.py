@@ -1,8 +1,9 @@
 """Simulated cells of shallow sequencing, as many as wanted: drawn and written block by block.
 
 The model is that of `simulation`, but few of a cell's open cCREs are seen and few of its genes counted. So it pays
-to draw first which cCREs fragments fall on, and to ask only there whether they are open; and to draw when a gene would
-have its first count, and more counts only where that comes in time.
+to draw first which cCREs fragments fall on, and when a gene would have its first count. What the gene's rate is, and
+more counts, is asked only where that comes in time for a gene whose cCREs are all open; whether a cCRE is open only
+where a fragment falls on it, or such a gene depends on it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cisformer.errors import InputError
 from cisformer.runtime.ahead import ahead
 from cisformer.runtime.progress import progress
 from cisformer.simulation import write_truth
-from cisformer.tissue import CAPTURE, DISPERSION, Landscape, SimulationOptions, Tissue
+from cisformer.tissue import CAPTURE, DISPERSION, SimulationOptions, Tissue
 
 BLOCK_CELLS = 4096
 """Cells drawn from one seed and written at once."""
@@ -93,10 +94,13 @@ class _Sampler:
     ----------
     tissue, depth, seed
         What is drawn from.
-    landscape, linked
-        That of all cCREs, and of those with links [L], in float32.
+    ccres, linked
+        Log odds that a cCRE is closed, by programme and base, and those of cCREs with links; [n_ccres or L, K + 1].
     place
         Place of each cCRE among the linked ones, -1 for others; [n_ccres].
+    genes
+        Log rates of genes in each type by programme and base, what the open states of the moment add where all are
+        open included; n_types x [n_genes, K + 1].
     effects
         Effects of the links that work in each type; n_types x [n_genes, L].
     """
@@ -104,20 +108,23 @@ class _Sampler:
     tissue: Tissue
     depth: float
     seed: int
-    landscape: Landscape
-    linked: Landscape
+    ccres: np.ndarray
+    linked: np.ndarray
     place: np.ndarray
+    genes: list[np.ndarray]
     effects: list[sparse.csr_matrix]
 
     @classmethod
     def of(cls, tissue: Tissue, depth: float, seed: int) -> _Sampler:
-        linked = np.unique(tissue.links.ccre)
-        place = np.full(len(tissue.ccres), -1, np.int32)
-        place[linked] = np.arange(len(linked), dtype=np.int32)
+        landscape, linked = tissue.landscape, np.unique(tissue.links.ccre)
+        place = np.full(len(tissue.ccres), -1)
+        place[linked] = np.arange(len(linked))
         types = range(len(tissue.cells.type_names))
         effects = [sparse.csr_matrix(tissue.link_matrix(number)[linked].T) for number in types]
-        landscape = tissue.landscape.of_ccres(slice(None))
-        return cls(tissue, depth, seed, landscape, landscape.of_ccres(linked), place, effects)
+        ccres = -np.column_stack([landscape.ccre_loadings, landscape.ccre_base]).astype(np.float32)
+        bases = [landscape.gene_base + tissue.snapshot_share * one.sum(axis=1).A1 for one in effects]
+        genes = [np.column_stack([landscape.gene_loadings, base]).astype(np.float32) for base in bases]
+        return cls(tissue, depth, seed, ccres, ccres[linked], place, genes, effects)
 
     def block(self, start: int) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
         """Return counts and seen cCREs of the block of cells that begins with `start`, from a seed of its own."""
@@ -136,65 +143,105 @@ class _Sampler:
     def _of_type(
         self, rows: np.ndarray, cell_type: int, rng: np.random.Generator
     ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-        cells, linked = self.tissue.cells, self.linked
-        programme = cells.programme[rows].astype(np.float32)
-        activity = _logistic(linked.ccre_loadings @ programme.T, linked.ccre_base)
-        is_open = rng.random(activity.shape, dtype=np.float32) < activity
-        activity *= np.float32(1 - self.tissue.snapshot_share)
-        np.add(activity, np.float32(self.tissue.snapshot_share), out=activity, where=is_open)
-        log_rate = linked.gene_loadings @ programme.T + linked.gene_base[:, None]
-        log_rate += self.effects[cell_type] @ activity
-        rate = np.exp(np.minimum(log_rate, 6)) * (self.depth * cells.rna_depth[rows]).astype(np.float32)
-        return _counts(rate, rng), self._seen(rows, programme, is_open, rng)
-
-    def _seen(
-        self, rows: np.ndarray, programme: np.ndarray, is_open: np.ndarray, rng: np.random.Generator
-    ) -> sparse.csr_matrix:
-        """Return which open cCREs a fragment falls on; `is_open` says it of linked ones, [L, n]."""
-        landscape, n_ccres = self.landscape, len(self.place)
-        cell, ccre = _fragments(self.depth * CAPTURE * self.tissue.cells.atac_depth[rows], n_ccres, rng)
+        cells, effects, n = self.tissue.cells, self.effects[cell_type], len(rows)
+        snapshot = np.float32(self.tissue.snapshot_share)
+        programme = np.column_stack([cells.programme[rows], np.ones(n)]).astype(np.float32)
+        depth = (self.depth * cells.rna_depth[rows]).astype(np.float32)
+        chance = _chance(self.linked @ programme.T)
+        most = effects @ chance
+        most *= 1 - snapshot
+        most += self.genes[cell_type] @ programme.T
+        gene, cell, first = _early(_rate(most, depth), rng)
+        link, owner = _entries(effects, gene)
+        on, ccre = _fragments(self.depth * CAPTURE * cells.atac_depth[rows], len(self.place), rng)
         place = self.place.take(ccre)  # take: three times as fast as brackets
         linked, other = np.flatnonzero(place >= 0), np.flatnonzero(place < 0)
-        seen = np.empty(len(place), bool)
-        seen[linked] = is_open.ravel().take(place.take(linked) * len(rows) + cell.take(linked))
-        near, in_cell = ccre.take(other), cell.take(other)
-        loadings, programmes = landscape.ccre_loadings.take(near, axis=0), programme.take(in_cell, axis=0)
-        chance = _logistic(np.einsum("fk,fk->f", loadings, programmes), landscape.ccre_base.take(near))
-        seen[other] = rng.random(len(chance), dtype=np.float32) < chance
-        found = np.flatnonzero(seen)
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(cell.take(found), minlength=len(rows)))])
-        ones = np.ones(len(found), np.float32)
-        return sparse.csr_matrix((ones, ccre.take(found), indptr), shape=(len(rows), n_ccres))
+        asked = [effects.indices.take(link) * n + cell.take(owner), place.take(linked) * n + on.take(linked)]
+        is_open = _once(np.concatenate(asked), chance, rng)
+        lost = np.bincount(owner, effects.data.take(link) * ~is_open[: len(link)], len(gene))
+        rate = _rate(most[gene, cell] - snapshot * lost, depth.take(cell))
+        seen = np.empty(len(ccre), bool)
+        seen[linked] = is_open[len(link) :]
+        seen[other] = self._is_open(programme, on.take(other), ccre.take(other), rng)
+        counts = _matrix(_counts(rate, first, rng), cell, gene, (n, len(most)))
+        return counts, _matrix(seen, on, ccre, (n, len(self.place)))
+
+    def _is_open(
+        self, programme: np.ndarray, cell: np.ndarray, ccre: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Draw whether cCREs are open in cells, each pair once."""
+        log_odds = np.einsum("fk,fk->f", self.ccres.take(ccre, axis=0), programme.take(cell, axis=0))
+        return rng.random(len(cell), dtype=np.float32) < _chance(log_odds)
 
 
 def _parts(rows: np.ndarray) -> list[np.ndarray]:
     return [rows[start : start + PART_CELLS] for start in range(0, len(rows), PART_CELLS)]
 
 
-def _logistic(log_odds: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Return probabilities; `log_odds` [n] or [n, cells] is overwritten."""
-    log_odds += base.reshape(-1, *[1] * (log_odds.ndim - 1))
-    np.exp(np.negative(log_odds, out=log_odds), out=log_odds)
+def _chance(log_odds: np.ndarray) -> np.ndarray:
+    """Return the probability to be open of log odds to be closed, which are overwritten."""
+    np.exp(log_odds, out=log_odds)
     log_odds += 1
     np.reciprocal(log_odds, out=log_odds)
     return log_odds
 
 
-def _counts(rate: np.ndarray, rng: np.random.Generator) -> sparse.csr_matrix:
-    """Draw gamma-Poisson counts of given means [n_genes, n]; return them as [n, n_genes].
+def _rate(log_rate: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Return the expected counts of genes whose log rate is given, at most 6."""
+    rate: np.ndarray = np.minimum(log_rate, 6)
+    np.exp(rate, out=rate)
+    rate *= depth
+    return rate
 
-    With gamma noise of shape r, no count comes before time s with probability (1 + s / r)^-r. After a first one at s,
-    the noise has shape r + 1 and rate r + s, and others come at that rate until the time `rate`.
+
+def _entries(matrix: sparse.csr_matrix, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the entries of some rows are stored, one row behind the other, and whose they are, 0, 1, …"""
+    starts, ends = matrix.indptr.take(rows), matrix.indptr.take(rows + 1)
+    owner = np.repeat(np.arange(len(rows), dtype=np.int32), ends - starts)
+    before = np.cumsum(ends - starts) - (ends - starts)
+    return np.arange(len(owner), dtype=np.int32) + (starts - before).take(owner), owner
+
+
+def _once(asked: np.ndarray, chance: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw True with the chance of each place that is asked for; of a place that comes twice, the same."""
+    drawn = np.empty(chance.size, bool)
+    drawn[asked] = rng.random(len(asked), dtype=np.float32) < chance.ravel().take(asked)
+    return drawn.take(asked)
+
+
+def _early(most: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw which genes have a first count before the time `most` [n_genes, n]; return genes, cells and times.
+
+    With gamma noise of shape r, no count comes before time s with probability (1 + s / r)^-r, at least 1 - s.
     """
     r = 1 / DISPERSION
-    chance = 1 - rng.random(rate.shape, dtype=np.float32)
-    first = (chance ** np.float32(-1 / r) - 1) * np.float32(r)
-    early = np.flatnonzero(first < rate)
-    gene, cell = np.divmod(early, rate.shape[1])
-    first, rate = first.take(early), rate.take(early)
+    raw = rng.bit_generator.random_raw(-(-most.size // 4))
+    chance = raw.view(np.uint16)[: most.size]  # in 65536ths, rounded down
+    early = np.flatnonzero(chance < np.float32(1 << 16) * most.ravel())
+    exact = (chance.take(early) + rng.random(len(early))) / (1 << 16)
+    first = ((1 - exact) ** (-1 / r) - 1) * r
+    gene, cell = np.divmod(early, most.shape[1])
+    return gene, cell, first
+
+
+def _counts(rate: np.ndarray, first: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw gamma-Poisson counts of given means, the first of which comes at the time `first`; 0 after `rate`.
+
+    After a first count at s the noise has shape r + 1 and rate r + s, and others come at that rate until `rate`.
+    """
+    r = 1 / DISPERSION
     noise = rng.standard_gamma(r + 1, len(first)) / (r + first)
-    counts = 1 + rng.poisson(noise * (rate - first))
-    return sparse.csr_matrix((counts.astype(np.float32), (cell, gene)), shape=chance.shape[::-1])
+    counts: np.ndarray = (first < rate) * (1 + rng.poisson(noise * np.maximum(rate - first, 0)))
+    return counts
+
+
+def _matrix(
+    values: np.ndarray, row: np.ndarray, column: np.ndarray, shape: tuple[int, int]
+) -> sparse.csr_matrix:
+    """Return the values above 0."""
+    kept = np.flatnonzero(values)
+    entries = values.take(kept).astype(np.float32)
+    return sparse.csr_matrix((entries, (row.take(kept), column.take(kept))), shape=shape)
 
 
 def _fragments(rate: np.ndarray, n_ccres: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -205,9 +252,10 @@ def _fragments(rate: np.ndarray, n_ccres: int, rng: np.random.Generator) -> tupl
     end = n_ccres * np.cumsum(rate)
     most = int(end[-1] + 10 * np.sqrt(end[-1]) + 50)  # 10 standard deviations above what comes
     at = np.cumsum(rng.standard_exponential(most, dtype=np.float32), dtype=np.float64)
-    last = np.searchsorted(at, end)
-    cell = np.repeat(np.arange(len(rate), dtype=np.int32), np.diff(last, prepend=0))
-    ccre = ((at[: last[-1]] - (end - n_ccres * rate).take(cell)) / rate.take(cell)).astype(np.int32)
-    ccre = np.clip(ccre, 0, n_ccres - 1)
-    new = np.append(True, (np.diff(ccre) != 0) | (np.diff(cell) != 0))[: len(ccre)]
-    return cell.compress(new), ccre.compress(new)
+    number = np.diff(np.searchsorted(at, end), prepend=0)
+    at = at[: number.sum()] - np.repeat(end - n_ccres * rate, number)
+    at *= np.repeat((1 - 1e-12) / rate, number)  # rounding must not lead beyond the last cCRE
+    at += np.repeat(n_ccres * np.arange(len(rate)), number)
+    place = at.astype(np.int64)
+    cell, ccre = np.divmod(place.compress(np.diff(place, prepend=-1) != 0), n_ccres)
+    return cell, ccre

@@ -165,14 +165,16 @@ def _draw_tiles(
     tiles = list(genes.groupby([genes["chrom"], tile], sort=False).indices.values())
     in_tiles = np.zeros(len(genes), dtype=bool)
     near = np.zeros(len(ccres), dtype=bool)
+    chrom, names = pd.factorize(ccres["chrom"])
+    start, end = ccres["start"].to_numpy(), ccres["end"].to_numpy()
     for number in rng.permutation(len(tiles)):
         block = genes.loc[tiles[number]]
         in_tiles[tiles[number]] = True
         near |= (
-            (ccres["chrom"] == block["chrom"].iloc[0])
-            & (ccres["end"] > block["start"].min() - FLANK_BP)
-            & (ccres["start"] < block["end"].max() + FLANK_BP)
-        ).to_numpy()
+            (chrom == names.get_indexer([block["chrom"].iloc[0]]))
+            & (end > block["start"].min() - FLANK_BP)
+            & (start < block["end"].max() + FLANK_BP)
+        )
         if in_tiles.sum() >= n_genes and near.sum() >= CCRES_PER_PEAK * n_ccres:
             break
     return in_tiles, near if near.sum() >= n_ccres else np.ones(len(ccres), dtype=bool)
@@ -293,11 +295,6 @@ class Landscape:
         ccre_base[ccre_row] = 1.0 + 0.5 * gene_base[gene_row] + rng.normal(0, 0.7, len(ccre_row))
         ccre_loadings[ccre_row] = 0.1 * gene_loadings[gene_row] + 0.3 * ccre_loadings[ccre_row]
         return cls(ccre_base, ccre_loadings, gene_base, 0.2 * gene_loadings)
-
-    def of_ccres(self, ccres: np.ndarray | slice) -> Landscape:
-        """Return the landscape of some cCREs and all genes, in float32."""
-        parts = (self.ccre_base[ccres], self.ccre_loadings[ccres], self.gene_base, self.gene_loadings)
-        return Landscape(*(part.astype(np.float32) for part in parts))
 
     def open_probability(self, programme: np.ndarray) -> np.ndarray:
         """Return the probability of each cCRE to be open in cells of these programmes; float32 [n, n_ccres]."""

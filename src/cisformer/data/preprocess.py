@@ -30,7 +30,7 @@ from cisformer.data.pairing import groups_of, pair_barcodes, split_cells
 from cisformer.data.reference import Reference, load_reference
 from cisformer.data.shards import RowFile, UnsortedCells
 from cisformer.data.sources import Source, open_rows
-from cisformer.data.store import CellStore, SplitName, write_split
+from cisformer.data.store import CellStore, Split, SplitName, write_splits
 from cisformer.errors import InputError
 from cisformer.runtime.ahead import ahead
 from cisformer.runtime.files import atomic_folders, make_folder, refuse_existing, write_errors
@@ -86,6 +86,11 @@ class PreprocessOptions:
     def splits(self) -> tuple[SplitName, ...]:
         """The folders that are written."""
         return ("all",) if self.manually else ("train", "val", "test")
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that align cells, and write shards."""
+        return min(self.num_workers, os.cpu_count() or 1)
 
     @property
     def block_cells(self) -> int:
@@ -156,8 +161,8 @@ def preprocess(
     cnt
         Maximum number of training cells per shard.
     batch_size, num_workers
-        Blocks of `batch_size` x `num_workers` cells are read and aligned at once, by `num_workers` threads
-        (at most one per processor).
+        Blocks of `batch_size` x `num_workers` cells are read and aligned at once, and shards written, by
+        `num_workers` threads (at most one per processor).
     manually
         Do not split: one folder ``<direction>_all``.
     shuffle
@@ -231,10 +236,16 @@ def _write_splits(
     positions = _split(cells.obs, options)
     placing = dict(reversed(folders.items()))
     with atomic_folders(list(placing.values()), force=force) as temporary:
-        for split, new in zip(placing, temporary, strict=True):
-            size = None if split in ("val", "test") else options.cnt
-            part = cells.take(positions[split])
-            write_split(new, part, reference, options.direction, size, records[split])
+        splits = [
+            Split(
+                new,
+                cells.take(positions[split]),
+                records[split],
+                None if split in ("val", "test") else options.cnt,
+            )
+            for split, new in zip(placing, temporary, strict=True)
+        ]
+        write_splits(splits, reference, options.direction, options.n_threads)
 
 
 @contextlib.contextmanager
@@ -325,7 +336,7 @@ def _align(
         with clock("align"):
             return found.apply(block)
 
-    aligned = ahead(apply, read(), min(options.num_workers, os.cpu_count() or 1))
+    aligned = ahead(apply, read(), options.n_threads)
     what = f"aligning {source.modality.upper()}"
     for block in progress(aligned, total=source.n_cells, desc=what, unit="cells", size=_n_rows):
         with clock("write"):

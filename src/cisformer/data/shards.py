@@ -11,6 +11,7 @@ import itertools
 import os
 import struct
 import tempfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: its name and extra f
 
 
 class RowFile:
-    """Sparse cells of one modality in temporary files, each cell readable by its row.
+    """Sparse cells of one modality in temporary files, each cell readable by its row, by several threads at once.
 
     Parameters
     ----------
@@ -50,6 +51,7 @@ class RowFile:
         self._indices = self._open(folder)
         self._values = self._open(folder) if with_values else None
         self._lengths: list[NDArray[np.int64]] = []
+        self._reading = threading.Lock()
         self.max_value = 1
 
     def _open(self, folder: Path) -> BufferedRandom:
@@ -72,17 +74,28 @@ class RowFile:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Stored entries of each cell, in the order they were added."""
-        return np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int64)
+        self._lengths = [np.concatenate([np.zeros(0, np.int64), *self._lengths])]
+        return self._lengths[0]
 
     def indices(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int32]]:
         """Yield the indices of the given cells, one behind the other, in parts."""
-        return _read_rows(self._indices, self.lengths, rows)
+        return self._rows(self._indices, rows)
 
     def values(self, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int32]]:
         """Yield the values of the given cells likewise."""
         if self._values is None:
             raise ValueError("this file keeps no values")
-        return _read_rows(self._values, self.lengths, rows)
+        return self._rows(self._values, rows)
+
+    def _rows(self, file: BufferedRandom, rows: NDArray[np.int64]) -> Iterator[NDArray[np.int32]]:
+        """Yield the int32 entries of `rows` in parts."""
+        size = self.lengths[rows]
+        starts = (np.cumsum(self.lengths) - self.lengths)[rows]
+        part = (np.cumsum(size) - size) // _CHUNK
+        for first, last in _runs(np.flatnonzero(np.diff(part)) + 1, len(rows)):
+            with self._reading:
+                buffer = _read(file, starts[first:last], size[first:last])
+            yield buffer
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,31 +115,22 @@ class UnsortedCells:
         )
 
 
-def _read_rows(
-    file: BufferedRandom, lengths: NDArray[np.int64], rows: NDArray[np.int64]
-) -> Iterator[NDArray[np.int32]]:
-    """Yield the int32 entries of `rows`; neighbours in the file are read in one go."""
-    starts = np.cumsum(lengths) - lengths
-    size = lengths[rows]
-    if not len(rows):
-        return
-    part = (np.cumsum(size) - size) // _CHUNK
-    for first, last in _runs(np.flatnonzero(np.diff(part)) + 1, len(rows)):
-        buffer = np.empty(int(size[first:last].sum()), np.int32)
-        view, done = buffer.view(np.uint8).data, 0
-        chosen = rows[first:last]
-        for low, high in _runs(np.flatnonzero(np.diff(chosen) != 1) + 1, last - first):
-            wanted = 4 * int(size[first + low : first + high].sum())
-            file.seek(4 * int(starts[chosen[low]]))
-            if file.readinto(view[done : done + wanted]) != wanted:
-                raise OSError("a temporary file is shorter than what was written to it")
-            done += wanted
-        yield buffer
+def _read(file: BufferedRandom, starts: NDArray[np.int64], size: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return `size` int32 entries from each of `starts`; neighbours in the file are read in one go."""
+    buffer = np.empty(int(size.sum()), np.int32)
+    view, done = buffer.view(np.uint8).data, 0
+    for low, high in _runs(np.flatnonzero(starts[1:] != starts[:-1] + size[:-1]) + 1, len(starts)):
+        wanted = 4 * int(size[low:high].sum())
+        file.seek(4 * int(starts[low]))
+        if file.readinto(view[done : done + wanted]) != wanted:
+            raise OSError("a temporary file is shorter than what was written to it")
+        done += wanted
+    return buffer
 
 
 def _runs(breaks: NDArray[np.int64], n: int) -> Iterator[tuple[int, int]]:
     """Yield (first, last) of the runs that `breaks` cut `n` items into."""
-    edges = [0, *breaks.tolist(), n]
+    edges = [0, *breaks.tolist(), n] if n else [0]
     return itertools.pairwise(edges)
 
 

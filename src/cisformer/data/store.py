@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,7 @@ from cisformer.data.manifest import BARCODES, CELL_INFO, MANIFEST, new_manifest,
 from cisformer.data.reference import Reference, load_reference, save_reference
 from cisformer.data.shards import UnsortedCells, write_shard
 from cisformer.errors import ReferenceMismatchError, StoreError, brief
+from cisformer.runtime.ahead import ahead
 from cisformer.runtime.files import read_json, sha256_file
 
 SplitName = Literal["train", "val", "test", "all"]
@@ -339,33 +341,59 @@ def require_one_run(folder: Path) -> None:
         )
 
 
-def write_split(
-    folder: Path,
-    cells: UnsortedCells,
-    reference: Reference,
-    direction: Direction,
-    cnt: int | None,
-    about: dict[str, Any],
-) -> None:
-    """Fill the empty `folder` of a split, one shard where `cnt` is `None`; `about` goes into its manifest.
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Cells that go to the empty `folder` of a split, `cnt` a shard, or all in one; `about` goes into its manifest."""
+
+    folder: Path
+    cells: UnsortedCells
+    about: dict[str, Any]
+    cnt: int | None = None
+
+
+def write_splits(splits: list[Split], reference: Reference, direction: Direction, n_threads: int = 0) -> None:
+    """Fill the folders of splits, shard by shard, in so many threads.
 
     Shuffled cells (`about["shuffle"]`) are not pairs any more: no annotation is written of them.
     """
-    n_cells = len(cells.obs)
-    cnt = cnt or max(n_cells, 1)
-    shards = []
-    for number, start in enumerate(range(0, n_cells, cnt)):
-        path = folder / f"{direction}_{number}.pt"
-        part = cells.take(np.arange(start, min(start + cnt, n_cells)))
-        sizes = write_shard(path, part.rna, part.atac, part.rna_rows, part.atac_rows)
-        shards.append({"file": path.name, **sizes, "bytes": path.stat().st_size, "sha256": sha256_file(path)})
-    (folder / BARCODES).write_bytes("".join(f"{barcode}\n" for barcode in cells.obs.index).encode())
-    if not about["shuffle"]:
-        cells.obs.to_csv(folder / CELL_INFO, sep="\t", index_label="barcode")
+    jobs = [
+        (number, split.folder / f"{direction}_{shard}.pt", part)
+        for number, split in enumerate(splits)
+        for shard, part in enumerate(_shards(split))
+    ]
+    written = ahead(lambda job: _write_shard(*job[1:]), jobs, n_threads)
+    shards: list[list[dict[str, Any]]] = [[] for _ in splits]
+    for (number, *_), shard in zip(jobs, written, strict=True):
+        shards[number].append(shard)
+    for split, own in zip(splits, shards, strict=True):
+        _describe_split(split, own, reference, direction)
+
+
+def _shards(split: Split) -> Iterator[UnsortedCells]:
+    n_cells = len(split.cells.obs)
+    step = split.cnt or max(n_cells, 1)
+    for start in range(0, n_cells, step):
+        yield split.cells.take(np.arange(start, min(start + step, n_cells)))
+
+
+def _write_shard(path: Path, cells: UnsortedCells) -> dict[str, Any]:
+    """Write a shard; return what the manifest says of it."""
+    sizes = write_shard(path, cells.rna, cells.atac, cells.rna_rows, cells.atac_rows)
+    return {"file": path.name, **sizes, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _describe_split(
+    split: Split, shards: list[dict[str, Any]], reference: Reference, direction: Direction
+) -> None:
+    """Write barcodes, annotation, reference and manifest beside the shards."""
+    folder, obs = split.folder, split.cells.obs
+    (folder / BARCODES).write_bytes("".join(f"{barcode}\n" for barcode in obs.index).encode())
+    if not split.about["shuffle"]:
+        obs.to_csv(folder / CELL_INFO, sep="\t", index_label="barcode")
     if not reference.is_built_in:
         save_reference(reference, folder / "reference")
     tables = {name: sha256_file(folder / name) for name in (BARCODES, CELL_INFO) if (folder / name).is_file()}
-    numbers = cells.obs.select_dtypes(["number", "bool", "boolean"]).columns
-    text = {"text_columns": [name for name in cells.obs.columns if name not in numbers]}
-    manifest = new_manifest(direction, reference, shards, tables) | text | about
+    numbers = obs.select_dtypes(["number", "bool", "boolean"]).columns
+    text = {"text_columns": [name for name in obs.columns if name not in numbers]}
+    manifest = new_manifest(direction, reference, shards, tables) | text | split.about
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

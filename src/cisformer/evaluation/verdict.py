@@ -21,6 +21,17 @@ def score_text(value: float, beside: float | None = None) -> str:
     return f"{value:.5f}" if 0 < size < 0.1 else f"{value:.4f}"
 
 
+def texts_apart(one: float, other: float) -> tuple[str, str]:
+    """Return two scores as `score_text` does, with as many more decimals as tell them apart.
+
+    >>> texts_apart(0.035152, 0.035149)
+    ('0.035152', '0.035149')
+    """
+    usual = len(score_text(one).partition(".")[2])
+    texts = [(f"{one:.{n}f}", f"{other:.{n}f}") for n in range(usual, 9)]
+    return next((pair for pair in texts if pair[0] != pair[1]), texts[0])
+
+
 def judge(
     measured: Mapping[str, Measured], comparisons: list[Comparison], direction: Direction
 ) -> tuple[str, str]:
@@ -78,9 +89,8 @@ def _phrases(group: list[Comparison], measured: Mapping[str, Measured], metrics:
     """Return "log-loss (0.1852 against 0.1853 of PCA-ridge) and …"."""
     said = []
     for c in group:
-        ours, theirs = measured[MODEL].value[c.metric], measured[c.baseline].value[c.metric]
+        values = measured[MODEL].value[c.metric], measured[c.baseline].value[c.metric]
+        ours, theirs = map(score_text, values) if c.outcome == "tie" else texts_apart(*values)
         article = "the " if c.baseline.islower() else ""
-        said.append(
-            f"{metrics[c.metric].name} ({score_text(ours)} against {score_text(theirs)} of {article}{c.baseline})"
-        )
+        said.append(f"{metrics[c.metric].name} ({ours} against {theirs} of {article}{c.baseline})")
     return ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1] if said else ""

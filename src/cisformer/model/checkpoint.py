@@ -354,7 +354,7 @@ def _load_model(
         ):  # shapes first: a configuration may ask for any amount of memory
             model = _new_model(config, layout, manifest["linear_rank"], windows)
         wanted = model.state_dict()
-        tensors |= _unknown_if_missing(tensors, wanted)
+        tensors |= _of_earlier_versions(tensors, wanted)
         _check_names(folder, tensors, wanted)
         _check_shapes(tensors, wanted)
         if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in wanted):
@@ -368,12 +368,14 @@ def _load_model(
     return model.eval()
 
 
-def _unknown_if_missing(
+def _of_earlier_versions(
     found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint of an earlier version does not say of its training and validation cells: NaN."""
-    missing = [n for n in wanted if n.startswith(("likeness.", "interval_90")) and n not in found]
-    return {name: torch.full(wanted[name].shape, torch.nan) for name in missing}
+    """Return what a checkpoint of an earlier version does not say: NaN of its cells, and the first link."""
+    missing = wanted.keys() - found.keys()
+    unknown = [name for name in missing if name.startswith(("likeness.", "interval_90"))]
+    link = {"link_version": torch.tensor(1)} if "link_version" in missing else {}
+    return {name: torch.full(wanted[name].shape, torch.nan) for name in unknown} | link
 
 
 class _NoDraws(TorchFunctionMode):

@@ -2,7 +2,7 @@
 
     eta[i, f] = prior[f] / scale[f] + link(pace[f] (bias[f] + <z[i] + h[i], B[f]> + cis[i, f]))
 
-The link is the identity for ATAC→RNA, `closed_form_atac.change_of_log_odds` for RNA→ATAC. z are fixed states of the
+The link is the identity for ATAC→RNA, `link.change_of_log_odds` for RNA→ATAC. z are fixed states of the
 cell (`projection`), B starts in closed form in their columns, h comes from latents that attend to the cell's tokens and
 moves the cell in the same space, and cis (ATAC→RNA only) comes from the open cCREs near each gene: a weight per pair,
 started in closed form, and attention. h and the attention start at exactly zero: the untrained model *is* the closed
@@ -26,9 +26,9 @@ from cisformer.data.batches import Batch, Layout, dense_targets, places, rows_of
 from cisformer.model.cell_encoder import CellEncoder, Tokens
 from cisformer.model.cis_path import CisAttention, CisPath
 from cisformer.model.closed_form import LinearStart, link_loss, pace_of
-from cisformer.model.closed_form_atac import change_of_log_odds
 from cisformer.model.closed_form_cis import LocalStart, Windows
 from cisformer.model.likeness import Likeness
+from cisformer.model.link import LINK_VERSION, change_of_log_odds
 from cisformer.model.projection import Projection
 from cisformer.model.target_states import TargetStates
 
@@ -74,10 +74,12 @@ class CisModel(nn.Module):
         self.hat_basis: Tensor
         self.hat_values: Tensor
         self.hat_ridge: Tensor
+        self.link_version: Tensor
         if windows is None:
             self.register_buffer("hat_basis", torch.zeros(rank, rank))
             self.register_buffer("hat_values", torch.ones(rank))
             self.register_buffer("hat_ridge", torch.ones(n_target))
+            self.register_buffer("link_version", torch.tensor(LINK_VERSION))
         self.target_axes: Tensor
         self.readout: Tensor
         self.leverage: Tensor
@@ -231,7 +233,9 @@ class CisModel(nn.Module):
         moved_BS = moved_BS.mul_(pace)  # in place: with all cCREs of a batch, memory is what costs
         if self.training and self.cis is None and batch.target_index is not None:
             moved_BS = moved_BS + self.held_out_change(batch, z_BK)
-        return (change_of_log_odds(moved_BS) if self.cis is None else moved_BS).add_(prior)
+        if self.cis is None:
+            moved_BS = change_of_log_odds(moved_BS, prior, int(self.link_version))
+        return moved_BS.add_(prior)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the loss of each cell, float [B]; see `closed_form.link_loss`."""

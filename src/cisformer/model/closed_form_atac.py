@@ -2,13 +2,11 @@
 
     eta[i, f] = prior[f] + link(<z[i], loadings[f]>),    loadings[f] ~ N(M_f, V w_f^(a - 1)),    w_f = p_f (1 − p_f)
 
-The loadings are ridge regression of accessibility, in units of w so that they are a change of log odds to first order,
-drawn to M_f = m + N_f with covariance V:
+The loadings are ridge regression of accessibility in units of w, drawn to M_f = m + N_f with covariance V:
 
     loadings[f] = M_f + (ZᵀZ + V⁻¹ w_f^-a)⁻¹ (Zᵀ(Y[:, f] − p_f) / w_f − ZᵀZ M_f)
 
-The link is x below 0, log(1 + x) above: a cCRE three times as often open as on average has x = 2, and log odds of
-log 3 more. Without it a linear model of log odds overshoots at seldom open cCREs.
+The link is in `model.link`.
 
 V starts as that of ridge regression on principal components, diag(σ_k² / σ_1²) / (n λ mean(w)^a): a = 0 is ridge
 regression of frequencies, a = 1 one Newton step of ridge logistic regression. A few steps of expectation–maximisation
@@ -40,6 +38,7 @@ from torch.nn import functional as F
 
 from cisformer.data.batches import Layout, read_modality, row_blocks
 from cisformer.model.cell_rows import CellRows
+from cisformer.model.link import change_of_log_odds
 from cisformer.model.projection import Projection, states
 
 logger = logging.getLogger(__name__)
@@ -166,11 +165,6 @@ def smoothed_logit(n_open: np.ndarray, n_cells: int) -> np.ndarray:
     """Return the logit of frequencies smoothed by one cell of the mean frequency; float32, shape of `n_open`."""
     smooth = (n_open + n_open.mean() / n_cells) / (n_cells + 1)
     return np.log(smooth / (1 - smooth)).astype(np.float32)
-
-
-def change_of_log_odds(x: Tensor) -> Tensor:
-    """Return x below 0 and log(1 + x) above: what a share x more of the odds adds to the logit; any shape."""
-    return x.clamp(max=0) + x.clamp(min=0).log1p()
 
 
 def beside(ccres: pd.DataFrame) -> sp.csr_matrix:
@@ -367,7 +361,7 @@ class _Case:
         return cls(sums, torch.from_numpy(z), torch.from_numpy(known.y.toarray()), prior)
 
     def loss(self, loadings: np.ndarray) -> float:
-        eta = change_of_log_odds(self.z @ torch.from_numpy(loadings).T) + self.prior
+        eta = change_of_log_odds(self.z @ torch.from_numpy(loadings).T, self.prior) + self.prior
         return float(F.binary_cross_entropy_with_logits(eta, self.y, reduction="sum"))
 
 

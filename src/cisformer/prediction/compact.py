@@ -2,7 +2,7 @@
 
 The logits of the default model are low-rank but for a fixed curve. For cell i and cCRE f,
 
-    logit p[i, f] = prior[f] + link(intercept[f] + <state[i], loadings[f]>),    link(x) = min(x, 0) + log(1 + max(x, 0))
+    logit p[i, f] = prior[f] + link(intercept[f] + <state[i], loadings[f]>)
 
 A compact file keeps the factors in place of their product, some 0.3 kB a cell in place of 4 MB, and loses nothing:
 every probability can be computed from it on demand.
@@ -11,6 +11,7 @@ every probability can be computed from it on demand.
     varm["cisformer"]    loadings [n_ccres, R], orthonormal columns
     var["prior"]         logit of the mean; minus infinity where training saw no open cell: probability 0
     var["intercept"]     what a cell in state 0 has inside the link
+    var["link_version"]  of `link.change_of_log_odds`; earlier files have link 1, and not this column
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from cisformer.data.batches import row_blocks
 from cisformer.data.genome import CCRE_COLUMNS, overlap_pairs, parse_regions, rename_chroms
 from cisformer.data.h5ad import H5adWriter, MatrixLayout, load_h5ad
 from cisformer.errors import InputError
-from cisformer.model.closed_form_atac import change_of_log_odds
+from cisformer.model.link import LINK_VERSION, change_of_log_odds
 from cisformer.runtime.files import refuse_existing
 from cisformer.runtime.progress import progress
 from cisformer.runtime.provenance import provenance
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from cisformer.model.cis import CisModel
 
 STATES, LOADINGS, INTERCEPT, PRIOR = "X_cisformer", "cisformer", "intercept", "prior"
-COMPACT_FORMAT, COMPACT_VERSION = "cisformer-compact-prediction", 1
+LINK = "link_version"
+COMPACT_FORMAT, COMPACT_VERSION = "cisformer-compact-prediction", 2
 SMALLEST_LENGTH = 1e-6
 """Directions of the loadings that are shorter than this share of the longest are left out: rounding noise."""
 BLOCK_VALUES = 1 << 24
@@ -61,12 +63,15 @@ class LowRank:
         float32 [F, R], columns of unit length at right angles.
     rotation
         What turns a state of the model into one of this space; float32 [width, R].
+    link_version
+        Of `change_of_log_odds`.
     """
 
     prior: torch.Tensor
     intercept: torch.Tensor
     loadings: torch.Tensor
     rotation: torch.Tensor
+    link_version: int
 
     @classmethod
     def of(cls, model: CisModel) -> LowRank:
@@ -77,16 +82,12 @@ class LowRank:
         kept = length > SMALLEST_LENGTH * length.max()
         axes = axes.flip(1)[:, kept]
         unit = (loadings.double() @ (axes / length[kept])).float()
-        return cls(model.prior, intercept, unit, (axes * length[kept]).float())
+        version = int(model.link_version) if model.cis is None else LINK_VERSION
+        return cls(model.prior, intercept, unit, (axes * length[kept]).float(), version)
 
     def states(self, place: torch.Tensor) -> torch.Tensor:
         """Return the states [B, R] of cells from their places [B, width] in the model."""
         return place @ self.rotation
-
-    def probability(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the probability of every known target, float32 [B, F]."""
-        inner = torch.addmm(self.intercept, states, self.loadings.T)
-        return change_of_log_odds(inner).add_(self.prior).sigmoid_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,13 @@ class CompactPrediction:
             torch.from_numpy(self.var[name].to_numpy(np.float32)[columns]) for name in (PRIOR, INTERCEPT)
         )
         inner = torch.from_numpy(self.states[rows]) @ torch.from_numpy(self.loadings[columns]).T
-        return change_of_log_odds(inner.add_(intercept)).add_(prior).sigmoid_().numpy()
+        change = change_of_log_odds(inner.add_(intercept), prior, self.link_version)
+        return change.add_(prior).sigmoid_().numpy()
+
+    @property
+    def link_version(self) -> int:
+        """Of `change_of_log_odds`."""
+        return LINK_VERSION if LINK in self.var else 1
 
     def toarray(self) -> NDArray[np.float32]:
         """Return all probabilities, float32 [n_cells, n_ccres]."""

@@ -22,12 +22,14 @@ from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.documented_task import FullTask
+from cisformer.model.link import LINK_VERSION
 from cisformer.parallel.processes import Processes
 from cisformer.prediction.cells import READ_CELLS, InputCells
 from cisformer.prediction.compact import (
     COMPACT_FORMAT,
     COMPACT_VERSION,
     INTERCEPT,
+    LINK,
     LOADINGS,
     PRIOR,
     STATES,
@@ -297,6 +299,8 @@ class Predictor:
             loadings = np.zeros((len(var), self.low_rank.loadings.shape[1]), np.float32)
             loadings[seen] = self.low_rank.loadings.cpu().numpy()
             var, varm = var.assign(**{PRIOR: prior, INTERCEPT: intercept}), {LOADINGS: loadings}
+            if self.low_rank.link_version == LINK_VERSION:
+                var = var.assign(**{LINK: np.float32(LINK_VERSION)})
         return var, varm, {"cisformer": self._record()}
 
     def _record(self) -> dict[str, Any]:
