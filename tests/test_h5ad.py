@@ -249,6 +249,14 @@ def test_writer_gives_what_anndata_reads(tmp_path: Path):
     assert read.uns["note"] == "x"
 
 
+def test_writer_of_states_of_no_width(tmp_path: Path):
+    """Those of a model whose loadings are all zero."""
+    obs, var = pd.DataFrame(index=["a", "b"]), pd.DataFrame(index=["g"])
+    with H5adWriter(tmp_path / "x.h5ad", obs, var, layout="dense") as writer:
+        writer.append(np.ones((2, 1), np.float32), states=np.zeros((2, 0), np.float32))
+    assert ad.read_h5ad(tmp_path / "x.h5ad").obsm["states"].shape == (2, 0)
+
+
 def test_writer_of_no_cells(tmp_path: Path):
     with H5adWriter(tmp_path / "out.h5ad", cells().obs[:0], pd.DataFrame(index=GENES)):
         pass

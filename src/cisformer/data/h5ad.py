@@ -191,10 +191,11 @@ class H5adWriter:
 
     def _growing(self, name: str, width: tuple[int, ...], dtype: type) -> None:
         """Make an empty dataset [0, *width] that grows by cells; a chunk holds whole cells where it can."""
-        per_chunk = (max(1, _CHUNK // width[0]), min(width[0], _CHUNK)) if width else (_CHUNK,)
+        most = tuple(max(1, n) for n in width)  # a model without loadings has states of width 0
+        per_chunk = (max(1, _CHUNK // most[0]), min(most[0], _CHUNK)) if width else (_CHUNK,)
         compression = self._compression if name.startswith("X") else None
         made = self._file.create_dataset(
-            name, (0, *width), dtype, chunks=per_chunk, maxshape=(None, *width), compression=compression
+            name, (0, *width), dtype, chunks=per_chunk, maxshape=(None, *most), compression=compression
         )
         if width:
             made.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
