@@ -13,7 +13,7 @@ from cisformer.model.cis import CisModel
 from cisformer.model.closed_form import StartOptions, count_features, fit_linear, pace_of
 from cisformer.model.closed_form_atac import Hat, Sums
 from cisformer.model.closed_form_cis import Windows, fit_local
-from cisformer.model.link import change_of_log_odds
+from cisformer.model.link_function import change_of_log_odds
 from cisformer.model.projection import states
 from cisformer.training.closed_form_start import make_layout
 

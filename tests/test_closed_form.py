@@ -34,7 +34,7 @@ from cisformer.model.closed_form_atac import (
     shared_loadings,
     solve,
 )
-from cisformer.model.link import change_of_log_odds
+from cisformer.model.link_function import change_of_log_odds
 from cisformer.model.projection import fit_projection, states
 from cisformer.model.target_states import (
     CellRidge,

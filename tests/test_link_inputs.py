@@ -1,6 +1,7 @@
 """Options, covariates and donors of links: what is taken, and what is refused by name."""
 
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,14 @@ import pytest
 from scipy import stats
 
 from cisformer.errors import InputError
-from cisformer.links.inputs import LinkOptions, check_design, design_of, donors_of, read_genes
+from cisformer.links.inputs import (
+    LinkKeywords,
+    LinkOptions,
+    check_design,
+    design_of,
+    donors_of,
+    read_genes,
+)
 from cisformer.links.measure import donor_p_value
 
 
@@ -78,6 +86,10 @@ def test_options_check_themselves():
     ):
         with pytest.raises(InputError):
             LinkOptions(**wrong)
+
+
+def test_keywords_are_the_options():
+    assert get_type_hints(LinkKeywords) == get_type_hints(LinkOptions)
 
 
 def test_genes_from_a_file_or_a_text(tmp_path):

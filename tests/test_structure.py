@@ -19,7 +19,7 @@ ORDER = {
         "manifest", "store", "preprocess", "inspect", "batches",
     ],
     "model": [
-        "attention", "likeness", "projection", "target_states", "cell_rows", "link", "closed_form_atac",
+        "attention", "likeness", "projection", "target_states", "cell_rows", "link_function", "closed_form_atac",
         "closed_form", "closed_form_cis", "cell_encoder", "cis_path", "cis", "bf16_attention", "published",
         "documented", "documented_task", "checkpoint", "pack",
     ],

@@ -1,9 +1,9 @@
 """Which motifs mark the cCREs that are open in a cell type, beyond what GC, length and accessibility explain.
 
-Each cCRE's accessibility in a type is compared with that of cCREs alike (`strata`); a motif is active where cCREs
-that have it are more open than their like. Its p-value is that of permutations within strata, by their exact mean and
-variance (the stratified score test). How many more matches there are than among the like grows with relative
-accessibility, exponentially above its mean; that excess is the share of matches that are there for the factor's sake.
+Each cCRE's accessibility in a type is compared with that of similar cCREs (`strata`). A motif is active where cCREs
+that have it are more open than similar ones. Its p-value is that of permutations within strata, by their exact mean
+and variance (the stratified score test). Above the mean of relative accessibility, the number of matches over that of
+similar cCREs grows exponentially; the excess is the share of matches through which the factor acts.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Activity:
     Attributes
     ----------
     z, p_value, fdr
-        Are cCREs with the motif more open in the type than their like? Benjamini–Hochberg over factors and types. NaN
-        for motifs that nothing or everything has; [T, K] each.
+        Are cCREs with the motif more open in the type than similar ones? Benjamini–Hochberg over factors and types.
+        NaN for motifs that nothing or everything has; [T, K] each.
     slope
-        Growth of the log of matches over those of the like, per s.d. of relative accessibility, times the chance that
-        the factor is active (1 − fdr); at least 0; [T, K].
+        Growth of the log of matches over those of similar cCREs, per s.d. of relative accessibility, times the chance
+        that the factor is active (1 − fdr); at least 0; [T, K].
     relative
         Accessibility of each cCRE in each type relative to cCREs alike, in s.d.; [P, K].
     """
@@ -45,7 +45,7 @@ class Activity:
     relative: np.ndarray
 
     def site(self, row: np.ndarray, factor: np.ndarray, number: int) -> np.ndarray:
-        """Return the chance that matches work in a type: the share of them beyond what the like of the cCREs have.
+        """Return the chance that matches work in a type: the share of them beyond what similar cCREs have.
 
         Parameters
         ----------
@@ -132,7 +132,7 @@ def measure_activity(matches: sp.csr_matrix, relative: np.ndarray, stratum: np.n
 def _growth(
     matches: sp.csr_matrix, relative: np.ndarray, stratum: np.ndarray, rate: np.ndarray
 ) -> np.ndarray:
-    """Return β ≥ 0 of each factor, where matches are exp(α + β max(relative, 0)) times those of the like.
+    """Return β ≥ 0 of each factor, where matches are exp(α + β max(relative, 0)) times those of similar cCREs.
 
     Poisson regression over bins of relative accessibility, with a normal prior of s.d. 1 on β; [T].
 

@@ -19,7 +19,8 @@ FEWEST_MATCHED = 20
 """Smallest group of like cCREs, of which one is drawn."""
 SPLITS = (0, 1, 2, 0, 1, 3)
 """Order in which features divide cCREs; accessibility and distance to the TSS do so twice as often."""
-LOCUS_BP, AROUND_BP = 250_000, 50_000
+LOCUS_BP = 250_000
+"""A locus; also how far around a cCRE others are counted, since of a dense locus fewer cCREs are kept."""
 FEWEST_LOCI = 5
 
 
@@ -165,8 +166,8 @@ def _features(linked: LinkedShare, ccres: pd.DataFrame, genes: pd.DataFrame) -> 
     around = np.zeros(len(rows))
     for members in rows.groupby("chrom", sort=False).indices.values():
         places = np.sort(middle[members])
-        low = np.searchsorted(places, middle[members] - AROUND_BP)
-        around[members] = np.searchsorted(places, middle[members] + AROUND_BP, side="right") - low
+        low = np.searchsorted(places, middle[members] - LOCUS_BP)
+        around[members] = np.searchsorted(places, middle[members] + LOCUS_BP, side="right") - low
     length = (rows["end"] - rows["start"]).to_numpy()
     return np.stack([linked.n_open, np.abs(distance), length, around], axis=1)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -350,6 +349,13 @@ class Split:
     about: dict[str, Any]
     cnt: int | None = None
 
+    @property
+    def shards(self) -> list[slice]:
+        """Cells of each shard."""
+        n_cells = len(self.cells.obs)
+        step = self.cnt or max(n_cells, 1)
+        return [slice(start, start + step) for start in range(0, n_cells, step)]
+
 
 def write_splits(splits: list[Split], reference: Reference, direction: Direction, n_threads: int = 0) -> None:
     """Fill the folders of splits, shard by shard, in so many threads.
@@ -357,28 +363,18 @@ def write_splits(splits: list[Split], reference: Reference, direction: Direction
     Shuffled cells (`about["shuffle"]`) are not pairs any more: no annotation is written of them.
     """
     jobs = [
-        (number, split.folder / f"{direction}_{shard}.pt", part)
-        for number, split in enumerate(splits)
-        for shard, part in enumerate(_shards(split))
+        (split.cells, rows, split.folder / f"{direction}_{number}.pt")
+        for split in splits
+        for number, rows in enumerate(split.shards)
     ]
-    written = ahead(lambda job: _write_shard(*job[1:]), jobs, n_threads)
-    shards: list[list[dict[str, Any]]] = [[] for _ in splits]
-    for (number, *_), shard in zip(jobs, written, strict=True):
-        shards[number].append(shard)
-    for split, own in zip(splits, shards, strict=True):
-        _describe_split(split, own, reference, direction)
+    written = ahead(lambda job: _write_shard(*job), jobs, n_threads)
+    for split in splits:
+        _describe_split(split, [next(written) for _ in split.shards], reference, direction)
 
 
-def _shards(split: Split) -> Iterator[UnsortedCells]:
-    n_cells = len(split.cells.obs)
-    step = split.cnt or max(n_cells, 1)
-    for start in range(0, n_cells, step):
-        yield split.cells.take(np.arange(start, min(start + step, n_cells)))
-
-
-def _write_shard(path: Path, cells: UnsortedCells) -> dict[str, Any]:
+def _write_shard(cells: UnsortedCells, rows: slice, path: Path) -> dict[str, Any]:
     """Write a shard; return what the manifest says of it."""
-    sizes = write_shard(path, cells.rna, cells.atac, cells.rna_rows, cells.atac_rows)
+    sizes = write_shard(path, cells.rna, cells.atac, cells.rna_rows[rows], cells.atac_rows[rows])
     return {"file": path.name, **sizes, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -71,6 +72,18 @@ class LinkOptions:
             )
         if self.region is not None:
             parse_regions([self.region])
+
+
+class LinkKeywords(TypedDict, total=False):
+    """The fields of `LinkOptions` as keywords, so that editors and type checkers know them."""
+
+    window_bp: int
+    max_cells: int | None
+    covariates: Sequence[str]
+    donor: str | None
+    genes: Sequence[str]
+    region: str | None
+    seed: int
 
 
 def read_genes(names: str | Path | Sequence[str]) -> tuple[str, ...]:

@@ -27,8 +27,8 @@ from cisformer.model.cis import CisModel
 from cisformer.model.documented_task import FullTask
 from cisformer.runtime.progress import progress
 
-BATCH_CELLS = {"cpu": 4}
-"""Cells whose edges are made at once: on a CPU few, so that they fit into its cache; elsewhere 16."""
+BATCH_CELLS, BATCH_CELLS_OF_CPU = 16, 4
+"""Cells whose edges are made at once: on a CPU few, so that they fit into its cache."""
 BLOCK_CELLS = 256
 
 
@@ -245,7 +245,7 @@ def read_attention(inputs: LinkInputs, name: str) -> tuple[np.ndarray, np.ndarra
     attended: AttentionSums | WholeAttentionSums = AttentionSums(inputs.model, inputs.pairs)
     if inputs.attending is not None:
         attended = WholeAttentionSums(inputs.attending.to(inputs.device), inputs.pairs)
-    rows, size = inputs.members[name], BATCH_CELLS.get(inputs.device.type, 16)
+    rows, size = inputs.members[name], BATCH_CELLS_OF_CPU if inputs.device.type == "cpu" else BATCH_CELLS
     total = -(-len(rows) // size)
     for part in progress(row_blocks(rows, size), total=total, desc=f"links of {name}", unit="batches"):
         attended.add(encode_input(inputs.store.atac(part), inputs.layout, None, None).to(inputs.device))

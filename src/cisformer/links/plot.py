@@ -251,7 +251,7 @@ def _arc(left: float, right: float, longest: float) -> tuple[np.ndarray, np.ndar
 
 
 def _neighbours(found: GeneLinks, locus: Locus) -> pd.DataFrame:
-    """Return genes in view, the gene itself first, then long ones; names of clones and the like left out."""
+    """Return genes in view, the gene itself first, then long ones; names of clones left out."""
     genes = found.genes
     seen = (genes["chrom"] == locus.chrom) & (genes["end"] > locus.start) & (genes["start"] < locus.end)
     genes = genes[seen]

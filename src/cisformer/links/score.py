@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import pandas as pd
 import torch
@@ -17,7 +17,7 @@ import torch
 from cisformer.data.store import CellStore
 from cisformer.links.files import FOLDER, Links, LinkWriter, TypeLinks, safe_name
 from cisformer.links.formats import FormatName
-from cisformer.links.inputs import LinkOptions
+from cisformer.links.inputs import LinkKeywords, LinkOptions
 from cisformer.links.scorer import LinkScorer, prepare
 from cisformer.model.checkpoint import Checkpoint
 from cisformer.parallel.processes import Processes
@@ -30,7 +30,7 @@ def score_links(
     cell_types: pd.Series | str | Path,
     *,
     device: str | torch.device | None = None,
-    **options: Any,
+    **options: Unpack[LinkKeywords],
 ) -> Links:
     """Score the link of every gene with every cCRE near it, in each cell type.
 
@@ -71,7 +71,7 @@ def link(
     formats: Iterable[FormatName] = (),
     device: str | torch.device | None = None,
     force: bool = False,
-    **options: Any,
+    **options: Unpack[LinkKeywords],
 ) -> Path:
     """Score links and write them type by type; return the folder, `<output_dir>/cisformer_link`.
 

@@ -188,7 +188,7 @@ class LinkScorer:
         """Return the links of one type; a pass over its cells."""
         number, pairs, layout = self.cells.types.index(name), self.inputs.pairs, self.inputs.layout
         n_cells, n_open = int(self.cells.n_cells[number]), self.cells.n_open[number][pairs.ccre]
-        kept = self.wanted & (n_open > 0) & (self.cells.n_expressed[number][pairs.gene] > 0)
+        kept = np.flatnonzero(self.wanted & (n_open > 0) & (self.cells.n_expressed[number][pairs.gene] > 0))
         attention, effect = read_attention(self.inputs, name)
         scale = self.inputs.model.scale.double().cpu().numpy()[pairs.gene]
         scores = self.scorer.of_type(number)

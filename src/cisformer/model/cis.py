@@ -2,7 +2,7 @@
 
     eta[i, f] = prior[f] / scale[f] + link(pace[f] (bias[f] + <z[i] + h[i], B[f]> + cis[i, f]))
 
-The link is the identity for ATAC→RNA, `link.change_of_log_odds` for RNA→ATAC. z are fixed states of the
+The link is the identity for ATAC→RNA, `link_function.change_of_log_odds` for RNA→ATAC. z are fixed states of the
 cell (`projection`), B starts in closed form in their columns, h comes from latents that attend to the cell's tokens and
 moves the cell in the same space, and cis (ATAC→RNA only) comes from the open cCREs near each gene: a weight per pair,
 started in closed form, and attention. h and the attention start at exactly zero: the untrained model *is* the closed
@@ -28,7 +28,7 @@ from cisformer.model.cis_path import CisAttention, CisPath
 from cisformer.model.closed_form import LinearStart, link_loss, pace_of
 from cisformer.model.closed_form_cis import LocalStart, Windows
 from cisformer.model.likeness import Likeness
-from cisformer.model.link import LINK_VERSION, change_of_log_odds
+from cisformer.model.link_function import LINK_VERSION, change_of_log_odds
 from cisformer.model.projection import Projection
 from cisformer.model.target_states import TargetStates
 

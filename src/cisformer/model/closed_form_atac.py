@@ -6,7 +6,7 @@ The loadings are ridge regression of accessibility in units of w, drawn to M_f =
 
     loadings[f] = M_f + (ZᵀZ + V⁻¹ w_f^-a)⁻¹ (Zᵀ(Y[:, f] − p_f) / w_f − ZᵀZ M_f)
 
-The link is in `model.link`.
+The link is in `model.link_function`.
 
 V starts as that of ridge regression on principal components, diag(σ_k² / σ_1²) / (n λ mean(w)^a): a = 0 is ridge
 regression of frequencies, a = 1 one Newton step of ridge logistic regression. A few steps of expectation–maximisation
@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from cisformer.data.batches import Layout, read_modality, row_blocks
 from cisformer.model.cell_rows import CellRows
-from cisformer.model.link import change_of_log_odds
+from cisformer.model.link_function import change_of_log_odds
 from cisformer.model.projection import Projection, states
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ every probability can be computed from it on demand.
     varm["cisformer"]    loadings [n_ccres, R], orthonormal columns
     var["prior"]         logit of the mean; minus infinity where training saw no open cell: probability 0
     var["intercept"]     what a cell in state 0 has inside the link
-    var["link_version"]  of `link.change_of_log_odds`; earlier files have link 1, and not this column
+    var["link_version"]  of `link_function.change_of_log_odds`; earlier files have link 1, and not this column
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from cisformer.data.batches import row_blocks
 from cisformer.data.genome import CCRE_COLUMNS, overlap_pairs, parse_regions, rename_chroms
 from cisformer.data.h5ad import H5adWriter, MatrixLayout, load_h5ad
 from cisformer.errors import InputError
-from cisformer.model.link import LINK_VERSION, change_of_log_odds
+from cisformer.model.link_function import LINK_VERSION, change_of_log_odds
 from cisformer.runtime.files import refuse_existing
 from cisformer.runtime.progress import progress
 from cisformer.runtime.provenance import provenance

@@ -22,7 +22,7 @@ from cisformer.errors import InputError
 from cisformer.model.checkpoint import Checkpoint
 from cisformer.model.cis import CisModel
 from cisformer.model.documented_task import FullTask
-from cisformer.model.link import LINK_VERSION
+from cisformer.model.link_function import LINK_VERSION
 from cisformer.parallel.processes import Processes
 from cisformer.prediction.cells import READ_CELLS, InputCells
 from cisformer.prediction.compact import (

@@ -1,4 +1,4 @@
-"""The link of RNA→ATAC: what the inner product x of a cell's state and a cCRE's loadings adds to the log odds.
+"""The link function of RNA→ATAC: what the inner product x of a cell's state and a cCRE's loadings adds to the log odds.
 
 Loadings are ridge regression of 0/1 on the states, in units of p (1 − p), where p is the cCRE's mean. So
 p + p (1 − p) x is what they say of the probability, and the link is what its log odds have more than those of p. Where
