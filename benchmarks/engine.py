@@ -4,6 +4,8 @@
     python benchmarks/engine.py WORK growth [--cells 1000 10000 100000] [--ccres 40000 200000 1000000]
     python benchmarks/engine.py WORK presets [--cells 2000]
     python benchmarks/engine.py WORK start [--cells 1000] [--ccres 100000 1000000] [--directions atac2rna]
+    python benchmarks/engine.py WORK threads [--cells 2000] [--directions atac2rna]
+    python benchmarks/engine.py WORK step [--cells 1000] [--ccres 100000 1000000] [--presets small]
 
 `speed` takes training steps and predicts cells in this process, one thread, and runs the prediction commands. The
 operations of matrix products are counted, and the bytes that go into and come out of every operator, and stand
@@ -12,23 +14,27 @@ goes, and what `compile` changes. What stays in cache between two operators coun
 pass that of copying. `growth` runs whole commands with the small preset and one epoch, on cells with 2,000 genes and
 6,000 open cCREs each, human reference, over the number of cells at 100,000 cCREs and over the number of cCREs at
 1,000 cells, and fits exponents. `presets` trains both presets on simulated cells with planted links (5,000 genes,
-40,000 cCREs) and scores the test cells. `start` fits the closed form
-alone, in this process, to cells as those of `growth`.
+40,000 cCREs) and scores the test cells. `start` fits the closed form alone, in this process, to cells as those of
+`growth`; `step` takes training steps after it, sizes in turn, and prints their median. `threads` trains
+cells as those of `presets` for one epoch with one and two threads, alone and beside busy processes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from preprocess import Run, run, simulate
@@ -44,18 +50,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work", type=Path)
-    parser.add_argument("what", choices=["speed", "growth", "presets", "start"])
+    parser.add_argument("what", choices=["speed", "growth", "presets", "start", "step", "threads"])
     parser.add_argument("--cells", type=int, nargs="+")
     parser.add_argument("--ccres", type=int, nargs="+")
     parser.add_argument("--over", nargs="+", default=["cells", "cCREs"], choices=["cells", "cCREs"])
     parser.add_argument("--presets", nargs="+", default=["small", "default"], choices=["small", "default"])
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 2], help="busy processes beside `threads`")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     print(f"python {platform.python_version()}, numpy {np.__version__}, seed {options.seed}")
-    {"speed": speed, "growth": growth, "presets": presets, "start": start}[options.what](options)
+    modes = {
+        "speed": speed,
+        "growth": growth,
+        "presets": presets,
+        "start": start,
+        "step": step,
+        "threads": threads,
+    }
+    modes[options.what](options)
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -163,12 +178,47 @@ def start(options: argparse.Namespace) -> None:
                 print(f"{direction}, {n_cells:,} cells, {n_ccres:,} cCREs: {took:.1f} CPU s", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------- step
+
+
+def step(options: argparse.Namespace, n_steps: int = 9) -> None:
+    """Print the CPU seconds of a training step over the number of cCREs: the median, sizes in turn."""
+    import torch
+    from accelerate import Accelerator
+
+    from cisformer.training.loop import mixed_precision
+
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision(cpu=True))
+    n_cells, sizes = (options.cells or [GROWTH_CELLS])[0], options.ccres or (100_000, 1_000_000)
+    for direction in options.directions:
+        for preset in options.presets:
+            config = default_config(direction, preset)
+            runs = [
+                Steps.prepared(
+                    cells_on_disk(options, n_cells, n, direction), direction, config, accelerator, n_steps
+                )
+                for n in sizes
+            ]
+            took = np.zeros((n_steps, len(sizes)))
+            for at in range(n_steps):
+                for column, steps in enumerate(runs):
+                    began = time.process_time()
+                    steps.take([(steps.first + steps.others)[at]])
+                    took[at, column] = time.process_time() - began
+            median = np.median(took[1:], axis=0)
+            for n, seconds in zip(sizes, median, strict=True):
+                ratio = seconds / median[0]
+                print(
+                    f"{direction}, {preset}, {n:,} cCREs: {seconds:.3f} CPU s a step, {ratio:.2f} of the first"
+                )
+
+
 # ---------------------------------------------------------------------------------------------- presets
 
 
-def presets(options: argparse.Namespace) -> None:
-    """Print time, memory and accuracy of the presets on simulated cells with planted links."""
-    n_cells = (options.cells or [2_000])[0]
+def planted_cells(options: argparse.Namespace, n_cells: int, direction: Direction) -> Path:
+    """Simulate and preprocess cells with planted links if that has not been done; return their folder."""
     folder = options.work / f"presets_{n_cells}"
     if not (folder / "rna.h5ad").exists():
         folder.mkdir()
@@ -176,16 +226,23 @@ def presets(options: argparse.Namespace) -> None:
             [*CISFORMER, "simulate", "-o", ".", "--n_cells", str(n_cells), "--seed", str(options.seed)],
             folder,
         )
+    if not (folder / "data" / f"{direction}_train").exists():
+        flags = ["--atac2rna"] if direction == "atac2rna" else []
+        run([*CISFORMER, "data_preprocess", "-r", "rna.h5ad", "-a", "atac.h5ad", "-s", "data",
+             "--reference", "dataset", *flags], folder)  # fmt: skip
+    return folder
+
+
+def presets(options: argparse.Namespace) -> None:
+    """Print time, memory and accuracy of the presets on simulated cells with planted links."""
+    n_cells = (options.cells or [2_000])[0]
     shown = {"rna2atac": ("log_loss", "ccre_auroc"), "atac2rna": ("r2", "gene_pearson")}
     print(
         "| direction | preset | CPU s | wall s | peak GB | model MB | epochs | best | scores of test cells |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for direction in options.directions:
-        if not (folder / "data" / f"{direction}_train").exists():
-            flags = ["--atac2rna"] if direction == "atac2rna" else []
-            run([*CISFORMER, "data_preprocess", "-r", "rna.h5ad", "-a", "atac.h5ad", "-s", "data",
-                 "--reference", "dataset", *flags], folder)  # fmt: skip
+        folder = planted_cells(options, n_cells, direction)
         for preset in options.presets:
             took, model = train(folder, direction, preset)
             run(
@@ -202,6 +259,34 @@ def presets(options: argparse.Namespace) -> None:
                 f"| {len(history) - 1} | {best} | {text} |",
                 flush=True,
             )
+
+
+# ---------------------------------------------------------------------------------------------- threads
+
+
+def threads(options: argparse.Namespace) -> None:
+    """Print what one epoch of training by command takes with one and two threads, alone and beside busy processes."""
+    ways: tuple[dict[str, str], ...] = ({}, {"OMP_WAIT_POLICY": "PASSIVE"})
+    print("| direction | busy beside | threads | environment | CPU s | wall s | cells a second |")
+    print("|---|---|---|---|---|---|---|")
+    for direction in options.directions:
+        folder = planted_cells(options, (options.cells or [2_000])[0], direction)
+        for n_busy in options.busy:
+            busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_busy)]
+            try:
+                for n_threads, way in ((1, {}), *((2, way) for way in ways)):
+                    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": str(n_threads), **way}):
+                        took, model = train(folder, direction, "small", epochs=1)
+                    last = json.loads((model / "metrics.jsonl").read_text().splitlines()[-1])
+                    print(
+                        f"| {direction} | {n_busy} | {n_threads} | {way or 'as it is'} | {took.cpu_s:.0f} "
+                        f"| {took.wall_s:.0f} | {last['cells_per_second']:.0f} |",
+                        flush=True,
+                    )
+            finally:
+                for process in busy:
+                    process.kill()
+                    process.wait()
 
 
 # ---------------------------------------------------------------------------------------------- speed

@@ -220,6 +220,14 @@ def rows_of(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
 
+def ragged_ranges(start: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Return numbers of ranges and what is in them: starts `[5, 9]` of `[2, 1]` → `[0, 0, 1]`, `[5, 6, 9]`."""
+    total, number = int(count.sum()), torch.arange(len(count), device=count.device)
+    of_range = torch.repeat_interleave(number, count, output_size=total)
+    before = torch.cumsum(count, 0) - count
+    return of_range, torch.arange(total, device=count.device) + rows_of(start - before, of_range)
+
+
 def ragged_rows(indptr: Tensor, length: int) -> Tensor:
     """Return the row of every entry of a ragged array: `[0, 2, 3]` → `[0, 0, 1]`."""
     return torch.repeat_interleave(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cisformer.config import Model
-from cisformer.data.batches import Batch, ragged_rows, rows_of
+from cisformer.data.batches import Batch, places, ragged_rows, rows_of
 from cisformer.model.attention import Block, LatentPool
 
 
@@ -21,14 +21,17 @@ class Tokens:
 
     Attributes
     ----------
+    number
+        Their input numbers, ascending; int64 [P].
     place
-        Which of them each input number is, if it is among them; int64 [n_input].
+        Which of them each input number is, or −1; int64 [n_input].
     embedding
         Their embeddings; float [P, R].
     table
         The embeddings of all inputs; float [n_input, R].
     """
 
+    number: Tensor
     place: Tensor
     embedding: Tensor
     table: Tensor
@@ -69,7 +72,7 @@ class CellEncoder(nn.Module):
     def tokens(self, batch: Batch) -> Tokens:
         """Return the distinct inputs of a batch and their embeddings."""
         number, place = distinct(batch.index, self.token.num_embeddings)
-        return Tokens(place, rows_of(self.token.weight, number), self.token.weight)
+        return Tokens(number, place, rows_of(self.token.weight, number), self.token.weight)
 
     def forward(self, batch: Batch, z_BK: Tensor, tokens: Tokens) -> Tensor:
         """Return h, float [B, R]."""
@@ -103,7 +106,8 @@ def attended_tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def distinct(number: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the distinct values of `number` (each < n), ascending, and the place of each among them, int64 [n]."""
+    """Return the distinct values of `number` (each < n), ascending, and the `places` of 0 … n − 1 among them."""
     present = torch.zeros(n, dtype=torch.bool, device=number.device)
     present[number] = True
-    return present.nonzero().squeeze(1), torch.cumsum(present, 0) - 1
+    found = present.nonzero().squeeze(1)
+    return found, places(found, n)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cisformer.config import Model
-from cisformer.data.batches import Batch, ragged_rows, rows_of
+from cisformer.data.batches import Batch, ragged_ranges, ragged_rows, rows_of
 from cisformer.model.attention import segment_softmax
 from cisformer.model.cell_encoder import Tokens, distinct
 from cisformer.model.closed_form_cis import DISTANCE_EDGES_BP, Windows
@@ -123,12 +123,13 @@ class CisPath(nn.Module):
 
     def edges(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> CisAttention:
         """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn."""
-        token_E, pair_E = self._window_edges(batch, column)
+        token_E, slot_E, pair_W = self._window_edges(batch, tokens, column)
+        pair_E = rows_of(pair_W, slot_E)
         cell_E = rows_of(ragged_rows(batch.indptr, len(batch.index)), token_E)
         gene_E = rows_of(self.window_gene, pair_E)
         place_E, n_columns = self._places(gene_E, column)
-        term_WX, slot_E = self._pair_terms(pair_E, tokens)
-        score_EH, value_EH = rows_of(term_WX, slot_E).split(self.heads, dim=1)
+        term_WX, which_E = self._pair_terms(pair_W, slot_E, tokens)
+        score_EH, value_EH = rows_of(term_WX, which_E).split(self.heads, dim=1)
         weight_EH = segment_softmax(
             score_EH + self._cell_scores(batch, h_BR, tokens, token_E),
             cell_E * n_columns + place_E,
@@ -145,24 +146,23 @@ class CisPath(nn.Module):
             rows_of(self.pair_weight, pair_E),
         )
 
-    def _window_edges(self, batch: Batch, column: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return token number and pair number of every (open cCRE, drawn gene near it); int64 [E] each."""
-        start = rows_of(self.window_indptr, batch.index)
-        stop = rows_of(self.window_indptr, batch.index + 1)
-        drawn_pairs = None
+    def _window_edges(
+        self, batch: Batch, tokens: Tokens, column: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the edges, (open cCRE, drawn gene near it): token and pair of each, and the distinct pairs.
+
+        int64 [E], place among the pairs [E], and [W]. The work grows with the batch, not with all cCREs.
+        """
+        start_P = rows_of(self.window_indptr, tokens.number)
+        count_P = rows_of(self.window_indptr, tokens.number + 1) - start_P
+        ccre_W, pair_W = ragged_ranges(start_P, count_P)
         if column is not None:
-            is_drawn = rows_of(column, self.window_gene) >= 0
-            drawn_pairs = is_drawn.nonzero().squeeze(1)
-            before = F.pad(torch.cumsum(is_drawn, 0), (1, 0))
-            start, stop = rows_of(before, start), rows_of(before, stop)
-        count = stop - start
-        total = int(count.sum())
-        token = torch.repeat_interleave(
-            torch.arange(len(count), device=count.device), count, output_size=total
-        )
-        first = torch.cumsum(count, 0) - count
-        pair = torch.arange(total, device=count.device) + rows_of(start - first, token)
-        return token, pair if drawn_pairs is None else rows_of(drawn_pairs, pair)
+            drawn = rows_of(column, rows_of(self.window_gene, pair_W)) >= 0
+            ccre_W, pair_W = ccre_W[drawn], pair_W[drawn]
+            count_P = torch.bincount(ccre_W, minlength=len(count_P))
+        slot_N = rows_of(tokens.place, batch.index)
+        first_P = torch.cumsum(count_P, 0) - count_P
+        return *ragged_ranges(rows_of(first_P, slot_N), rows_of(count_P, slot_N)), pair_W
 
     def _cell_scores(self, batch: Batch, h_BR: Tensor, tokens: Tokens, token_E: Tensor) -> Tensor:
         """Return the share of each edge's scores that depends on the cell, float [E, H]."""
@@ -177,12 +177,11 @@ class CisPath(nn.Module):
         )
         return rows_of(score_MH, rows_of(place_N, token_E))
 
-    def _pair_terms(self, pair_E: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Return score and value of distinct pairs, float [W, 2 H], and which of them each edge is."""
+    def _pair_terms(self, pair_W: Tensor, slot_E: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Return score and value of a batch's pairs or of all, float [W, 2 H], and which of them each edge is."""
         if torch.is_grad_enabled() or self.training:
-            pair_W, place = distinct(pair_E, len(self.pair_weight))
-            slot_W = rows_of(tokens.place, rows_of(self.window_ccre, pair_W))
-            return self._score_pairs(pair_W, rows_of(tokens.embedding, slot_W)), rows_of(place, pair_E)
+            ccre_W = rows_of(tokens.place, rows_of(self.window_ccre, pair_W))
+            return self._score_pairs(pair_W, rows_of(tokens.embedding, ccre_W)), slot_E
         weights = (
             tokens.table,
             *(m.weight for m in (self.gene, self.pair_score, self.pair_value, self.distance_bias)),
@@ -190,7 +189,7 @@ class CisPath(nn.Module):
         state = tuple((w.data_ptr(), w._version, w.device) for w in weights)
         if self._all_pairs is None or self._all_pairs[0] != state:
             self._all_pairs = state, self._all_pair_terms(tokens.table)
-        return self._all_pairs[1], pair_E
+        return self._all_pairs[1], rows_of(pair_W, slot_E)
 
     def _all_pair_terms(self, table: Tensor) -> Tensor:
         everything = torch.arange(len(self.pair_weight), device=table.device)

@@ -37,5 +37,9 @@ def follow_training(best: Checkpoint, start: Checkpoint, cells: CellSplit) -> Ch
 def validation_losses(checkpoint: Checkpoint, cells: CellSplit) -> np.ndarray:
     """Return the loss of every validation cell, float64 [n]."""
     model = checkpoint.model.eval()
-    batches = validation_batches(cells.val, cells.val_rows, checkpoint.layout, checkpoint.config)
-    return np.concatenate([model(batch).double().numpy() for batch in batches])
+    # In one piece: hundreds of small ones, kept between large ones, would break memory up.
+    losses, done = np.empty(len(cells.val_rows)), 0
+    for batch in validation_batches(cells.val, cells.val_rows, checkpoint.layout, checkpoint.config):
+        losses[done : done + batch.n_cells] = model(batch).numpy()
+        done += batch.n_cells
+    return losses
