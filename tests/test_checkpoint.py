@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -115,6 +116,15 @@ def test_weights_of_another_version_are_to_be_trained_again(change, message, cop
     with pytest.raises(CheckpointError, match=f"another version of cisformer, .* {message}") as caught:
         load_checkpoint(copy)
     assert "train the model again" in caught.value.hint
+
+
+def test_a_link_function_of_a_later_version_is_not_read_as_todays(tiny_checkpoints, tmp_path):
+    checkpoint = tiny_checkpoints["rna2atac"]
+    later = dataclasses.replace(checkpoint, model=deepcopy(checkpoint.model))
+    later.model.link_version += 1
+    with pytest.raises(CheckpointError, match="has version 3 of the link function") as caught:
+        load_checkpoint(save_checkpoint(later, tmp_path / "later"))
+    assert caught.value.hint == "update cisformer"
 
 
 def test_damaged_weights_are_to_be_copied_again(copy):

@@ -83,6 +83,8 @@ def test_options_check_themselves():
         {"max_cells": 0},
         {"region": "chr1"},
         {"donor": "d", "covariates": ("d",)},
+        {"genes": "GATA1"},
+        {"covariates": "batch"},
     ):
         with pytest.raises(InputError):
             LinkOptions(**wrong)

@@ -65,6 +65,9 @@ class LinkOptions:
         for name, value in (("distance", self.window_bp), ("number of cells", self.max_cells)):
             if value is not None and value < 1:
                 raise InputError(f"the {name} is {value}", hint="give a number above 0")
+        for what, names in (("genes", self.genes), ("covariates", self.covariates)):
+            if isinstance(names, str):
+                raise InputError(f"{what} is the text {names!r}", hint=f"give a list: {what}=[{names!r}]")
         if self.donor is not None and self.donor in self.covariates:
             raise InputError(
                 f"{self.donor!r} is both donor and covariate",

@@ -91,6 +91,8 @@ def ragged_attention(
     real_BT = places < lengths[:, None]
     slot_BT = slot_N.new_zeros(real_BT.shape)
     slot_BT[real_BT] = slot_N
+    if len(token_PR) == 0:  # no cell has a token: there is padding alone
+        token_PR = F.pad(token_PR, (0, 0, 0, 1))
     token_BTR = rows_of(token_PR, slot_BT.flatten()).view(*slot_BT.shape, -1) * real_BT[..., None]
     # A cell without tokens looks at its padding, which is zeros: no mask may hide everything.
     seen_BT = real_BT | (lengths == 0)[:, None]

@@ -29,6 +29,7 @@ from cisformer.model.cis import CisModel
 from cisformer.model.closed_form_cis import Windows
 from cisformer.model.documented import export_published, load_published
 from cisformer.model.documented_task import FullTask
+from cisformer.model.link_function import LINK_VERSION
 from cisformer.runtime.archive import is_archive, unpacked
 from cisformer.runtime.files import atomic_folder, read_json, sha256_file
 from cisformer.runtime.provenance import occasion, provenance
@@ -356,6 +357,7 @@ def _load_model(
         wanted = model.state_dict()
         tensors |= _of_earlier_versions(tensors, wanted)
         _check_names(folder, tensors, wanted)
+        _check_link(folder, tensors)
         _check_shapes(tensors, wanted)
         if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in wanted):
             model = _new_model(config, layout, manifest["linear_rank"], windows)
@@ -395,6 +397,16 @@ def _check_names(folder: Path, found: dict[str, torch.Tensor], wanted: dict[str,
         raise CheckpointError(
             f"{folder} was made by another version of cisformer, whose model differs: it {' and '.join(differing)}",
             hint="train the model again, or use the version that made it",
+        )
+
+
+def _check_link(folder: Path, found: dict[str, torch.Tensor]) -> None:
+    """Raise `CheckpointError` where a later version made the weights: they would mean other probabilities."""
+    version = int(found["link_version"]) if "link_version" in found else LINK_VERSION
+    if version not in (1, LINK_VERSION):
+        raise CheckpointError(
+            f"{folder} has version {version} of the link function, this version of cisformer knows {LINK_VERSION}",
+            hint="update cisformer",
         )
 
 
