@@ -25,10 +25,10 @@ def main() -> None:
     from cisformer.cli import cisformer
     from cisformer.errors import CisformerError, WriteError
 
-    # A waiting thread gives its core away, but not at once: spinning on made training on a busy machine fifteen
-    # times slower, not spinning at all made it half as fast on an idle one.
+    # A waiting thread soon gives its core away. Waiting longer gains a tenth on an idle machine, and costs half of the
+    # speed on a busy one (benchmarks/RESULTS.md).
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "100")
     debug = "--debug" in sys.argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without our arrows and dots
