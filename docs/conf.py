@@ -49,6 +49,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!cisformer).*"),
     ("py:class", r"cisformer\.model\.(cis|documented_task)\..*"),
+    ("py:class", r"cisformer\.links\.inputs\.LinkKeywords"),  # its fields are those of LinkOptions
 ]
 
 reference_pages.write(Path(__file__).parent / "generated")

@@ -31,3 +31,17 @@ def test_an_error_reaches_who_asks_for_the_result():
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)
+
+
+def test_after_an_error_what_waits_is_not_begun():
+    begun, blocked = [], threading.Event()
+
+    def work(x):
+        begun.append(x)
+        if x == 0:
+            raise ValueError("the disk is full")
+        blocked.wait(timeout=0.2)
+
+    with pytest.raises(ValueError, match="disk"):
+        list(ahead(work, range(100), 1, waiting=50))
+    assert len(begun) < 10

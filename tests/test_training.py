@@ -18,11 +18,12 @@ from cisformer.data.store import CellStore, find_split
 from cisformer.errors import TrainingError
 from cisformer.evaluation.correlation import correlation
 from cisformer.model.checkpoint import load_checkpoint
+from cisformer.model.closed_form import count_features
 from cisformer.model.closed_form_atac import Penalty, Sums, beside, solve
 from cisformer.model.projection import states
 from cisformer.runtime import device
 from cisformer.training import loop
-from cisformer.training.closed_form_start import both_sides
+from cisformer.training.closed_form_start import both_sides, make_layout
 from cisformer.training.follow import follow_training, validation_losses
 from cisformer.training.loop import mixed_precision, train
 from cisformer.training.reliability import validation_reliability
@@ -403,3 +404,15 @@ def test_targets_that_validation_calls_predictable_are_predicted_better(
     order = np.argsort(np.where(np.isnan(promised), 0, promised))
     third = len(order) // 3
     assert np.nanmean(r[order[-third:]]) > np.nanmean(r[order[:third]])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_cells_that_all_have_every_ccre_open_are_refused(direction, tiny_data):
+    """As of smoothed accessibility: nothing is zero."""
+    store = CellStore.open(find_split(tiny_data[direction], "train"))
+    counts = count_features(store, np.arange(store.n_cells), direction)
+    name = "n_seen" if direction == "rna2atac" else "n_open"
+    everywhere = np.where(getattr(counts, name) > 0, counts.n_cells, 0)
+    with pytest.raises(TrainingError, match=r"open in all \d+ training cells") as caught:
+        make_layout(replace(counts, **{name: everywhere}), direction, store)
+    assert "not smoothed" in caught.value.hint

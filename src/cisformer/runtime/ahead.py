@@ -33,9 +33,13 @@ def ahead(
     most = 2 * n_threads if waiting is None else waiting
     with ThreadPoolExecutor(n_threads) as pool:
         futures: deque[Future[Result]] = deque()
-        for item in items:
-            futures.append(pool.submit(function, item))
-            if len(futures) > most:
+        try:
+            for item in items:
+                futures.append(pool.submit(function, item))
+                if len(futures) > most:
+                    yield futures.popleft().result()
+            while futures:
                 yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
+        finally:  # after an error, or where the caller stops, what waits is not begun
+            for future in futures:
+                future.cancel()

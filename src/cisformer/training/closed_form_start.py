@@ -111,7 +111,7 @@ def make_layout(counts: FeatureCounts, direction: Direction, store: CellStore) -
     Raises
     ------
     TrainingError
-        No feature of a modality was seen.
+        No feature of a modality was seen, or every cCRE is open in every cell.
     """
     reference = store.reference
     sizes = (reference.n_ccres, reference.n_genes)
@@ -128,4 +128,10 @@ def make_layout(counts: FeatureCounts, direction: Direction, store: CellStore) -
                 f"the training cells in {store.path} hold no {modality.upper()} at all",
                 hint="preprocess again",
             )
+    n_open = (counts.n_seen if direction == "rna2atac" else counts.n_open).astype(np.int64)
+    if n_open[n_open > 0].min() == counts.n_cells:
+        raise TrainingError(
+            f"every cCRE seen in {store.path} is open in all {counts.n_cells} training cells: nothing to learn",
+            hint="preprocess counts or 0/1, not smoothed or scaled values: any value above 0 is taken as open",
+        )
     return layout
