@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import sparse
+from threadpoolctl import threadpool_limits
 
 from cisformer.data.genome import region_names
 from cisformer.data.h5ad import H5adWriter
@@ -68,6 +69,9 @@ def simulate_sparse(folder: str | Path, options: SimulationOptions, depth: float
             for name, table in var.items()
         ]
         blocks = ahead(draw.block, range(0, options.n_cells, BLOCK_CELLS), os.cpu_count() or 1)
+        stack.enter_context(
+            threadpool_limits(1, "blas")
+        )  # a thread a block: products must not start their own
         for cells in progress(
             blocks, total=-(-options.n_cells // BLOCK_CELLS), desc="simulating", unit="blocks"
         ):
