@@ -348,6 +348,12 @@ def test_the_link_is_that_of_a_straight_probability():
         torch.testing.assert_close(slope[beyond], wanted.expand_as(slope)[beyond])
 
 
+def test_the_link_is_exact_for_a_ccre_that_is_open_in_nearly_every_cell():
+    prior, x = torch.tensor([-16.0, 16.0]), torch.tensor([[-1e6], [-0.3], [2.0], [1e6]])
+    wanted = change_of_log_odds(x.double(), prior.double())
+    torch.testing.assert_close(change_of_log_odds(x, prior), wanted.float(), rtol=1e-4, atol=1e-6)
+
+
 def test_the_link_of_earlier_checkpoints_is_log_odds_below_and_a_share_of_the_odds_above():
     x = torch.tensor([-2.0, -0.1, 0.0, 0.1, 2.0])
     wanted = [-2, -0.1, 0, np.log(1.1), np.log(3)]

@@ -182,6 +182,18 @@ def test_a_loss_is_named_with_what_it_was_lost_to():
     assert "is worse on AUROC per cCRE (0.7000 against 0.7000 of PCA-ridge)" in sentence
 
 
+def test_a_better_cell_type_mean_is_named_and_left_out_of_the_standing():
+    measured = {name: _measured(log_loss=0.2) for name in ("model", "PCA-ridge", "cell-type mean")}
+    gains = {"PCA-ridge": 1, "cell-type mean": -1}
+    comparisons = [Comparison("log_loss", name, gain, gain - 0.1, gain + 0.1) for name, gain in gains.items()]
+    standing, sentence = judge(measured, comparisons, "rna2atac")
+    assert standing == "better"
+    assert sentence.startswith("The model beats every baseline without type labels.")
+    assert sentence.endswith(
+        "The cell-type mean, which uses the cells' type labels, is better on log-loss (0.2000)."
+    )
+
+
 def test_training_log_is_read_or_refused(tmp_path):
     good, bad = tmp_path / "metrics.jsonl", tmp_path / "bad.jsonl"
     good.write_text('{"epoch": 0, "val_loss": 0.5}\n{"epoch": 1, "val_loss": 0.4, "train_loss": 0.6}\n')

@@ -51,12 +51,11 @@ def judge(
         if against:
             hardest = min(against, key=lambda c: (-SEVERITY.index(c.outcome), c.gain))
             groups[hardest.outcome].append(hardest)
-    standing, sentence = _sentence(
-        groups, {outcome: _phrases(group, measured, headline) for outcome, group in groups.items()}
-    )
     told = [
         c for c in comparisons if c.baseline == TOLD_TYPES and c.metric in headline and c.outcome == "worse"
     ]
+    said = {outcome: _phrases(group, measured, headline) for outcome, group in groups.items()}
+    standing, sentence = _sentence(groups, said, " without type labels" if told else "")
     if told:
         names = " and ".join(
             f"{headline[c.metric].name} ({score_text(measured[TOLD_TYPES].value[c.metric])})" for c in told
@@ -65,8 +64,8 @@ def judge(
     return standing, sentence
 
 
-def _sentence(groups: dict[str, list[Comparison]], said: dict[str, str]) -> tuple[str, str]:
-    """Return the standing and the sentence that goes with it."""
+def _sentence(groups: dict[str, list[Comparison]], said: dict[str, str], which: str) -> tuple[str, str]:
+    """Return the standing and the sentence that goes with it; `which` baselines it beats."""
     parts = [
         f"{words} {said[outcome]}"
         for outcome, words in zip(
@@ -79,9 +78,9 @@ def _sentence(groups: dict[str, list[Comparison]], said: dict[str, str]) -> tupl
         standing, head = ("mixed", "The model does not beat every baseline") if some else (
             "worse", "The model does not beat the baselines")  # fmt: skip
     elif groups["tie"]:
-        standing, head = "even", "The model is beaten by no baseline"
+        standing, head = "even", f"The model is beaten by no baseline{which}"
     else:
-        standing, head = "better", "The model beats every baseline"
+        standing, head = "better", f"The model beats every baseline{which}"
     return standing, f"{head}. It {'; it '.join(parts)}."
 
 

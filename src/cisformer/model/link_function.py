@@ -34,12 +34,13 @@ def change_of_log_odds(x: Tensor, prior: Tensor, version: int = LINK_VERSION) ->
     """
     if version == 1:
         return x.clamp(max=0) + x.clamp(min=0).log1p()
-    parts = zip(x.split(COLUMNS, -1), prior.sigmoid().split(COLUMNS), strict=True)
-    return torch.cat([_change(some, p) for some, p in parts], dim=-1)
+    parts = zip(x.split(COLUMNS, -1), prior.split(COLUMNS), strict=True)
+    return torch.cat([_change(some, of_them) for some, of_them in parts], dim=-1)
 
 
-def _change(x: Tensor, p: Tensor) -> Tensor:
-    inner = x.clamp((LEFT - 1) / (1 - p), (1 - LEFT) / p)
-    closed = torch.addcmul(torch.ones_like(p), p, inner, value=-1)  # 1 − p − p (1 − p) x over 1 − p
-    open_ = closed + inner  # p + p (1 − p) x over p
+def _change(x: Tensor, prior: Tensor) -> Tensor:
+    p, q = prior.sigmoid(), (-prior).sigmoid()
+    one, inner = torch.ones_like(p), x.clamp((LEFT - 1) / q, (1 - LEFT) / p)
+    closed = torch.addcmul(one, p, inner, value=-1)  # q − p q x over q
+    open_ = torch.addcmul(one, q, inner)  # p + p q x over p
     return torch.addcdiv((open_ / closed).log(), x - inner, open_ * closed)
