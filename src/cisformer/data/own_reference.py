@@ -140,7 +140,7 @@ def _gene_coordinates(
     stated = stated_coordinates(var)
     if (stated["strand"] != "").any() or not genome:
         return _with_strands(stated, genes)
-    found = look_up_genes(genes, load_annotation(genome))
+    found = look_up_genes(genes, load_annotation(genome, every_gene=True))
     missing = found["start"] < 0
     found[missing] = _with_strands(stated[missing], genes[missing])
     return found
@@ -155,8 +155,8 @@ def _with_strands(stated: pd.DataFrame, genes: pd.DataFrame) -> pd.DataFrame:
     bare = (stated["strand"] == "") & (stated["start"] >= 0)
     if not bare.any():
         return stated
-    for species in BUILT_IN:
-        known = load_reference(species).genes.set_index("gene_id")["strand"]
+    for genome in BUILT_IN.values():
+        known = load_annotation(genome, every_gene=True).set_index("gene_id")["strand"]
         strand = known.reindex(genes["gene_id"]).to_numpy(object)
         fill = bare.to_numpy() & pd.notna(strand) & (strand != "")
         stated = stated.assign(strand=np.where(fill, strand, stated["strand"]))
