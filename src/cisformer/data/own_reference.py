@@ -127,7 +127,7 @@ def _who_has_them(genome: str) -> str:
     if not genome:
         return f"; --gtf can give them, or --genome {'|'.join(GENOMES)}"
     if genome in BUILT_IN.values():
-        return ""
+        return f"; those built in for {genome} are GENCODE's: give Ensembl ids in var['gene_ids'], or --gtf"
     return f"; the built-in genes of {genome} are RefSeq's, by name: --gtf gives others, such as Ensembl's lncRNAs"
 
 
