@@ -2,13 +2,11 @@
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.sparse as sp
 
 from cisformer.data.alignment import _other_model
-from cisformer.data.genome import CCRE_COLUMNS, GENE_COLUMNS
-from cisformer.data.reference import Reference
+from cisformer.data.reference import Reference, load_reference
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, OutputExistsError, ReferenceMismatchError
 from cisformer.model.checkpoint import load_checkpoint
@@ -239,8 +237,9 @@ def test_cells_that_do_not_fit_the_model_are_told_what_to_do(tiny, tiny_checkpoi
      ("dataset", "mm39", "human", "hg38", "the model is of mouse: use one that was trained on human cells")],
 )  # fmt: skip
 def test_the_advice_on_another_model(name, genome, species, peaks, expected):
-    none = Reference(name, genome, pd.DataFrame(columns=GENE_COLUMNS), pd.DataFrame(columns=CCRE_COLUMNS))
-    assert expected in _other_model(species, none, peaks)
+    known = load_reference("human")
+    own = Reference(name, genome, known.genes[:3], known.ccres[:3])
+    assert expected in _other_model(species, own, peaks)
 
 
 def test_rna_is_not_taken_for_atac(tiny, tiny_checkpoints):
