@@ -133,7 +133,7 @@ def _own_folders(path: Path) -> list[tuple[Path, str]]:
     if not inside:
         raise InputError(
             f"{path} is a folder without {', '.join(OWN_MANIFESTS.values())}",
-            hint="give a file, or a folder that cisformer wrote",
+            hint="give a file, or one of these folders; `cisformer browse` shows links",
         )
     return inside
 
