@@ -31,7 +31,7 @@ SEED = 23
 Pair = tuple[ad.AnnData, ad.AnnData]
 """RNA and ATAC of the same cells."""
 BASELINES = ("mean profile", "kNN", "PCA-ridge", "kernel ridge")
-CORTEX, A549 = "snareseq_mop_10309", "scicar_a549_2641"
+CORTEX = "snareseq_mop_10309"
 
 
 def main() -> None:
@@ -137,22 +137,6 @@ def markers(pair: Pair, number: int) -> Pair:
     values = sp.csr_matrix(counts.multiply(1e4 / counts.sum(axis=1))).log1p()
     means = np.array([np.asarray(values[(types == t).to_numpy()].mean(axis=0))[0] for t in types.unique()])
     return not_empty(pair[0][:, np.sort(np.argsort(-means.var(axis=0))[:number])].copy(), pair[1])
-
-
-def merged(pair: Pair, gap_bp: int) -> Pair:
-    """Peaks joined where fewer than `gap_bp` are between them."""
-    peaks = pair[1].var
-    start, end = (peaks[name].to_numpy(int) for name in ("start", "end"))
-    chrom = peaks["chrom"].astype(str).to_numpy()
-    order = np.lexsort((start, chrom))
-    chrom, start, end = chrom[order], start[order], end[order]
-    new = np.r_[True, (chrom[1:] != chrom[:-1]) | (start[1:] - end[:-1] > gap_bp)]
-    group = np.cumsum(new) - 1
-    sums = sp.csr_matrix((np.ones(len(group), np.float32), (order, group)))
-    table = pd.DataFrame(
-        {"chrom": chrom[new], "start": start[new], "end": np.maximum.reduceat(end, np.flatnonzero(new))}
-    )
-    return pair[0], ad.AnnData(sp.csr_matrix(pair[1].X) @ sums, obs=pair[1].obs, var=named(table))
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
@@ -282,11 +266,8 @@ SETS: dict[str, Callable[[Path], tuple[Pair, Pair | None]]] = {
     "mop_200_genes": whole(lambda data: features(some(read(data, CORTEX), 4000), 0, 200)),
     "mop_100_markers": whole(lambda data: markers(some(read(data, CORTEX), 4000), 100)),
     "mop_nine_tenths_L2/3": whole(lambda data: dominated(read(data, CORTEX), "L2/3", 3000, 0.9)),
-    "mop_merged_peaks": whole(lambda data: merged(some(read(data, CORTEX), 4000), 50_000)),
     "mop_pooled_by_5": whole(lambda data: pooled(read(data, CORTEX), 5)),
     "mop_150_cells": lambda data: few(read(data, CORTEX), 150, 800),
-    "mop_without_Sst": lambda data: left_out(read(data, CORTEX), "cell_type", "Sst", 4000),
-    "mop_without_09D": lambda data: left_out(read(data, CORTEX), "batch", "09D", 3000),
     "bmmc_A": whole(lambda data: read(data, "bmmc_starter_A")),
     "bmmc_B": whole(lambda data: read(data, "bmmc_starter_B")),
     "bmmc_A_100_peaks": whole(lambda data: features(read(data, "bmmc_starter_A"), 1, 100)),
@@ -295,7 +276,6 @@ SETS: dict[str, Callable[[Path], tuple[Pair, Pair | None]]] = {
     "bmmc_B_without_Erythroblast": lambda data: left_out(
         read(data, "bmmc_starter_B"), "cell_type", "Erythroblast"
     ),
-    "a549_1200": whole(lambda data: features(some(read(data, A549), 1200), 1, 10_000)),
     "scpoem": whole(lambda data: read(data, "scpoem_S1_300")),
     "k562": whole(lambda data: read(data, "k562_chr22_95")),
     "trajectory": whole(lambda data: trajectory(1)),
