@@ -48,6 +48,8 @@ def state_profiles(model: CisModel, n_open: float) -> tuple[np.ndarray, np.ndarr
 class AttentionSums:
     """Sums over cells of rank-normalised attention and of in-silico effects, by pair.
 
+    A model that kept its closed-form start attends with random weights to values that are all 0: it has no attention.
+
     Parameters
     ----------
     model
@@ -57,8 +59,10 @@ class AttentionSums:
     """
 
     def __init__(self, model: CisModel, window_pair: np.ndarray) -> None:
+        assert model.cis is not None
         self.model, self.window_pair = model, window_pair
         self.shape = len(model.layout.target_index), len(model.layout.input_index)
+        self.attends = bool(model.cis.pair_value.weight.any())
         self.attention, self.effect = (np.zeros(len(model.pair_weights()) + 1) for _ in range(2))
         self.attention[-1] = self.effect[-1] = np.nan
 
@@ -69,13 +73,15 @@ class AttentionSums:
             cell, gene, ccre, pair = (
                 x.cpu().numpy() for x in (edges.cell, edges.gene, edges.ccre, edges.pair)
             )
-            rank = two_way_rank(edges.mean_weight.cpu().numpy(), cell, gene, ccre, *self.shape)
-            np.add.at(self.attention, pair, rank)
             np.add.at(self.effect, pair, edges.effect.double().cpu().numpy())
+            if self.attends:
+                rank = two_way_rank(edges.mean_weight.cpu().numpy(), cell, gene, ccre, *self.shape)
+                np.add.at(self.attention, pair, rank)
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return attention and effects, NaN for pairs outside the model's window; float64 [E] each."""
-        return self.attention[self.window_pair], self.effect[self.window_pair]
+        """Return attention and effects, NaN where the model has none, as beyond its window; float64 [E] each."""
+        attention, effect = self.attention[self.window_pair], self.effect[self.window_pair]
+        return attention if self.attends else np.full_like(attention, np.nan), effect
 
 
 def places_in_window(model: CisModel, pairs: Pairs) -> np.ndarray:
