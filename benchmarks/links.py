@@ -109,7 +109,7 @@ def found_links(cells: SimulatedCells, links: Links) -> None:
         "Pearson": pairs["pearson"],
         "Pearson × (d + 5 kb)^-0.7": pairs["pearson"] * (pairs["distance_bp"] + 5_000) ** -0.7,
         "accessibility × contact": pairs["activity_distance"],
-        "attention": pairs["attention"],
+        **({"attention": pairs["attention"]} if links.table["attention"].notna().any() else {}),
         "effect": -pairs["effect"],
         "coupling": pairs["coupling"],
         "association": pairs["association"],

@@ -89,7 +89,7 @@ class CisModel(nn.Module):
             self.register_buffer("target_axes", torch.zeros(n_target, rank))
             self.register_buffer("readout", torch.zeros(rank, rank))
             self.register_buffer("leverage", torch.zeros(()))
-        self.likeness = Likeness(n_input)
+        self.likeness = Likeness(n_input, rank)
         self.sparse_gradient = False
         self.bias = nn.Parameter(torch.zeros(n_target))
         width = max(model.emb_rank, rank)
@@ -202,6 +202,11 @@ class CisModel(nn.Module):
     def cell_states(self, batch: Batch) -> Tensor:
         """Return z, the states of the cells; float [B, K]."""
         return self.projection(batch)
+
+    @torch.no_grad()
+    def distance(self, batch: Batch) -> Tensor:
+        """Return how unlike the training cells each cell is, above 1 if very; see `likeness`, float [B]."""
+        return self.likeness.distance(batch, self.cell_states(batch) * self.projection.principal)
 
     def compile_blocks(self) -> None:
         """Compile the attention blocks with torch.compile; names and values of the weights stay."""
