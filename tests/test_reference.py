@@ -360,7 +360,7 @@ def test_strands_that_are_missing_come_by_id_or_are_said_to_be_in_doubt(caplog: 
 @pytest.mark.parametrize(
     ("genome", "name", "expected"),
     [("hg19", "GATA1", ("chrX", 48_644_981, "+")), ("mm10", "Actb", ("chr5", 142_906_753, "-")),
-     ("hg38", "MYC", None), ("mm39", "Actb", None)],
+     ("hg38", "MSN", ("chrX", 65_588_376, "+")), ("hg38", "MYC", None), ("mm39", "Actb", None)],
 )  # fmt: skip
 def test_gene_coordinates_of_four_genomes(genome: str, name: str, expected: tuple | None):
     genes = load_annotation(genome)
@@ -373,6 +373,18 @@ def test_gene_coordinates_of_four_genomes(genome: str, name: str, expected: tupl
     assert (reference.genome, tss(reference.genes).tolist()) == (genome, tss(row).tolist())
     with pytest.raises(InputError, match="no annotation of genome 'rn6'"):
         load_annotation("rn6")
+
+
+def test_genes_that_the_built_in_references_lack_are_found_but_not_counted_on_their_chromosomes():
+    human, mouse = "ENSG00000290825", "ENSMUSG00000144196"  # DDX11L2 of chr1, and one without a name
+    var, peaks = frame(["MSN", human, mouse]), frame(["chr1:10-20", "GL456210.1:10-20"])
+    assert dataset_reference(var, peaks, genome="hg38").genes["start"].tolist() == [65_588_376, 11_868, -1]
+    assert dataset_reference(var, peaks, genome="mm39").genes["start"].tolist() == [-1, -1, 630]
+    known, every = load_annotation("hg38"), load_annotation("hg38", every_gene=True)
+    assert human not in set(known["gene_id"])
+    assert every["gene_id"].is_unique
+    lacking = known[~known["gene_id"].isin(load_reference("human").genes["gene_id"])]
+    assert set(lacking["chrom"]) == {"chrX", "chrY", "chrM"}
 
 
 def test_pseudoautosomal_copies_are_summed():

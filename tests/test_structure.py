@@ -1,6 +1,7 @@
 """The order in which modules may know each other, and what importing costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ ORDER = {
     "model": [
         "attention", "likeness", "projection", "target_states", "cell_rows", "link_function", "closed_form_atac",
         "closed_form", "closed_form_cis", "cell_encoder", "cis_path", "cis", "bf16_attention", "published",
-        "documented", "documented_task", "checkpoint", "pack",
+        "documented", "documented_task", "checkpoint_manifest", "weights", "checkpoint", "pack",
     ],
     "training": ["loss_plot", "split", "reliability", "follow", "closed_form_start", "run_folder", "loop"],
     "prediction": [
@@ -84,6 +85,13 @@ def test_a_module_imports_only_from_modules_above_it():
         if module_name(path) in place and other in place and place[other] >= place[module_name(path)]
     ]
     assert wrong == []
+
+
+def test_the_map_for_newcomers_names_files_that_exist():
+    page = Path(__file__).parent.parent / "CONTRIBUTING.md"
+    named = set(re.findall(r"`([\w/]+\.py)`", page.read_text(encoding="utf-8")))
+    assert len(named) > 40
+    assert {name for name in named if not any((f / name).is_file() for f in (ROOT, page.parent))} == set()
 
 
 def test_importing_the_package_and_the_command_line_loads_nothing_heavy():

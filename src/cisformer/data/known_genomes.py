@@ -35,11 +35,26 @@ def look_up_genes(genes: pd.DataFrame, annotation: pd.DataFrame) -> pd.DataFrame
 
 
 @lru_cache
-def load_annotation(genome: str) -> pd.DataFrame:
+def load_annotation(genome: str, *, every_gene: bool = False) -> pd.DataFrame:
     """Return the genes of a genome of `GENOMES`, with coordinates: columns as `Reference.genes`.
 
-    hg38 and mm39 are those of the built-in references (GENCODE). hg19 and mm10 are RefSeq genes by name; they get
-    the Ensembl id that the built-in reference gives that name.
+    hg38 and mm39 are those of the built-in references (GENCODE), and the genes of the chromosomes that these leave
+    out: X, Y and M of hg38. hg19 and mm10 are RefSeq genes by name; they get the Ensembl id that the built-in
+    reference gives that name.
+
+    Parameters
+    ----------
+    genome
+        One of `GENOMES`.
+    every_gene
+        Of hg38 and mm39, also the other genes of GENCODE that the built-in references lack: many lncRNAs and
+        pseudogenes. They come last. They are for finding a gene; counts of TSSs near a gene, with which the prior
+        of links was fitted, leave them out.
+
+    Raises
+    ------
+    InputError
+        If the genome is another.
     """
     if genome not in GENOMES:
         raise InputError(
@@ -48,10 +63,16 @@ def load_annotation(genome: str) -> pd.DataFrame:
         )
     genes = load_reference(GENOMES[genome]).genes
     if genome in BUILT_IN.values():
-        return genes
-    table = read_genes(io.BytesIO(resource(f"{genome}_genes.tsv.gz").read_bytes()))
+        more = _read_resource(f"{genome}_more_genes.tsv.gz")
+        more = more if every_gene else more[~more["chrom"].isin(set(genes["chrom"]))]
+        return pd.concat([genes, more], ignore_index=True)
+    table = _read_resource(f"{genome}_genes.tsv.gz")
     ids = genes.drop_duplicates("gene_name").set_index("gene_name")["gene_id"]
     return table.assign(gene_id=ids.reindex(table["gene_name"]).fillna("").to_numpy())[GENE_COLUMNS]
+
+
+def _read_resource(name: str) -> pd.DataFrame:
+    return read_genes(io.BytesIO(resource(name).read_bytes()))
 
 
 def guess_genome(regions: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ from cisformer.data.annotation import read_bed, read_gtf
 from cisformer.data.features import gene_identity, peak_regions, stated_coordinates
 from cisformer.data.genome import rename_chroms
 from cisformer.data.known_genomes import GENOMES, guess_genome, load_annotation, look_up_genes
-from cisformer.data.reference import BUILT_IN, Reference, load_reference, save_reference
+from cisformer.data.reference import BUILT_IN, Reference, save_reference
 from cisformer.errors import InputError
 from cisformer.runtime.files import atomic_folder
 
@@ -127,7 +127,7 @@ def _who_has_them(genome: str) -> str:
     if not genome:
         return f"; --gtf can give them, or --genome {'|'.join(GENOMES)}"
     if genome in BUILT_IN.values():
-        return ""
+        return f"; those built in for {genome} are GENCODE's: give Ensembl ids in var['gene_ids'], or --gtf"
     return f"; the built-in genes of {genome} are RefSeq's, by name: --gtf gives others, such as Ensembl's lncRNAs"
 
 
@@ -140,7 +140,7 @@ def _gene_coordinates(
     stated = stated_coordinates(var)
     if (stated["strand"] != "").any() or not genome:
         return _with_strands(stated, genes)
-    found = look_up_genes(genes, load_annotation(genome))
+    found = look_up_genes(genes, load_annotation(genome, every_gene=True))
     missing = found["start"] < 0
     found[missing] = _with_strands(stated[missing], genes[missing])
     return found
@@ -155,8 +155,8 @@ def _with_strands(stated: pd.DataFrame, genes: pd.DataFrame) -> pd.DataFrame:
     bare = (stated["strand"] == "") & (stated["start"] >= 0)
     if not bare.any():
         return stated
-    for species in BUILT_IN:
-        known = load_reference(species).genes.set_index("gene_id")["strand"]
+    for genome in BUILT_IN.values():
+        known = load_annotation(genome, every_gene=True).set_index("gene_id")["strand"]
         strand = known.reindex(genes["gene_id"]).to_numpy(object)
         fill = bare.to_numpy() & pd.notna(strand) & (strand != "")
         stated = stated.assign(strand=np.where(fill, strand, stated["strand"]))

@@ -15,15 +15,9 @@ import torch
 
 from cisformer.data.reference import BUILT_IN
 from cisformer.errors import InputError
-from cisformer.model.checkpoint import (
-    CONFIG,
-    MANIFEST,
-    REFERENCE,
-    WEIGHTS,
-    Checkpoint,
-    folder_of,
-    load_checkpoint,
-)
+from cisformer.model.checkpoint import CONFIG, REFERENCE, Checkpoint, load_checkpoint
+from cisformer.model.checkpoint_manifest import MANIFEST, folder_of
+from cisformer.model.weights import WEIGHTS
 from cisformer.runtime.archive import CARD, LICENSE, README, is_archive, unpacked, write_archive
 from cisformer.runtime.files import read_json, refuse_existing, sha256_file
 from cisformer.runtime.provenance import provenance
