@@ -113,7 +113,7 @@ def judged_methods(cells: SimulatedCells, links: Links) -> tuple[pd.DataFrame, d
         "Pearson": pairs["pearson"],
         "Pearson × (d + 5 kb)^-0.7": pairs["pearson"] * (pairs["distance_bp"] + 5_000) ** -0.7,
         "accessibility × contact": pairs["activity_distance"],
-        "attention": pairs["attention"],
+        **({"attention": pairs["attention"]} if links.table["attention"].notna().any() else {}),
         "effect": -pairs["effect"],
         "coupling": pairs["coupling"],
         "association": pairs["association"],

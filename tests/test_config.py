@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from cisformer.config import DIRECTIONS, Config, default_config, dump_config, load_config, parse_config
-from cisformer.errors import ConfigError
+from cisformer.errors import ConfigError, InputError
 
 SPEC = {
     "atac2rna": {
@@ -103,6 +103,15 @@ def test_an_empty_file_means_the_defaults(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("")
     assert load_config(path, "rna2atac") == default_config("rna2atac")
+
+
+def test_an_unknown_preset_or_direction_is_refused():
+    with pytest.raises(InputError, match="no preset 'Small'"):
+        default_config("rna2atac", "Small")
+    for ask in (default_config, lambda direction: parse_config({}, direction)):
+        with pytest.raises(InputError, match="no direction 'rna'") as refused:
+            ask("rna")
+        assert refused.value.hint == "choose atac2rna or rna2atac"
 
 
 def test_a_config_cannot_be_changed_in_place():

@@ -18,10 +18,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from cisformer.__main__ import _hush_destructors, _stopped
 from cisformer.data.preprocess import preprocess
 from cisformer.data.sources import open_rows
 from cisformer.data.store import CellStore, find_split
@@ -97,6 +98,29 @@ def test_a_stopped_command_says_so(faults: ModuleType, workplace: Path, tmp_path
     assert "--resume" in errors
     assert "Traceback" not in errors
     assert faults.hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [(["--debug", "run", "-r", "x"], "again: it continues where it stopped"),
+     (["rna2atac_train"], "again; training continues with --resume FOLDER"), (["browse"], "again")],
+)  # fmt: skip
+def test_a_stopped_command_is_told_how_to_go_on(command, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cisformer", *command])
+    with pytest.raises(SystemExit):
+        _stopped(signal.SIGINT)
+    assert capsys.readouterr().err.endswith(f"hint: run the command {expected}\n")
+
+
+def test_what_hdf5_repeats_for_each_object_of_a_lost_file_is_hidden(monkeypatch: pytest.MonkeyPatch):
+    shown: list[str] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: shown.append(str(error)))
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: shown.append(str(found.exc_value)))
+    _hush_destructors()
+    for text in ("Can't close dataset (file write failed)", "Can't decrement id ref count", "another"):
+        sys.excepthook(RuntimeError, RuntimeError(text), None)
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))
+    assert shown == ["another", "another"]
 
 
 KILLED_WHILE_PLACING = """

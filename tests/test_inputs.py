@@ -498,3 +498,16 @@ def test_cell_types_come_from_a_column_of_obs(cells: tuple, tmp_path: Path, capl
         assert "1 of 40 cells have no type" in caplog.text
     with pytest.raises(InputError, match="has no column 'x' in obs"):
         read_cell_types(f"{tmp_path}/rna.h5ad:x")
+
+
+def test_cells_without_a_type_are_no_type_of_their_own(caplog: pytest.LogCaptureFixture):
+    from cisformer.links.files import check_cell_types
+
+    types = pd.Series(["NK", None, np.nan, "nan"], index=list("abcd"))
+    assert check_cell_types(types, "types").to_dict() == {"a": "NK", "d": "nan"}
+    assert check_cell_types(types.astype("category"), "types").to_dict() == {"a": "NK", "d": "nan"}
+    assert "types: 2 of 4 cells have no type" in caplog.text
+    with pytest.raises(InputError, match="no cell has a type"):
+        check_cell_types(types[1:3], "types")
+    with pytest.raises(InputError, match="is a list, wanted a pandas Series"):
+        check_cell_types(["NK"], "types")

@@ -25,7 +25,10 @@ DIRECTIONS = ["atac2rna", "rna2atac"]
 
 
 def cells_of(rng, profiles, n):
-    return sp.csr_matrix(rng.random((n, 600)) < profiles[rng.integers(len(profiles), size=n)])
+    """Cells of each profile in turn, and their states: what they have of each of three kinds of features."""
+    cells = sp.csr_matrix(rng.random((n, 600)) < profiles[np.arange(n) % len(profiles)])
+    parts = [np.asarray(cells[:, part].mean(axis=1)) for part in np.split(np.arange(600), 3)]
+    return cells, np.hstack(parts).astype(np.float32)
 
 
 def batch_of(cells):
@@ -33,44 +36,74 @@ def batch_of(cells):
     return Batch(indptr, index, torch.ones(cells.nnz))
 
 
+def distance_of(likeness, cells, z):
+    return likeness.distance(batch_of(cells), torch.from_numpy(z)).numpy()
+
+
 @pytest.fixture
 def known():
-    """Three types of training cells; a fourth is not among them."""
+    """Three types of training cells, each with features of its own that the others seldom have."""
     rng = np.random.default_rng(0)
-    profiles = rng.beta(0.3, 5, (1, 600)) * rng.lognormal(0, 1, (4, 600)).clip(0, 10)
-    train = cells_of(rng, profiles[:3], 3_000)
-    likeness = Likeness(600)
-    likeness.fit(train[:1000], train.getnnz(axis=0), 3_000)
-    return likeness, profiles, train, rng
+    profiles = np.full((3, 600), 0.01)
+    for k in range(3):
+        profiles[k, 200 * k : 200 * (k + 1)] = 0.1
+    train, z = cells_of(rng, profiles, 3_000)
+    likeness = Likeness(600, 3)
+    likeness.fit(train[:1000], z[:1000], (train.getnnz(axis=0) + 0.5) / 3_001, 0)
+    return likeness, profiles, (train, z), rng
 
 
 def test_a_type_that_was_left_out_is_told(known):
+    """Whether its features are rare in all training cells, or common, but in cells of different types."""
     likeness, profiles, _, rng = known
-    same, other = (likeness.distance(batch_of(cells_of(rng, p, 2_000))) for p in (profiles[:3], profiles[3:]))
-    assert 0.005 < float((same > 1).float().mean()) < 0.05
-    assert float((other > 1).float().mean()) > 0.3
+    seldom = np.where(np.arange(600) % 2, 0.04, 0.01)[None]
+    between = np.where(np.arange(600) < 400, 0.055, 0.01)[None]
+    same = distance_of(likeness, *cells_of(rng, profiles, 2_000))
+    assert 0.01 < (same > 1).mean() < 0.05
+    for strange in (seldom, between):
+        assert (distance_of(likeness, *cells_of(rng, strange, 2_000)) > 1).mean() > 0.5
 
 
-def test_distance_is_the_mean_rarity_over_the_limit(known):
+def test_distance_is_the_mean_rarity_in_two_groups_over_the_limit(known):
     """The limit is of training cells, each judged by the frequencies among the others."""
-    likeness, profiles, train, rng = known
-    counts, dense = train.getnnz(axis=0), train.toarray()
-    own = [-np.log((counts[row] - 0.5) / 3_000).mean() for row in dense[:1000]]
-    assert float(likeness.limit) == pytest.approx(np.quantile(own, 0.975), rel=1e-5)
-    cells = cells_of(rng, profiles, 7)
-    wanted = [
-        -np.log((counts[row] + 0.5) / 3_001).mean() / np.quantile(own, 0.975) for row in cells.toarray()
-    ]
-    np.testing.assert_allclose(likeness.distance(batch_of(cells)), wanted, rtol=1e-4)
-    empty = batch_of(sp.csr_matrix((2, 600)))
-    assert likeness.distance(empty).tolist() == [0, 0]
+    likeness, profiles, (train, z), rng = known
+    frequency, dense, z = (train.getnnz(axis=0) + 0.5) / 3_001, train[:1000].toarray(), z[:1000]
+
+    def nearest(state):
+        return np.square(likeness.centres.numpy() - state).sum(axis=1).argmin()
+
+    group = np.array([nearest(state) for state in z])
+
+    def rarity(cell, k, own=0):
+        """`own`: of how many of the group's cells the cell itself is one."""
+        count, n = dense[group == k].sum(axis=0), (group == k).sum()
+        return -np.log((count[cell] - own + frequency[cell]) / (n - own + 1)).mean()
+
+    def of_two(cell, k, own=0):
+        every = [rarity(cell, other, own if other == k else 0) for other in np.unique(group)]
+        return (rarity(cell, k, own) + min(every)) / 2
+
+    limit = np.quantile([of_two(cell, k, 1) for cell, k in zip(dense, group, strict=True)], 0.975)
+    assert float(likeness.limit) == pytest.approx(limit, rel=1e-4)
+    cells, states = cells_of(rng, profiles, 7)
+    wanted = [of_two(c, nearest(s)) / limit for c, s in zip(cells.toarray(), states, strict=True)]
+    np.testing.assert_allclose(distance_of(likeness, cells, states), wanted, rtol=1e-3)
+    assert distance_of(likeness, sp.csr_matrix((2, 600)), states[:2]).tolist() == [0, 0]
+
+
+def test_few_cells_are_one_group(known):
+    _, profiles, (train, z), rng = known
+    likeness = Likeness(600, 3)
+    likeness.fit(train[:60], z[:60], (train.getnnz(axis=0) + 0.5) / 3_001, 0)
+    assert len(likeness.centres.unique(dim=0)) == len(likeness.rarity.unique(dim=1).T) == 1
+    assert np.isfinite(distance_of(likeness, *cells_of(rng, profiles, 9))).all()
 
 
 def test_one_line_says_what_differs(known, caplog):
     likeness, *_ = known
     for distance, depth, words in (
-        (np.full(20, 0.5), np.full(20, 50), None),
-        (np.repeat([0.5, 3], 10), np.full(20, 50), "in 50% of them"),
+        (np.full(20, 0.5), np.full(20, 24), None),
+        (np.repeat([0.5, 3], 10), np.full(20, 24), "50% of them"),
         (np.full(20, 0.5), np.full(20, 5), "known features is 5,"),
     ):
         caplog.clear()
@@ -105,18 +138,41 @@ def test_predictions_say_which_cells_are_unlike(
     assert UNLIKE in caplog.text
 
 
+def rewritten(folder, change):
+    """Change the weights of a checkpoint by `change`, and its checksum with them."""
+    weights = next(folder.glob("*.safetensors"))
+    save_file(change(load_file(weights)), weights)
+    manifest = json.loads((folder / "checkpoint.json").read_text())
+    manifest["sha256"] = sha256_file(weights)
+    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    return load_checkpoint(folder)
+
+
+def test_a_checkpoint_without_groups_says_what_it_said(tiny_data, tiny_checkpoints, tmp_path):
+    folder = shutil.copytree(tiny_checkpoints["rna2atac"].folder, tmp_path / "old")
+    rng, kept = np.random.default_rng(0), {}
+
+    def before(tensors):
+        n_input = len(tensors["likeness.rarity"])
+        kept["rarity"] = rng.random(n_input).astype(np.float32)
+        tensors["likeness.rarity"] = torch.from_numpy(kept["rarity"])
+        tensors["likeness.limit"] = torch.tensor(0.5)
+        return {k: v for k, v in tensors.items() if k != "likeness.centres"}
+
+    checkpoint = rewritten(folder, before)
+    store = CellStore.open(find_split(tiny_data["rna2atac"], "test"))
+    found = store.rna(np.arange(store.n_cells))[:, checkpoint.layout.input_index] > 0
+    wanted = found @ kept["rarity"] / found.getnnz(axis=1) / 0.5
+    np.testing.assert_allclose(predict(checkpoint, store.path).obs[DISTANCE], wanted, rtol=1e-3)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_checkpoint_of_before_says_nothing_of_it(direction, tiny_data, tiny_checkpoints, tmp_path):
     """Its weights lack the training cells, intervals, and the link, which was another one then."""
     folder = shutil.copytree(tiny_checkpoints[direction].folder, tmp_path / "old")
-    weights = next(folder.glob("*.safetensors"))
     later = ("likeness.", "interval_90", "link_version")
-    save_file({k: v for k, v in load_file(weights).items() if not k.startswith(later)}, weights)
-    manifest = json.loads((folder / "checkpoint.json").read_text())
-    manifest["sha256"] = sha256_file(weights)
-    (folder / "checkpoint.json").write_text(json.dumps(manifest))
+    before = rewritten(folder, lambda tensors: {k: v for k, v in tensors.items() if not k.startswith(later)})
     store = CellStore.open(find_split(tiny_data[direction], "test"))
-    before = load_checkpoint(folder)
     found = predict(before, store.path)
     assert UNLIKE not in found.obs
     assert found.var.get("interval_90", pd.Series(dtype=float)).isna().all()

@@ -95,6 +95,8 @@ def test_tsv_is_read_back(table, tmp_path):
     back = read_links(tmp_path / "a.tsv.gz")
     assert np.allclose(back["score"], table["score"])
     assert list(back["start"]) == [100, 2000, 100, 8900]
+    (tmp_path / "a.tsv.gz").rename(tmp_path / "links.tsv.gz")
+    pd.testing.assert_frame_equal(read_links(tmp_path), back)
 
 
 def test_same_table_same_bytes(table, tmp_path):

@@ -360,6 +360,16 @@ def test_genes_and_region(checkpoint, store, types, links):
         score_links(checkpoint, store, types, region="chr1:1-2")
 
 
+def test_a_model_that_attends_to_nothing_has_no_attention(checkpoint, store, types):
+    """Before training all values are 0, and queries and keys are random."""
+    model = copy.deepcopy(checkpoint.model)
+    with torch.no_grad():
+        model.cis.pair_value.weight.zero_()
+    found = score_links(dataclasses.replace(checkpoint, model=model), store, types).table
+    assert found["attention"].isna().all()
+    assert found["effect"].notna().all()
+
+
 def test_beyond_the_models_window_nothing_is_known(checkpoint, store, types):
     model = copy.deepcopy(checkpoint.model)
     windows = model.cis

@@ -97,7 +97,7 @@ def test_inspect_shows_the_card_with_the_scores_of_a_report(tiny_checkpoints, tm
     (tmp_path / "report.json").write_text(json.dumps(report_of("rna2atac")))
     path = pack_model(tiny_checkpoints["rna2atac"].folder, tmp_path / "m.zip", report=tmp_path / "report.json",
                       license="MIT License\n\nPermission …", data="160 simulated cells")  # fmt: skip
-    (record,) = inspect([path], verify=True)["files"]
+    (record,) = inspect(path, verify=True)["files"]
     assert record["kind"] == "packed model"
     assert record["n_training_cells"] == 115
     assert record["scores"] == {"log_loss": 0.5}

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from cisformer.data.alignment import _other_model
+from cisformer.data.reference import Reference, load_reference
 from cisformer.data.store import CellStore, find_split
 from cisformer.errors import InputError, OutputExistsError, ReferenceMismatchError
 from cisformer.model.checkpoint import load_checkpoint
@@ -214,6 +216,30 @@ def test_a_file_that_changes_meanwhile_leaves_the_earlier_result(
 def test_options_out_of_range_are_refused(option, tiny, tiny_checkpoints):
     with pytest.raises(InputError, match=next(iter(option))):
         predict(tiny_checkpoints["rna2atac"], tiny.rna, **option)
+
+
+def test_cells_that_do_not_fit_the_model_are_told_what_to_do(tiny, tiny_checkpoints):
+    """A user of a model cannot choose another reference."""
+    human = tiny_checkpoints["rna2atac"]
+    mouse = tiny.rna.copy()
+    mouse.var_names = [f"ENSMUSG{number:011}" for number in range(mouse.n_vars)]
+    mouse.var = mouse.var[[]]
+    with pytest.raises(InputError, match="only 0 of 150 genes") as refused:
+        predict(human, mouse)
+    assert refused.value.hint == "the model is of human: use one that was trained on mouse cells"
+
+
+@pytest.mark.parametrize(
+    ("name", "genome", "species", "peaks", "expected"),
+    [("dataset", "hg38", "human", "", "after `data_preprocess --reference human`"),
+     ("dataset", "", "", "", "after `data_preprocess --reference human`"),
+     ("dataset", "hg38", "", "hg19", "the model is of hg38: lift the peaks over"),
+     ("dataset", "mm39", "human", "hg38", "the model is of mouse: use one that was trained on human cells")],
+)  # fmt: skip
+def test_the_advice_on_another_model(name, genome, species, peaks, expected):
+    known = load_reference("human")
+    own = Reference(name, genome, known.genes[:3], known.ccres[:3])
+    assert expected in _other_model(species, own, peaks)
 
 
 def test_rna_is_not_taken_for_atac(tiny, tiny_checkpoints):

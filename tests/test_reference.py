@@ -387,6 +387,23 @@ def test_genes_that_the_built_in_references_lack_are_found_but_not_counted_on_th
     assert set(lacking["chrom"]) == {"chrX", "chrY", "chrM"}
 
 
+def test_a_genome_that_the_peaks_contradict_is_said(caplog: pytest.LogCaptureFixture):
+    site = load_annotation("hg19")[["chrom", "start"]].iloc[::100]
+    peaks = frame([f"{chrom}:{start}-{start + 300}" for chrom, start in site.itertuples(index=False)])
+    assert dataset_reference(frame(["MSN"]), peaks, genome="hg38").genome == "hg38"
+    assert "the peaks look like hg19, but the genome was given as hg38" in caplog.text
+    caplog.clear()
+    assert dataset_reference(frame(["MSN"]), peaks, genome="hg19").genome == "hg19"
+    assert "look like" not in caplog.text
+
+
+def test_a_gtf_with_other_names_says_which(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    gtf = tmp_path / "a.gtf"
+    gtf.write_text(GTF)
+    dataset_reference(frame(["PAR.2"]), frame(["chrX:10-20"]), gtf=gtf)
+    assert f"{gtf} has ENSG00000000001, Y74C9A.3, ENSG00000000002, named AAA, bbb, PAR" in caplog.text
+
+
 def test_pseudoautosomal_copies_are_summed():
     var = frame(["ENSG00000002586.20", "ENSG00000002586.20_PAR_Y"])
     assert gene_identity(var)["gene_id"].tolist() == ["ENSG00000002586"] * 2

@@ -24,7 +24,9 @@ ORDER = {
         "closed_form", "closed_form_cis", "cell_encoder", "cis_path", "cis", "bf16_attention", "published",
         "documented", "documented_task", "checkpoint_manifest", "weights", "checkpoint", "pack",
     ],
-    "training": ["loss_plot", "split", "reliability", "follow", "closed_form_start", "run_folder", "loop"],
+    "training": [
+        "loss_plot", "split", "reliability", "follow", "closed_form_start", "run_folder", "row_gradient", "loop",
+    ],
     "prediction": [
         "cells", "compact", "likeness", "predictor", "predict", "groups", "tracks", "transfer", "mosaic", "complete",
     ],

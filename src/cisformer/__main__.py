@@ -18,6 +18,8 @@ from cisformer.parallel.processes import is_main_process
 from cisformer.runtime.installation import clash
 
 logger = logging.getLogger("cisformer")
+UNCLOSED = ("Can't decrement id ref count", "Can't close ")
+"""How HDF5 begins to say that it cannot write the rest of a file; the second since HDF5 2.0."""
 
 
 def main() -> None:
@@ -86,9 +88,12 @@ def _stopped(number: int) -> None:
     """Report the signal and exit with 128 + its number, as shells do; worker processes exit without a message."""
     if "RANK" in os.environ:
         sys.exit(128 + number)
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    how = ": it continues where it stopped" if command in ("run", "complete") else ""
+    how = "; training continues with --resume FOLDER" if command.endswith("_train") else how
     print(  # noqa: T201
         f"error: stopped by {signal.Signals(number).name}; earlier results are as they were\n"
-        "  hint: run the command again; training continues with --resume FOLDER",
+        f"  hint: run the command again{how}",
         file=sys.stderr,
     )
     sys.exit(128 + number)
@@ -148,7 +153,7 @@ def _hush_destructors() -> None:
     show, show_unraisable = sys.excepthook, sys.unraisablehook
 
     def repeated(error: BaseException | None) -> bool:
-        return isinstance(error, RuntimeError) and "Can't decrement id ref count" in str(error)
+        return isinstance(error, RuntimeError) and str(error).startswith(UNCLOSED)
 
     def unraisable(found: Any) -> None:
         if isinstance(found.exc_value, Stopped):

@@ -7,6 +7,7 @@ One place for every key: its type, default, limits and one sentence that says wh
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -171,6 +172,18 @@ _SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+def _require_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    """Raise `InputError` where `value` is none of the choices."""
+    if value not in choices:
+        raise InputError(f"there is no {what} {value!r}", hint=f"choose {' or '.join(choices)}")
+
+
+def _sections(direction: Direction) -> dict[str, Any]:
+    """Return the defaults of a direction, section by section."""
+    _require_choice("direction", direction, DIRECTIONS)
+    return {name: dict(values) for name, values in _DEFAULTS[direction].items()}
+
+
 def default_config(direction: Direction, preset: Preset = "default") -> Config:
     """Return the configuration that `generate_default_config` writes for a direction and preset.
 
@@ -185,8 +198,14 @@ def default_config(direction: Direction, preset: Preset = "default") -> Config:
     -------
     Config
         Frozen; `config.model_copy(update=...)` makes another.
+
+    Raises
+    ------
+    InputError
+        If there is no such direction or preset.
     """
-    sections = {name: dict(values) for name, values in _DEFAULTS[direction].items()}
+    _require_choice("preset", preset, get_args(Preset))
+    sections = _sections(direction)
     if preset == "small":
         for name, values in _SMALL.items():
             sections[name] |= values
@@ -212,10 +231,7 @@ class TrainingChoice:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.preset not in get_args(Preset):
-            raise InputError(
-                f"there is no preset {self.preset!r}", hint=f"choose {' or '.join(get_args(Preset))}"
-            )
+        _require_choice("preset", self.preset, get_args(Preset))
         if self.seed < 0:
             raise InputError(f"the seed is {self.seed}", hint="give a number of 0 or more")
 
@@ -255,7 +271,7 @@ def load_config(path: str | Path | None, direction: Direction) -> Config:
 
 def parse_config(content: dict[str, Any], direction: Direction, *, source: str = "config") -> Config:
     """Check a nested mapping of configuration values; see `load_config`."""
-    sections: dict[str, Any] = {name: dict(values) for name, values in _DEFAULTS[direction].items()}
+    sections = _sections(direction)
     for name, values in content.items():
         if name not in sections:
             raise ConfigError(f"{source}: unknown section {brief(name)}", hint=_nearest(name, sections))

@@ -366,7 +366,8 @@ def _cell_types(rna: Path, atac: Path, options: RunOptions) -> tuple[pd.Series, 
         with open_rows(atac, "atac") as source:
             obs = obs.join(source.obs, rsuffix="_atac")
     types = _column(obs, options.groupby)
-    return types, f"{types.nunique()} cell types, from column {options.groupby!r}"
+    untyped = f"; {len(obs) - len(types):,} cells have none, and no links" if len(types) < len(obs) else ""
+    return types, f"{types.nunique()} cell types, from column {options.groupby!r}{untyped}"
 
 
 def _require_known(types: pd.Series, barcodes: pd.Index, source: str) -> None:

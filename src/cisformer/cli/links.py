@@ -118,7 +118,11 @@ def export_links(output: str, force: bool, **options: Any) -> None:
 
 
 @click.command("evaluate_links", context_settings=CONTEXT)
-@click.option("-l", "--links", help="Links of any tool: a table or .bedpe.  [default: baselines only]")
+@click.option(
+    "-l",
+    "--links",
+    help="Links of any tool: a table, .bedpe, or the cisformer_link folder.  [default: baselines only]",
+)
 @click.option("-t", "--truth", required=True, help="Tested pairs (CRISPRi), eQTL, or links (table, .bedpe).")
 @click.option("-o", "--output", help="Write the result to this JSON file as well.")
 @click.option("--score", help="Column to rank by.  [default: found by name]")

@@ -230,8 +230,14 @@ def _same_region(
     return np.logical_and(*ends)
 
 
-def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str) -> None:
-    """Raise `InputError` where fewer than half of the features are in the reference, saying what they are."""
+def require_found(
+    found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str, *, of_model: bool = False
+) -> None:
+    """Raise `InputError` where fewer than half of the features are in the reference, saying what they are.
+
+    `of_model` says that the reference is that of a model, so that the user cannot choose another.
+    """
+    other = _other_model if of_model else _other_reference
     if found.share_found >= MIN_SHARE_FOUND:
         return
     if found.features == "peaks" and found.n_found and are_tiles(peak_regions(var)):
@@ -249,7 +255,7 @@ def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, la
             f"{head} are in the {reference.name} reference; they look like {found.id_type} ({example})",
             hint="name genes by Ensembl id or symbol: in var_names, or in a column such as gene_id or gene_name"
             if found.id_type == NUMBERS
-            else _other_reference(describe_genes(gene_identity(var)["gene_id"])[1], reference),
+            else other(describe_genes(gene_identity(var)["gene_id"])[1], reference),
         )
     peaks = peak_regions(var)
     share, chance = coverage(peaks, reference.ccres)
@@ -258,7 +264,7 @@ def require_found(found: FeatureMap, var: pd.DataFrame, reference: Reference, la
     raise InputError(
         f"{head} overlap a cCRE of the {reference.name} reference ({share:.0%}; {chance:.0%} when "
         f"moved by 20 kb, that is by chance); they look {looks}",
-        hint=_other_reference(built_in_of(genome), reference, genome),
+        hint=other(built_in_of(genome), reference, genome),
     )
 
 
@@ -269,9 +275,26 @@ def _other_reference(species: str, reference: Reference, genome: str = "") -> st
     return f"take the data's own features with --reference dataset{known}, or make one with `cisformer build_reference`"
 
 
-def accept_map(found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str) -> None:
+def _other_model(species: str, reference: Reference, genome: str = "") -> str:
+    own = reference.genome
+    if genome and own and genome != own and GENOMES[genome] == GENOMES.get(own):
+        return f"the model is of {own}: lift the peaks over to it, with UCSC liftOver or CrossMap"
+    species = species or GENOMES.get(genome, "")
+    if species and GENOMES.get(own, species) != species:
+        return f"the model is of {GENOMES[own]}: use one that was trained on {species} cells"
+    if reference.is_built_in:
+        return f"use a model that was trained on data like these, or data of {own} like those of the model"
+    return (
+        "the model knows only the genes and peaks that it was trained on; a model for other data sets is trained "
+        f"after `data_preprocess --reference {species or 'human'}`"
+    )
+
+
+def accept_map(
+    found: FeatureMap, var: pd.DataFrame, reference: Reference, label: str, *, of_model: bool = False
+) -> None:
     """Refuse a map that finds too little, as `require_found` does; log what another finds."""
-    require_found(found, var, reference, label)
+    require_found(found, var, reference, label, of_model=of_model)
     log_found(found, var, reference, label)
 
 

@@ -69,16 +69,15 @@ Record = dict[str, Any]
 
 
 def inspect(
-    paths: Sequence[str | Path], *, reference: str | Path | None = None, verify: bool = False
+    paths: str | Path | Sequence[str | Path], *, reference: str | Path | None = None, verify: bool = False
 ) -> dict[str, list[Record]]:
     """Describe files.
 
     Parameters
     ----------
     paths
-        Files of cells as `open_rows` reads them, fragments, and data sets, checkpoints, packed models and references
-        of cisformer, or a
-        folder of such.
+        A file, or several: files of cells as `open_rows` reads them, fragments, data sets, checkpoints, packed models
+        and references of cisformer, or a folder of such.
     reference
         Reference in which genes and peaks are counted; by default the built-in one that fits the genome.
     verify
@@ -98,7 +97,7 @@ def inspect(
     records: list[Record] = []
     barcodes: dict[tuple[str, Modality], set[str]] = {}
     wanted = None if reference is None else load_reference(reference)
-    for path in map(Path, paths):
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if is_archive(path):
             records.append(_describe_packed(path, verify))
             continue
@@ -133,7 +132,7 @@ def _own_folders(path: Path) -> list[tuple[Path, str]]:
     if not inside:
         raise InputError(
             f"{path} is a folder without {', '.join(OWN_MANIFESTS.values())}",
-            hint="give a file, or a folder that cisformer wrote",
+            hint="give a file, or one of these folders; `cisformer browse` shows links",
         )
     return inside
 

@@ -106,9 +106,17 @@ def dataset_reference(
         If the annotation shares no chromosome with the peaks, or a peak is no region.
     """
     ccres = peak_regions(atac_var).drop_duplicates(ignore_index=True)
-    genome = guess_genome(ccres) if genome is None else genome
+    guessed = guess_genome(ccres)
+    if genome and guessed and guessed != genome:
+        logger.warning(
+            "the peaks look like %s, but the genome was given as %s: if that is wrong, so are the links",
+            guessed,
+            genome,
+        )
+    genome = guessed if genome is None else genome
     genes = gene_identity(rna_var)
-    coordinates = _gene_coordinates(rna_var, genes, genome, gtf)
+    annotation = None if gtf is None else read_gtf(gtf)
+    coordinates = _gene_coordinates(rna_var, genes, genome, annotation)
     genes = pd.concat([genes, coordinates], axis=1).drop_duplicates("gene_id", ignore_index=True)
     genes["chrom"] = rename_chroms(genes["chrom"], ccres["chrom"])
     require_shared_chroms(genes, ccres, str(gtf or "the genes"), "the peaks")
@@ -117,7 +125,7 @@ def dataset_reference(
         logger.warning(
             "%d of %d genes have no coordinates, so they get no cis window and no links, such as %s%s",
             len(unknown), len(genes), _few(unknown["gene_name"]),
-            "" if gtf else _who_has_them(genome),
+            _who_has_them(genome) if annotation is None else _names_in(annotation, str(gtf)),
         )  # fmt: skip
     return Reference("dataset", genome, genes, ccres)
 
@@ -131,12 +139,17 @@ def _who_has_them(genome: str) -> str:
     return f"; the built-in genes of {genome} are RefSeq's, by name: --gtf gives others, such as Ensembl's lncRNAs"
 
 
+def _names_in(annotation: pd.DataFrame, gtf: str) -> str:
+    """Say how the genes of a GTF are called, beside genes that it lacks."""
+    return f"; {gtf} has {_few(annotation['gene_id'])}, named {_few(annotation['gene_name'])}"
+
+
 def _gene_coordinates(
-    var: pd.DataFrame, genes: pd.DataFrame, genome: str, gtf: str | Path | None
+    var: pd.DataFrame, genes: pd.DataFrame, genome: str, annotation: pd.DataFrame | None
 ) -> pd.DataFrame:
     """Return ``chrom, start, end, strand`` of each gene; see `dataset_reference` for where they come from."""
-    if gtf is not None:
-        return look_up_genes(genes, read_gtf(gtf))
+    if annotation is not None:
+        return look_up_genes(genes, annotation)
     stated = stated_coordinates(var)
     if (stated["strand"] != "").any() or not genome:
         return _with_strands(stated, genes)

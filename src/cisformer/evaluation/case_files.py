@@ -17,7 +17,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from cisformer.config import DIRECTIONS, Direction
-from cisformer.data.alignment import FeatureMap, map_genes, map_peaks, require_found
+from cisformer.data.alignment import FeatureMap, map_genes, map_peaks
 from cisformer.data.features import gene_identity, peak_regions
 from cisformer.data.genome import CCRE_COLUMNS, GENE_COLUMNS, parse_regions
 from cisformer.data.h5ad import load_h5ad, read_atac, read_rna
@@ -186,7 +186,10 @@ def _feature_map(var: pd.DataFrame, wanted: pd.DataFrame, modality: str, label: 
     reference = _vocabulary(wanted, modality)
     found = map_genes(var, reference) if modality == "rna" else map_peaks(var, reference)
     if not found.n_found:
-        require_found(found, var, reference, label)
+        raise InputError(
+            f"{label} has none of the {found.features} of the prediction, such as {', '.join(wanted.index[:3])}",
+            hint="give cells whose features were predicted",
+        )
     if found.share_found < 0.5:
         logger.warning("%s: %d of %d features are in the prediction", label, found.n_found, found.n_features)
     return found

@@ -46,7 +46,10 @@ def state_profiles(model: CisModel, n_open: float) -> tuple[np.ndarray, np.ndarr
 
 
 class AttentionSums:
-    """Sums over cells of rank-normalised attention and of in-silico effects, by pair."""
+    """Sums over cells of rank-normalised attention and of in-silico effects, by pair.
+
+    A model that kept its closed-form start attends with random weights to values that are all 0: it has no attention.
+    """
 
     def __init__(self, model: CisModel, pairs: Pairs) -> None:
         self.model = model
@@ -60,6 +63,7 @@ class AttentionSums:
         self.place = np.where(inside, place, -1)
         self.inside = np.zeros(len(pairs), dtype=bool)
         self.inside[place[inside]] = True
+        self.attends = bool(model.cis.pair_value.weight.any())
         self.attention, self.effect = np.zeros(len(pairs)), np.zeros(len(pairs))
 
     def add(self, batch: Batch) -> None:
@@ -68,17 +72,19 @@ class AttentionSums:
         cell, gene, ccre = (x.cpu().numpy() for x in (edges.cell, edges.gene, edges.ccre))
         place = self.place[edges.pair.cpu().numpy()]
         kept = place >= 0
+        np.add.at(self.effect, place[kept], edges.effect.double().cpu().numpy()[kept])
+        if not self.attends:
+            return
         weight = edges.weight.mean(dim=1).cpu().numpy()
         rank = two_way_rank(
             weight, cell, gene, ccre, *map(len, (self.model.prior, self.model.projection.weight))
         )
         np.add.at(self.attention, place[kept], rank[kept])
-        np.add.at(self.effect, place[kept], edges.effect.double().cpu().numpy()[kept])
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return attention and effects, NaN for pairs outside the model's window; float64 [E] each."""
-        attention, effect = (np.where(self.inside, total, np.nan) for total in (self.attention, self.effect))
-        return attention, effect
+        """Return attention and effects, NaN where the model has none, as beyond its window; float64 [E] each."""
+        attention = np.where(self.inside & self.attends, self.attention, np.nan)
+        return attention, np.where(self.inside, self.effect, np.nan)
 
 
 class WholeAttentionSums:

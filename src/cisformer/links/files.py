@@ -358,21 +358,34 @@ def read_cell_types(path: str | Path) -> pd.Series:
 
 
 def _types_of_obs(file: str, column: str) -> pd.Series:
-    """Read cell types out of a column of `obs`; cells without a type are left out, and it is said."""
+    """Read cell types out of a column of `obs`."""
     with open_rows(file, "rna", strict=False) as source:
         obs = source.obs
     if column not in obs:
         raise InputError(
             f"{file} has no column {column!r} in obs", hint=f"it has {', '.join(obs.columns[:10]) or 'none'}"
         )
-    types = obs[column].dropna()
-    if len(types) < len(obs):
-        logger.warning("%s: %d of %d cells have no %s", file, len(obs) - len(types), len(obs), column)
-    return check_cell_types(types, f"{file}:{column}")
+    return check_cell_types(obs[column], f"{file}:{column}")
 
 
 def check_cell_types(types: pd.Series, source: str) -> pd.Series:
-    """Return `types` as str by barcode, repeats dropped; raise `InputError` where a barcode has two types."""
+    """Return `types` as str by barcode, repeats dropped; raise `InputError` where a barcode has two types.
+
+    Cells whose type is missing (NaN, None) are left out, and it is said.
+    """
+    if not isinstance(types, pd.Series):
+        raise InputError(
+            f"{source} is a {type(types).__name__}, wanted a pandas Series indexed by barcode",
+            hint='give a column of obs, such as adata.obs["cell_type"], or the path of a table',
+        )
+    missing = int(types.isna().sum())
+    if missing == len(types):
+        raise InputError(
+            f"{source}: no cell has a type", hint="give a type to each cell, or name another column"
+        )
+    if missing:
+        logger.warning("%s: %d of %d cells have no type, and are left out", source, missing, len(types))
+    types = types.dropna()
     types = types.astype(str).str.split().str.join(" ")  # blanks at the ends, line breaks within
     types.index = types.index.astype(str)
     empty = np.flatnonzero(types.str.strip() == "")

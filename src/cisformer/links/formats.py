@@ -278,9 +278,9 @@ def read_links(links: str | Path | pd.DataFrame, *, score: str | None = None) ->
     Parameters
     ----------
     links
-        A file, tab- or comma-separated, possibly gzipped; or a frame. The cCRE stands in one column
-        (chrom:start-end) or in chrom, start, end; the gene under gene_name, gene, gene_id or the like. BEDPE
-        (suffix `.bedpe`): the cCRE is the first region, the gene the part of the name before `|`.
+        A file, tab- or comma-separated, possibly gzipped; the `cisformer_link` folder; or a frame. The cCRE
+        stands in one column (chrom:start-end) or in chrom, start, end; the gene under gene_name, gene, gene_id or
+        the like. BEDPE (suffix `.bedpe`): the cCRE is the first region, the gene the part of the name before `|`.
     score
         Column to rank by; found by name otherwise (score, weight, correlation …).
 
@@ -296,6 +296,7 @@ def read_links(links: str | Path | pd.DataFrame, *, score: str | None = None) ->
     if isinstance(links, pd.DataFrame):
         return _tidy(links.reset_index(drop=True), Path("the table"), score)
     path = Path(links)
+    path = path / TABLE if (path / TABLE).is_file() else path
     return read_bedpe(path) if is_bedpe(path) else _tidy(read_any_table(path), path, score)
 
 

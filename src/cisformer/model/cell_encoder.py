@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cisformer.config import Model
-from cisformer.data.batches import Batch, places, ragged_rows, rows_of
+from cisformer.data.batches import Batch, places, ragged_rows, rows_of, table_rows
 from cisformer.model.attention import Block, LatentPool
 
 
@@ -45,6 +45,7 @@ class CellEncoder(nn.Module):
         width, dim = model.emb_rank, model.dim
         self.n_bins = model.max_express
         self.token = nn.Embedding(n_input, width)
+        self.sparse_gradient = False
         self.value = nn.Embedding(model.max_express + 1, width) if has_values else None
         self.token_norm = nn.LayerNorm(width)
         self.token_dropout = nn.Dropout(model.dec_emb_dropout)
@@ -72,7 +73,9 @@ class CellEncoder(nn.Module):
     def tokens(self, batch: Batch) -> Tokens:
         """Return the distinct inputs of a batch and their embeddings."""
         number, place = distinct(batch.index, self.token.num_embeddings)
-        return Tokens(number, place, rows_of(self.token.weight, number), self.token.weight)
+        table = self.token.weight
+        embedding = table_rows(table, number, sparse_gradient=self.sparse_gradient)
+        return Tokens(number, place, embedding, table)
 
     def forward(self, batch: Batch, z_BK: Tensor, tokens: Tokens) -> Tensor:
         """Return h, float [B, R]."""

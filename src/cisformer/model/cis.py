@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cisformer.config import Config
-from cisformer.data.batches import Batch, Layout, dense_targets, places, rows_of
+from cisformer.data.batches import Batch, Layout, dense_targets, places, rows_of, table_rows
 from cisformer.model.cell_encoder import CellEncoder, Tokens
 from cisformer.model.cis_path import CisAttention, CisPath
 from cisformer.model.closed_form import LinearStart, link_loss, pace_of
@@ -89,7 +89,8 @@ class CisModel(nn.Module):
             self.register_buffer("target_axes", torch.zeros(n_target, rank))
             self.register_buffer("readout", torch.zeros(rank, rank))
             self.register_buffer("leverage", torch.zeros(()))
-        self.likeness = Likeness(n_input)
+        self.likeness = Likeness(n_input, rank)
+        self.sparse_gradient = False
         self.bias = nn.Parameter(torch.zeros(n_target))
         width = max(model.emb_rank, rank)
         self.loadings = nn.Parameter(torch.empty(n_target, width).normal_(std=LOADING_STD))
@@ -202,6 +203,11 @@ class CisModel(nn.Module):
         """Return z, the states of the cells; float [B, K]."""
         return self.projection(batch)
 
+    @torch.no_grad()
+    def distance(self, batch: Batch) -> Tensor:
+        """Return how unlike the training cells each cell is, above 1 if very; see `likeness`, float [B]."""
+        return self.likeness.distance(batch, self.cell_states(batch) * self.projection.principal)
+
     def compile_blocks(self) -> None:
         """Compile the attention blocks with torch.compile; names and values of the weights stay."""
         for block in self.encoder.blocks:
@@ -220,12 +226,24 @@ class CisModel(nn.Module):
         with torch.autocast(h_BR.device.type, enabled=False):
             return self._move(batch, z_BK, h_BR.float(), tokens)
 
+    def _drawn_loadings(self, batch: Batch) -> Tensor:
+        if batch.columns is None:
+            return self.loadings
+        return table_rows(self.loadings, batch.columns, sparse_gradient=self.sparse_gradient)
+
+    def sparse_gradients(self) -> Tensor:
+        """Give a sparse gradient to the table with a row per cCRE from now on, and return that table."""
+        if self.cis is not None:
+            self.encoder.sparse_gradient = True
+            return self.encoder.token.weight
+        self.sparse_gradient = True
+        return self.loadings
+
     def _move(self, batch: Batch, z_BK: Tensor, h_BR: Tensor, tokens: Tokens) -> Tensor:
         """Return the prediction of cells in these states, in single precision."""
         place_BR = _place(z_BK, h_BR)
-        bias, loadings, prior, pace = (
-            drawn(x, batch) for x in (self.bias, self.loadings, self.prior / self.scale, self.pace)
-        )
+        bias, prior, scale, pace = (drawn(x, batch) for x in (self.bias, self.prior, self.scale, self.pace))
+        prior, loadings = prior / scale, self._drawn_loadings(batch)
         moved_BS = torch.addmm(bias, place_BR, loadings.T)
         if self.cis is not None:
             column = None if batch.columns is None else places(batch.columns, len(self.prior))

@@ -1,9 +1,11 @@
-"""How like the training cells a cell is: how rare in training the features found in it are, and how deep it is.
+"""How like the training cells a cell is: how rare its features are among those that it resembles, and how deep it is.
 
-The rarity of a cell is the mean of −log of the training frequency over the features found in it. Cells of a type that
-was not in training open cCREs, or express genes, that few training cells do. Distances in principal components do not
-tell them: what sets them apart is in no component, and training cells are farther out than cells that the components
-were not fitted to (benchmarks/RESULTS.md).
+Training cells are put in groups by their states (k-means). The rarity of a cell in a group is the mean of −log of the
+frequency there, over the features found in the cell. Of two groups the mean counts: the nearest one by states, and the
+one in which the cell's features are least rare. A cell of a type that was not in training resembles some group, and has
+features that are rare there, common as they may be elsewhere; and none in which all its features are common. Distances
+in principal components do not tell such cells: what sets them apart is in no component, and training cells are farther
+out than cells that the components were not fitted to (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cisformer.data.batches import Batch, ragged_rows, rows_of
+from cisformer.data.batches import Batch
 
+N_GROUPS, GROUP_CELLS = 20, 50
+"""At most so many groups of training cells, of so many cells on average at least."""
 WITHIN = 0.975
 """Share of training cells within the limit."""
 DEPTHS = (0.05, 0.5, 0.95)
@@ -26,21 +31,25 @@ class Likeness(nn.Module):
 
     Attributes
     ----------
+    centres
+        Mean states of each group of training cells; float32 [N_GROUPS, K].
     rarity
-        −log of each input feature's frequency in training; float32 [n_input].
+        −log of each input feature's frequency in each group; float16 [n_input, N_GROUPS].
     limit
-        The mean rarity that `WITHIN` of the training cells do not pass; NaN where nothing is known.
+        The rarity that `WITHIN` of the training cells do not pass; NaN where nothing is known.
     depth
         `DEPTHS` of the number of features found in a training cell; float32 [3].
     """
 
+    centres: Tensor
     rarity: Tensor
     limit: Tensor
     depth: Tensor
 
-    def __init__(self, n_input: int) -> None:
+    def __init__(self, n_input: int, rank: int) -> None:
         super().__init__()
-        self.register_buffer("rarity", torch.full((n_input,), torch.nan))
+        self.register_buffer("centres", torch.zeros(N_GROUPS, rank))
+        self.register_buffer("rarity", torch.full((n_input, N_GROUPS), torch.nan, dtype=torch.float16))
         self.register_buffer("limit", torch.tensor(torch.nan))
         self.register_buffer("depth", torch.full((len(DEPTHS),), torch.nan))
 
@@ -50,33 +59,49 @@ class Likeness(nn.Module):
         return bool(self.limit.isfinite())
 
     @torch.no_grad()
-    def fit(self, cells: sp.csr_matrix, n_open: np.ndarray, n_cells: int) -> None:
-        """Learn from the training cells.
+    def fit(self, cells: sp.csr_matrix, z: np.ndarray, frequency: np.ndarray, seed: int) -> None:
+        """Learn from training cells; the limit is theirs, each judged without itself.
 
         Parameters
         ----------
         cells
             Some of the training cells, known features only [n, n_input]; not zero where a feature is found.
-        n_open, n_cells
-            In how many of how many training cells each feature is found. A training cell is judged without itself.
+        z
+            Their states; float32 [n, K].
+        frequency
+            Of each feature among all training cells, above 0; it counts as one more cell of each group [n_input].
+        seed
+            Of the groups' first centres.
         """
+        from sklearn.cluster import KMeans
+
         n_found = np.diff(cells.indptr)
-        others = (n_open[cells.indices] - 1 + 0.5) / n_cells
-        cell = np.repeat(np.arange(cells.shape[0]), n_found)
-        mean = np.bincount(cell, -np.log(others), cells.shape[0])[n_found > 0] / n_found[n_found > 0]
-        if not len(mean):
+        if not n_found.any():
             return
-        self.rarity.copy_(torch.from_numpy(-np.log((n_open + 0.5) / (n_cells + 1))))
-        self.limit.fill_(float(np.quantile(mean, WITHIN)))
+        size = min(N_GROUPS, max(1, len(z) // GROUP_CELLS))
+        groups = KMeans(size, n_init=1, random_state=seed).fit(z)
+        found = sp.csr_matrix((np.ones(cells.nnz, np.float32), cells.indices, cells.indptr), cells.shape)
+        rarity, own = np.zeros((cells.shape[1], size), np.float32), np.zeros(len(z))
+        for k in range(size):
+            rows = np.flatnonzero(groups.labels_ == k)
+            count = found[rows].getnnz(axis=0)
+            rarity[:, k] = -np.log((count + frequency) / (len(rows) + 1))
+            own[rows] = found[rows] @ -np.log((np.maximum(count - 1, 0) + frequency) / len(rows))
+        of_all = found @ rarity
+        of_all[np.arange(len(z)), groups.labels_] = own
+        repeated = np.arange(N_GROUPS) % size
+        self.centres.copy_(torch.from_numpy(groups.cluster_centers_[repeated]))
+        self.rarity.copy_(torch.from_numpy(rarity[:, repeated]))
+        rarity_of_two = ((own + of_all.min(axis=1)) / 2)[n_found > 0] / n_found[n_found > 0]
+        self.limit.fill_(float(np.quantile(rarity_of_two, WITHIN)))
         self.depth.copy_(torch.from_numpy(np.quantile(n_found, DEPTHS)))
 
     @torch.no_grad()
-    def distance(self, batch: Batch) -> Tensor:
-        """Return the rarity of cells in units of the limit, 0 where nothing is found; float [B]."""
-        n_found = batch.indptr.diff()
-        total = self.rarity.new_zeros(batch.n_cells)
-        total.index_add_(0, ragged_rows(batch.indptr, len(batch.index)), rows_of(self.rarity, batch.index))
-        return total / n_found.clamp(min=1) / self.limit
+    def distance(self, batch: Batch, z_BK: Tensor) -> Tensor:
+        """Return the rarity of cells in states z in units of the limit, 0 where nothing is found; float [B]."""
+        rarity_BG = F.embedding_bag(batch.index, self.rarity, batch.indptr[:-1], mode="mean").float()
+        nearest_B1 = torch.cdist(z_BK, self.centres).argmin(dim=1, keepdim=True)
+        return (rarity_BG.gather(1, nearest_B1)[:, 0] + rarity_BG.amin(dim=1)) / 2 / self.limit
 
     def unusual_depth(self, n_found: np.ndarray) -> tuple[float, float] | None:
         """Return the median depth of cells and of the training cells where they differ; else `None`.

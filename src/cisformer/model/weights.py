@@ -68,11 +68,19 @@ def load_weights(
 def _of_earlier_versions(
     found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint of an earlier version does not say: NaN of its cells, and the first link."""
+    """Return what a checkpoint of an earlier version does not say: NaN of its cells, and the first link.
+
+    A version before there were groups of training cells has the rarities of one group.
+    """
     missing = wanted.keys() - found.keys()
     unknown = [name for name in missing if name.startswith(("likeness.", "interval_90"))]
-    link = {"link_version": torch.tensor(1)} if "link_version" in missing else {}
-    return {name: torch.full(wanted[name].shape, torch.nan) for name in unknown} | link
+    earlier = {name: torch.full(wanted[name].shape, torch.nan) for name in unknown}
+    rarity = found.get("likeness.rarity")
+    if rarity is not None and rarity.ndim == 1:
+        shape = wanted["likeness.centres"].shape
+        earlier["likeness.centres"] = torch.zeros(shape)
+        earlier["likeness.rarity"] = rarity.half()[:, None].repeat(1, shape[0])
+    return earlier | ({"link_version": torch.tensor(1)} if "link_version" in missing else {})
 
 
 class _NoDraws(TorchFunctionMode):

@@ -96,7 +96,7 @@ class InputCells:
         with open_rows(data, modality, fragments=fragments) as source:
             find = map_genes if modality == "rna" else map_peaks
             found = find(source.var, reference)
-            accept_map(found, source.var, reference, source.label)
+            accept_map(found, source.var, reference, source.label, of_model=True)
             yield cls(source.obs, _reader(source, found), source.label, source.check)
 
 

@@ -21,7 +21,8 @@ def warn_if_unlike(likeness: Likeness, distance: np.ndarray, depth: np.ndarray) 
     share = float((distance > 1).mean()) if len(distance) else 0.0
     if share > WARN_SHARE:
         differs.append(
-            f"in {share:.0%} of them rare features are more common than in 97.5% of the training cells"
+            f"{share:.0%} of them have features that are rarer in similar training cells than those of 97.5% of "
+            "the training cells"
         )
     unusual = likeness.unusual_depth(depth) if len(depth) else None
     if unusual is not None:

@@ -155,14 +155,18 @@ def _choose_compact(
         return True
     free = shutil.disk_usage(_existing_folder(Path(output))).free
     if n_bytes > COMPACT_ABOVE_BYTES / 10:
-        logger.info("the full matrix takes up to %.1f GB; %.1f GB are free", n_bytes / 1e9, free / 1e9)
+        logger.info("the full matrix takes up to %s; %s are free", _size(n_bytes), _size(free))
     if n_bytes > free:
         raise WriteError(
-            f"the full matrix of {n_cells} cells takes up to {n_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
-            f"free where {output} would be",
+            f"the full matrix of {n_cells} cells takes up to {_size(n_bytes)}, and {_size(free)} are free where "
+            f"{output} would be",
             hint="write the compact form (--compact), or free disk space" if possible else "free disk space",
         )
     return False
+
+
+def _size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes > 1e8 else f"{n_bytes / 1e6:.1f} MB"
 
 
 def _existing_folder(path: Path) -> Path:

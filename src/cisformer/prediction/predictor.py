@@ -161,7 +161,7 @@ class Predictor:
         )
         if not self.model.likeness.known:
             return known
-        distance = self.model.likeness.distance(batch).cpu().numpy()
+        distance = self.model.distance(batch).cpu().numpy()
         return replace(known, distance=distance, depth=batch.indptr.diff().cpu().numpy())
 
     # ---- output

@@ -26,6 +26,7 @@ from cisformer.model.closed_form import (
 )
 from cisformer.model.closed_form_atac import Penalty, Sums, beside, solve
 from cisformer.model.closed_form_cis import Windows, fit_local
+from cisformer.model.projection import states
 from cisformer.model.target_states import CellRidge, assemble, axis_scores
 from cisformer.training.split import CellSplit
 
@@ -100,8 +101,10 @@ def fit_closed_form(
         windows = Windows.of(cells.train.reference, layout, model.cis_window)
         local = fit_local(train, val, layout, start, windows, seed)
     network = CisModel.from_start(config, layout, start, windows, local)
-    sample = train.sample(LIKENESS_CELLS, np.random.default_rng([seed, 9])).read(layout).x
-    network.likeness.fit(sample, counts.n_open[layout.input_index], counts.n_cells)
+    some, projection = train.sample(LIKENESS_CELLS, np.random.default_rng([seed, 9])), network.projection
+    z = np.concatenate([states(projection, store, rows, layout) for store, rows in some.parts])
+    frequency = (counts.n_open[layout.input_index] + 0.5) / (counts.n_cells + 1)
+    network.likeness.fit(some.read(layout).x, z * projection.principal.numpy(), frequency, seed)
     return network, start
 
 

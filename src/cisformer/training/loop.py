@@ -27,12 +27,13 @@ from cisformer.model.closed_form import count_features
 from cisformer.model.closed_form_atac import Penalty
 from cisformer.model.documented_task import FullTask
 from cisformer.parallel.processes import Processes
-from cisformer.runtime.device import best_device, fastest_precision
+from cisformer.runtime.device import best_device, fastest_precision, keep_freed_memory
 from cisformer.runtime.progress import progress
 from cisformer.training.closed_form_start import fit_closed_form, fold_in, make_layout
 from cisformer.training.follow import follow_training
 from cisformer.training.loss_plot import draw_losses
 from cisformer.training.reliability import validation_reliability
+from cisformer.training.row_gradient import RowGradient
 from cisformer.training.run_folder import (
     BEST,
     LOSS_PLOT,
@@ -239,6 +240,12 @@ class Run:
         )
         if self.settings.compile:
             start.model.compile_blocks()
+        on_cpu = accelerator.device.type == "cpu"
+        if on_cpu:
+            keep_freed_memory()
+        self.row_gradient: RowGradient | None = None
+        if on_cpu and accelerator.num_processes == 1 and isinstance(start.model, CisModel):
+            self.row_gradient = RowGradient(start.model.sparse_gradients())
         self.model, self.optimizer = accelerator.prepare(start.model, optimizer)
         # Without Accelerate's cast around it: validation is in single precision.
         self.network = accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -299,6 +306,8 @@ class Run:
             loss = self._step(batch, len(rows), together, f"epoch {epoch}, batch {step}")
             total, n_cells = total + loss * together, n_cells + together
         self.scheduler.step()
+        if self.row_gradient is not None:
+            self.row_gradient.free()
         return total / max(n_cells, 1)
 
     def _step(self, batch: Batch, n_real: int, together: int, where: str) -> float:
