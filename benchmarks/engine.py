@@ -15,10 +15,10 @@ pass that of copying. `growth` runs whole commands with the small preset and one
 6,000 open cCREs each, human reference, over the number of cells at 100,000 cCREs and over the number of cCREs at
 1,000 cells, and fits exponents. `presets` trains both presets on simulated cells with planted links (5,000 genes,
 40,000 cCREs) and scores the test cells. `start` fits the closed form alone, in this process, to cells as those of
-`growth`; `step` takes training steps after it, sizes in turn, and prints their median;
-for ATAC→RNA also of batches of the first set whose cCREs are spread over the more cCREs of the others, so that what a
-batch reads stays the same and the tables alone grow. `threads` trains
-cells as those of `presets` for one epoch with one and two threads, alone and beside busy processes.
+`growth`; `step` takes training steps after it, sizes in turn, and prints their median, for ATAC→RNA also of the
+batches of the first set with their cCREs spread over those of the other sets: what a batch reads stays the same, the
+tables alone grow. `threads` trains cells as those of `presets` for one epoch with one and two threads, alone and beside
+busy processes.
 """
 
 from __future__ import annotations

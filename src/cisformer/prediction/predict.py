@@ -23,7 +23,7 @@ from cisformer.model.documented_task import FullTask, choose_genes
 from cisformer.parallel.processes import Processes
 from cisformer.prediction.cells import InputCells, StoreRows
 from cisformer.prediction.predictor import PredictionOptions, Predictor
-from cisformer.runtime.device import best_device
+from cisformer.runtime.device import best_device, keep_freed_memory
 from cisformer.runtime.files import refuse_existing
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ def predict(
     processes = Processes.current(cpu=str(device) == "cpu") if output is not None else Processes()
     checkpoint = _as_asked(checkpoint, options)
     place = torch.device(device or processes.device or best_device())
+    if place.type == "cpu":
+        keep_freed_memory()
     with InputCells.open(
         data, checkpoint.layout.input_modality, checkpoint.reference, min_fragments
     ) as cells:

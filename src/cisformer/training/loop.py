@@ -285,6 +285,7 @@ class Run:
             started = time.perf_counter()
             train_loss = self._train_epoch(epoch)
             self._finish_epoch(epoch, train_loss, time.perf_counter() - started)
+        self.optimizer.optimizer.state.clear()  # saved with its epoch; what follows needs the memory
         if self.accelerator.is_main_process:
             self._finish_best()
             title = f"{self.folder.name}, {self.start.direction}"
