@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
@@ -347,6 +348,9 @@ def cost(work: Path) -> None:
     checkpoint = train(
         store.path, "cost", direction="atac2rna", save=folder / "save", config=config, cpu=True
     )
+    torch.nn.init.normal_(
+        checkpoint.model.cis.pair_value.weight, std=0.01
+    )  # it attends, as trained models do
     types = cells.rna.obs["cell_type"].astype(str)
     print(
         "\n| cells | open cCREs | pairs | links | CPU-s | CPU-s a cell | peak GB |\n|---|---|---|---|---|---|---|"

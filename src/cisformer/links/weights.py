@@ -57,8 +57,11 @@ class EvidenceWeights:
 
     def log_odds(self, association: np.ndarray, coupling: np.ndarray, power: np.ndarray) -> np.ndarray:
         """Return what both add to the log odds of links; float64 [E]."""
-        coupling = np.clip(coupling, -MOST_COUPLING, MOST_COUPLING)
-        return self.of_association(power) * association + self.of_coupling(power) * coupling
+        return self.of_association(power) * association + self.coupling_log_odds(coupling, power)
+
+    def coupling_log_odds(self, coupling: np.ndarray, power: np.ndarray) -> np.ndarray:
+        """Return what coupling adds to the log odds of links; float64 [E]."""
+        return self.of_coupling(power) * np.clip(coupling, -MOST_COUPLING, MOST_COUPLING)
 
 
 @dataclass(frozen=True)
@@ -184,9 +187,10 @@ def score_fdr(score: np.ndarray) -> np.ndarray:
 
     The mean of 1 − score over all pairs with this score or a higher one.
     """
-    order = np.argsort(-score, kind="stable")
+    order = np.argsort(-score)
     running = np.cumsum(1 - score[order].astype(np.float64)) / np.arange(1, len(score) + 1)
-    _, first = np.unique(-score[order], return_index=True)
+    ordered = score[order]
+    first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
     last = np.append(first[1:], len(score)) - 1
     result = np.empty(len(score))
     result[order] = np.repeat(running[last], np.diff(np.append(first, len(score)))) if len(score) else running
