@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cisformer.model import attention
 from cisformer.model.attention import LatentPool, ragged_attention, segment_softmax
 
 
@@ -38,9 +39,11 @@ def test_segment_softmax_survives_large_scores():
     assert weight[2].item() == 0
 
 
-@pytest.fixture
-def shared_tokens():
-    """Cells of none, one, some and many tokens, some tokens in several of them."""
+@pytest.fixture(params=["of a CPU", "padded"])
+def shared_tokens(request, monkeypatch):
+    """Cells of none, one, some and many tokens, some tokens in several of them; attended to in both ways."""
+    if request.param == "padded":
+        monkeypatch.setattr(attention, "_attend_by_cell", attention._attend_padded)
     generator = torch.Generator().manual_seed(5)
     lengths = [3, 0, 1, 255, 256, 513, 0]
     indptr = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]))

@@ -442,7 +442,7 @@ def test_attention_is_the_mean_rank_over_the_types_cells(links, checkpoint, stor
     total: dict[tuple[int, int], float] = {}
     for row in rows:
         batch = encode_input(read_modality(store, np.array([row]), "atac"), layout, None, None)
-        edges = checkpoint.model.cis_attention(batch)
+        [edges] = checkpoint.model.cis_attention(batch)
         frame = pd.DataFrame(
             {"gene": edges.gene.numpy(), "ccre": edges.ccre.numpy(), "w": edges.weight.mean(dim=1).numpy()}
         )

@@ -96,6 +96,14 @@ class Batch:
         """Return the batch on another device."""
         return self._map(lambda x: x.to(device, non_blocking=True))
 
+    def split(self, size: int) -> list[Batch]:
+        """Return the whole inputs of at most `size` cells at a time, without tokens drawn or targets."""
+        parts = []
+        for indptr in (self.indptr[i : i + size + 1] for i in range(0, self.n_cells, size)):
+            start, stop = int(indptr[0]), int(indptr[-1])
+            parts.append(Batch(indptr - start, self.index[start:stop], self.value[start:stop]))
+        return parts
+
     def pin_memory(self) -> Batch:
         """Return the batch in pinned memory, from which a GPU copies without the CPU."""
         return self._map(Tensor.pin_memory)

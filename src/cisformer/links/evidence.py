@@ -49,42 +49,51 @@ class AttentionSums:
     """Sums over cells of rank-normalised attention and of in-silico effects, by pair.
 
     A model that kept its closed-form start attends with random weights to values that are all 0: it has no attention.
+
+    Parameters
+    ----------
+    model
+        An ATAC→RNA model.
+    window_pair
+        What `places_in_window` says of the pairs to report; [E].
     """
 
-    def __init__(self, model: CisModel, pairs: Pairs) -> None:
-        self.model = model
+    def __init__(self, model: CisModel, window_pair: np.ndarray) -> None:
         assert model.cis is not None
-        gene, ccre = model.cis.window_gene.cpu().numpy(), model.cis.window_ccre.cpu().numpy()
+        self.model, self.window_pair = model, window_pair
         self.shape = len(model.layout.target_index), len(model.layout.input_index)
-        key, wanted = pairs.gene * self.shape[1] + pairs.ccre, gene * self.shape[1] + ccre
-        place = np.searchsorted(key, wanted)
-        inside = place < len(key)
-        inside[inside] = key[place[inside]] == wanted[inside]
-        self.place = np.where(inside, place, -1)
-        self.inside = np.zeros(len(pairs), dtype=bool)
-        self.inside[place[inside]] = True
         self.attends = bool(model.cis.pair_value.weight.any())
-        self.attention, self.effect = np.zeros(len(pairs)), np.zeros(len(pairs))
+        self.attention, self.effect = (np.zeros(len(model.pair_weights()) + 1) for _ in range(2))
+        self.attention[-1] = self.effect[-1] = np.nan
 
     def add(self, batch: Batch) -> None:
         """Add the cells of a batch."""
-        edges = self.model.cis_attention(batch)
-        cell, gene, ccre = (x.cpu().numpy() for x in (edges.cell, edges.gene, edges.ccre))
-        place = self.place[edges.pair.cpu().numpy()]
-        kept = place >= 0
-        np.add.at(self.effect, place[kept], edges.effect.double().cpu().numpy()[kept])
-        if not self.attends:
-            return
-        weight = edges.weight.mean(dim=1).cpu().numpy()
-        rank = two_way_rank(
-            weight, cell, gene, ccre, *map(len, (self.model.prior, self.model.projection.weight))
-        )
-        np.add.at(self.attention, place[kept], rank[kept])
+        at_once = 1 if batch.index.device.type == "cpu" else None  # edges of one cell fit into a CPU's cache
+        for edges in self.model.cis_attention(batch, at_once):
+            cell, gene, ccre, pair = (
+                x.cpu().numpy() for x in (edges.cell, edges.gene, edges.ccre, edges.pair)
+            )
+            np.add.at(self.effect, pair, edges.effect.double().cpu().numpy())
+            if self.attends:
+                rank = two_way_rank(edges.mean_weight.cpu().numpy(), cell, gene, ccre, *self.shape)
+                np.add.at(self.attention, pair, rank)
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
         """Return attention and effects, NaN where the model has none, as beyond its window; float64 [E] each."""
-        attention = np.where(self.inside & self.attends, self.attention, np.nan)
-        return attention, np.where(self.inside, self.effect, np.nan)
+        attention, effect = self.attention[self.window_pair], self.effect[self.window_pair]
+        return attention if self.attends else np.full_like(attention, np.nan), effect
+
+
+def places_in_window(model: CisModel, pairs: Pairs) -> np.ndarray:
+    """Return the number of each pair in the model's window, or −1; int64 [E]."""
+    assert model.cis is not None
+    n_ccres = len(model.layout.input_index)
+    known = model.cis.window_gene.cpu().numpy() * n_ccres + model.cis.window_ccre.cpu().numpy()
+    order = np.argsort(known)
+    known, wanted = known[order], pairs.gene * n_ccres + pairs.ccre
+    place = np.searchsorted(known, wanted)
+    found = np.append(known, -1)[place] == wanted
+    return np.where(found, np.append(order, -1)[place], -1)
 
 
 class WholeAttentionSums:

@@ -347,7 +347,8 @@ def read_cell_types(path: str | Path) -> pd.Series:
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(
             f"cannot read cell types from {path}: {str(error).strip()}",
-            hint="give a tab-separated file without header: barcode, cell type",
+            hint="give a tab-separated file without header: barcode, cell type; or FILE:COLUMN, such as "
+            "rna.h5ad:cell_type",
         ) from None
     if table.shape[1] < 2:
         raise InputError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.sparse as sp
@@ -20,16 +21,15 @@ from scipy import stats
 
 from cisformer.data.batches import Layout, encode_input, normalise_rna, row_blocks
 from cisformer.data.store import CellStore
-from cisformer.links.evidence import AttentionSums, WholeAttentionSums
+from cisformer.links.evidence import AttentionSums, WholeAttentionSums, places_in_window
 from cisformer.links.inputs import FEWEST_DONORS
 from cisformer.links.statistics import PairProducts, Pairs, PartialCorrelation, orthonormal
 from cisformer.model.cis import CisModel
 from cisformer.model.documented_task import FullTask
 from cisformer.runtime.progress import progress
 
-BATCH_CELLS, BATCH_CELLS_OF_CPU = 16, 4
-"""Cells whose edges are made at once: on a CPU few, so that they fit into its cache."""
-BLOCK_CELLS = 256
+BATCH_CELLS, BLOCK_CELLS = 16, 256
+"""Cells that the model takes at once, and that sums do."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ class LinkInputs:
     def shape(self) -> tuple[int, int]:
         """Numbers of genes and cCREs."""
         return len(self.layout.target_index), len(self.layout.input_index)
+
+    @cached_property
+    def window_pair(self) -> np.ndarray:
+        """The number of each pair among those that the model attends to, or −1; int64 [E]."""
+        return places_in_window(self.model, self.pairs)
 
     def blocks(
         self, rows: np.ndarray, size: int
@@ -242,11 +247,11 @@ def read_attention(inputs: LinkInputs, name: str) -> tuple[np.ndarray, np.ndarra
 
     NaN for pairs that the model does not look at.
     """
-    attended: AttentionSums | WholeAttentionSums = AttentionSums(inputs.model, inputs.pairs)
+    attended: AttentionSums | WholeAttentionSums = AttentionSums(inputs.model, inputs.window_pair)
     if inputs.attending is not None:
         attended = WholeAttentionSums(inputs.attending.to(inputs.device), inputs.pairs)
-    rows, size = inputs.members[name], BATCH_CELLS_OF_CPU if inputs.device.type == "cpu" else BATCH_CELLS
-    total = -(-len(rows) // size)
-    for part in progress(row_blocks(rows, size), total=total, desc=f"links of {name}", unit="batches"):
+    rows = inputs.members[name]
+    total = -(-len(rows) // BATCH_CELLS)
+    for part in progress(row_blocks(rows, BATCH_CELLS), total=total, desc=f"links of {name}", unit="batches"):
         attended.add(encode_input(inputs.store.atac(part), inputs.layout, None, None).to(inputs.device))
     return attended.sums()

@@ -18,6 +18,7 @@ ranked breadth among the data's genes, was too sure by up to half where peaks or
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -34,7 +35,7 @@ NEAR_BP = 100_000
 PROMOTER_BP = 500
 UNKNOWN_BREADTH = 0.7
 """With it for all genes, the prior's sum in the screens is the number of links."""
-_NONCODING = (
+_NONCODING = re.compile(
     r"^(?:[A-Z]{2}\d{6}|LINC|M[Ii][Rr]\d|M[Ii][Rr][Ll]|RNU|RN7|RNA5|Y_RNA|S[Nn][Oo][Rr]|ENS|Gm\d|.*Rik$)"
     r"|-AS\d|-DT$|-IT\d|-OT\d|\dP\d*$|-ps\d*$"
 )
@@ -59,6 +60,10 @@ class LinkPrior:
     def log_odds(self, features: pd.DataFrame) -> np.ndarray:
         """Return the log odds of pairs with these `FEATURES`; float64 [E]."""
         return self.intercept + features[list(FEATURES)].to_numpy(np.float64) @ np.array(self.weights)
+
+    def activity_log_odds(self, activity: np.ndarray) -> np.ndarray:
+        """Return what accessibility, over that of an average promoter, adds to the log odds; any shape."""
+        return self.weights[FEATURES.index("log_activity")] * np.log1p(ACTIVITY_SCALE * activity)
 
 
 @cache
@@ -103,7 +108,7 @@ def pair_features(
 
 def is_noncoding(names: pd.Series) -> np.ndarray:
     """Say which gene names look like those of genes that code for no protein; bool [G]."""
-    return names.astype(str).str.contains(_NONCODING, regex=True).to_numpy()
+    return np.array([_NONCODING.search(str(name)) is not None for name in names], dtype=bool)
 
 
 def count_between(genes: pd.DataFrame, chrom: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -190,7 +190,7 @@ class LinkScorer:
         n_cells, n_open = int(self.cells.n_cells[number]), self.cells.n_open[number][pairs.ccre]
         kept = np.flatnonzero(self.wanted & (n_open > 0) & (self.cells.n_expressed[number][pairs.gene] > 0))
         attention, effect = read_attention(self.inputs, name)
-        scale = self.inputs.model.scale.double().cpu().numpy()[pairs.gene]
+        unit = (self.inputs.model.scale * self.inputs.model.pace).double().cpu().numpy()[pairs.gene]
         scores = self.scorer.of_type(number)
         specificity, specificity_se = self.scorer.specificity(scores)
         p_value = np.maximum(self.tests.p_value[number].astype(np.float64), SMALLEST_P)
@@ -204,7 +204,7 @@ class LinkScorer:
             "specificity": specificity,
             "specificity_se": specificity_se,
             "attention": attention / n_cells,
-            "effect": effect * scale / np.maximum(n_open, 1),
+            "effect": effect * unit / np.maximum(n_open, 1),
             "activity_contact": activity_contact(pairs, self.cells.n_open[number] / n_cells),
             "p_value": p_value,
             "n_open": n_open,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -79,11 +80,16 @@ class SharedEvidence:
 
     def prior_log_odds(self, activity: np.ndarray) -> np.ndarray:
         """Return the prior's log odds where cCREs are accessible like this; [E]."""
-        pairs = self.pairs
-        features = pair_features(
-            pairs.distance, activity[pairs.ccre], self.genes_between, self.breadth, self.genes_near
+        of_ccre = self.prior.activity_log_odds(activity)
+        return self._log_odds_of_closed + of_ccre[self.pairs.ccre]
+
+    @cached_property
+    def _log_odds_of_closed(self) -> np.ndarray:
+        """The prior's log odds if cCREs were not accessible: what no type changes; [E]."""
+        closed = np.zeros(len(self.pairs))
+        return self.prior.log_odds(
+            pair_features(self.pairs.distance, closed, self.genes_between, self.breadth, self.genes_near)
         )
-        return self.prior.log_odds(features)
 
 
 def share_evidence(inputs: LinkInputs, cells: CellSums, tests: PairTests) -> SharedEvidence:

@@ -17,6 +17,8 @@ UNEXPLAINED = 3.0
 FEWEST_EXPECTED = 2.0
 """A pair is tested if at least so many cells are expected to have both: below, p-values are not uniform."""
 LEAST_SKEW = 0.03
+GENES_AT_ONCE = 256
+"""Genes whose systems of equations are solved together; bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,14 @@ def associate(pairs: Pairs, gene_profiles: np.ndarray, ccre_profiles: np.ndarray
         return result
     unit_genes, unit_ccres = _unit_rows(gene_profiles), _unit_rows(ccre_profiles)
     genes, first = np.unique(pairs.gene, return_index=True)
-    for gene, start, stop in zip(genes, first, [*first[1:], len(pairs)], strict=True):
-        near = unit_ccres[pairs.ccre[start:stop]]
-        gram = near.T @ near
-        gram.flat[:: n_states + 1] += UNEXPLAINED * len(near) / n_states
-        result[..., start:stop] = (near @ np.linalg.solve(gram, unit_genes[..., gene, :].T)).T
+    last = np.append(first[1:], len(pairs))
+    for block in np.array_split(np.arange(len(genes)), -(-len(genes) // GENES_AT_ONCE)):
+        windows = [unit_ccres[pairs.ccre[first[i] : last[i]]] for i in block]
+        penalty = [UNEXPLAINED * len(near) / n_states for near in windows]
+        gram = np.stack([near.T @ near for near in windows]) + np.multiply.outer(penalty, np.eye(n_states))
+        profile = np.moveaxis(unit_genes[..., genes[block], :].reshape(-1, len(block), n_states), 0, 2)
+        for i, near, weight in zip(block, windows, np.linalg.solve(gram, profile), strict=True):
+            result[..., first[i] : last[i]] = (near @ weight).T
     return result
 
 
@@ -205,8 +210,8 @@ class PartialCorrelation:
         value = rna.data.astype(np.float64)
         for power, total in enumerate((self.sums, self.squares, self.cubes), start=1):
             total += np.bincount(rna.indices, value**power, len(total))
-        self.gene_part += (rna.T @ basis).T
-        self.ccre_part += (atac.T @ basis).T
+        self.gene_part += (rna.T.tocsr() @ basis).T  # by feature: twice as fast
+        self.ccre_part += (atac.T.tocsr() @ basis).T
         pair, both = products or PairProducts(self.pairs, len(self.n_open)).of(rna, atac)
         np.add.at(self.product, pair, both)
 

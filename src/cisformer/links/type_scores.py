@@ -83,6 +83,7 @@ class TypeScorer:
         self.shared, self.cells, self.tests = shared, cells, tests
         self.expression, self.expression_variance = relative_expression(cells.counts)
         self.powers = [pair_power(shared.pairs, cells, number) for number in range(len(cells.types))]
+        self.association = shared.weights.of_association(shared.power) * shared.association
         self.spread = between_types(tests, shared.power, self.powers)
         self.sum, self.sum_of_variances = np.zeros(len(shared.pairs)), np.zeros(len(shared.pairs))
         for number in range(len(cells.types)):
@@ -101,7 +102,8 @@ class TypeScorer:
         working = works(self.expression[number])[pairs.gene]
         log_odds = (
             prior
-            + shared.weights.log_odds(shared.association, coupling, shared.power)
+            + self.association
+            + shared.weights.coupling_log_odds(coupling, shared.power)
             + working
             - shared.less
         )

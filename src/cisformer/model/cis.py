@@ -14,7 +14,7 @@ D head width.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -295,11 +295,11 @@ class CisModel(nn.Module):
         return self.pace * self.bias, self.loadings * self.pace[:, None]
 
     @torch.no_grad()
-    def cis_attention(self, batch: Batch) -> CisAttention:
-        """Return each edge's attention and value (in units of `scale`); ATAC→RNA only."""
+    def cis_attention(self, batch: Batch, at_once: int | None = None) -> Iterator[CisAttention]:
+        """Yield the edges of all cells, or of some `at_once`; ATAC→RNA only. `pace` takes values to eta's unit."""
         assert self.cis is not None
         _, h_BR, tokens = self.encode(batch)
+        size = at_once or batch.n_cells
         with torch.autocast(h_BR.device.type, enabled=False):
-            edges = self.cis.edges(batch, h_BR.float(), tokens, None)
-        pace = rows_of(self.pace, edges.gene)
-        return replace(edges, value=edges.value * pace[:, None], local=edges.local * pace)
+            for part, h_PR in zip(batch.split(size), h_BR.float().split(size), strict=True):
+                yield self.cis.edges(part, h_PR, tokens, None)

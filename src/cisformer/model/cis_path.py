@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from cisformer.config import Model
 from cisformer.data.batches import Batch, ragged_ranges, ragged_rows, rows_of
-from cisformer.model.attention import segment_softmax
-from cisformer.model.cell_encoder import Tokens, distinct
+from cisformer.model.attention import segment_softmax, segment_sum
+from cisformer.model.cell_encoder import Tokens
 from cisformer.model.closed_form_cis import DISTANCE_EDGES_BP, Windows
 
 CELL_KEY_DIM = 16
@@ -52,6 +52,12 @@ class CisAttention:
         return (self.weight * self.value).sum(dim=1) + self.local
 
     @property
+    def mean_weight(self) -> Tensor:
+        """Attention weight of each edge, mean over heads; float [E]."""
+        n_heads = self.weight.shape[1]
+        return self.weight @ self.weight.new_full((n_heads,), 1 / n_heads)  # sums over short rows are slow
+
+    @property
     def effect(self) -> Tensor:
         """Change of the gene's eta if this one cCRE closed, its attention going to the rest; float [E].
 
@@ -59,11 +65,10 @@ class CisAttention:
         """
         n_cells, n_genes = (1 + int(x.max()) if len(x) else 1 for x in (self.cell, self.gene))
         segment = self.cell * n_genes + self.gene
-        out = self.weight.new_zeros(n_cells * n_genes, self.weight.shape[1])
-        out = out.index_add(0, segment, self.weight * self.value)
+        out = segment_sum(self.weight * self.value, segment, n_cells * n_genes)
         rest = (1 - self.weight).clamp_(min=1e-6)
         change = rows_of(out, segment).sub_(self.value).mul_(self.weight).div_(rest)
-        return change.sum(dim=1) - self.local
+        return change @ change.new_ones(change.shape[1]) - self.local
 
 
 class CisPath(nn.Module):
@@ -98,13 +103,13 @@ class CisPath(nn.Module):
         for name in ("indptr", "gene", "ccre", "distance_bin"):
             array = torch.from_numpy(getattr(windows, name))
             self.register_buffer(f"window_{name.removeprefix('distance_')}", array, persistent=False)
-        self._all_pairs: tuple[tuple[Any, ...], Tensor] | None = None
+        self._ahead: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
         nn.init.zeros_(self.distance_bias.weight)
         nn.init.zeros_(self.pair_value.weight)
 
     def train(self, mode: bool = True) -> CisPath:
-        """Switch between training and eval mode; forgets what was computed for all pairs."""
-        self._all_pairs = None
+        """Switch between training and eval mode; forgets what was computed ahead."""
+        self._ahead = None
         return super().train(mode)
 
     def forward(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> Tensor:
@@ -123,15 +128,19 @@ class CisPath(nn.Module):
 
     def edges(self, batch: Batch, h_BR: Tensor, tokens: Tokens, column: Tensor | None) -> CisAttention:
         """Return the attention of every (cell, gene, open cCRE) edge whose gene is drawn."""
-        token_E, slot_E, pair_W = self._window_edges(batch, tokens, column)
-        pair_E = rows_of(pair_W, slot_E)
+        if torch.is_grad_enabled() or self.training:
+            token_E, pair_E, term_EX = self._edges_of_distinct_pairs(batch, tokens, column)
+            key_NK = rows_of(self.cell_key(tokens.embedding), rows_of(tokens.place, batch.index))
+        else:
+            term_WX, key_PK = self._computed_ahead(tokens.table)
+            token_E, pair_E = self._window_pairs(batch.index, column)
+            term_EX, key_NK = rows_of(term_WX, pair_E), rows_of(key_PK, batch.index)
         cell_E = rows_of(ragged_rows(batch.indptr, len(batch.index)), token_E)
         gene_E = rows_of(self.window_gene, pair_E)
         place_E, n_columns = self._places(gene_E, column)
-        term_WX, which_E = self._pair_terms(pair_W, slot_E, tokens)
-        score_EH, value_EH = rows_of(term_WX, which_E).split(self.heads, dim=1)
+        score_EH, value_EH = term_EX.split(self.heads, dim=1)
         weight_EH = segment_softmax(
-            score_EH + self._cell_scores(batch, h_BR, tokens, token_E),
+            score_EH + rows_of(self._cell_scores(batch, h_BR, key_NK), token_E),
             cell_E * n_columns + place_E,
             batch.n_cells * n_columns,
             self.null,
@@ -146,50 +155,49 @@ class CisPath(nn.Module):
             rows_of(self.pair_weight, pair_E),
         )
 
-    def _window_edges(
+    def _window_pairs(self, number_P: Tensor, column: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the pairs of some cCREs with drawn genes: which of the cCREs, and number of the pair; int64 [W]."""
+        start_P = rows_of(self.window_indptr, number_P)
+        ccre_W, pair_W = ragged_ranges(start_P, rows_of(self.window_indptr, number_P + 1) - start_P)
+        if column is None:
+            return ccre_W, pair_W
+        drawn = rows_of(column, rows_of(self.window_gene, pair_W)) >= 0
+        return ccre_W[drawn], pair_W[drawn]
+
+    def _edges_of_distinct_pairs(
         self, batch: Batch, tokens: Tokens, column: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the edges, (open cCRE, drawn gene near it): token and pair of each, and the distinct pairs.
+        """Return token, pair, and score and value of each edge, these computed once per distinct pair.
 
-        int64 [E], place among the pairs [E], and [W]. The work grows with the batch, not with all cCREs.
+        int64 [E], [E], and float [E, 2 H]. The work grows with the batch, not with all cCREs.
         """
-        start_P = rows_of(self.window_indptr, tokens.number)
-        count_P = rows_of(self.window_indptr, tokens.number + 1) - start_P
-        ccre_W, pair_W = ragged_ranges(start_P, count_P)
-        if column is not None:
-            drawn = rows_of(column, rows_of(self.window_gene, pair_W)) >= 0
-            ccre_W, pair_W = ccre_W[drawn], pair_W[drawn]
-            count_P = torch.bincount(ccre_W, minlength=len(count_P))
+        ccre_W, pair_W = self._window_pairs(tokens.number, column)
+        count_P = torch.bincount(ccre_W, minlength=len(tokens.number))
         slot_N = rows_of(tokens.place, batch.index)
         first_P = torch.cumsum(count_P, 0) - count_P
-        return *ragged_ranges(rows_of(first_P, slot_N), rows_of(count_P, slot_N)), pair_W
+        token_E, slot_E = ragged_ranges(rows_of(first_P, slot_N), rows_of(count_P, slot_N))
+        term_WX = self._score_pairs(pair_W, rows_of(tokens.embedding, ccre_W))
+        return token_E, rows_of(pair_W, slot_E), rows_of(term_WX, slot_E)
 
-    def _cell_scores(self, batch: Batch, h_BR: Tensor, tokens: Tokens, token_E: Tensor) -> Tensor:
-        """Return the share of each edge's scores that depends on the cell, float [E, H]."""
+    def _cell_scores(self, batch: Batch, h_BR: Tensor, key_NK: Tensor) -> Tensor:
+        """Return the share of scores that depends on the cell, of each of its open cCREs; float [N, H]."""
         query_BHK = self.cell_query(h_BR).unflatten(-1, (self.heads, -1)) * CELL_KEY_DIM**-0.5
-        near_M, place_N = distinct(token_E, len(batch.index))  # tokens with a gene in reach
-        ccre_M = rows_of(tokens.place, rows_of(batch.index, near_M))
-        of_cells = rows_of(self.cell_key(tokens.embedding), ccre_M).split(
-            torch.searchsorted(near_M, batch.indptr).diff().tolist()
-        )
-        score_MH = torch.cat(
-            [key_TK @ query_HK.T for key_TK, query_HK in zip(of_cells, query_BHK, strict=True)]
-        )
-        return rows_of(score_MH, rows_of(place_N, token_E))
+        of_cells = key_NK.split(batch.indptr.diff().tolist())
+        return torch.cat([key_TK @ query_HK.T for key_TK, query_HK in zip(of_cells, query_BHK, strict=True)])
 
-    def _pair_terms(self, pair_W: Tensor, slot_E: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Return score and value of a batch's pairs or of all, float [W, 2 H], and which of them each edge is."""
-        if torch.is_grad_enabled() or self.training:
-            ccre_W = rows_of(tokens.place, rows_of(self.window_ccre, pair_W))
-            return self._score_pairs(pair_W, rows_of(tokens.embedding, ccre_W)), slot_E
+    def _computed_ahead(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Return score and value of all pairs, float [W, 2 H], and keys of all cCREs, float [n_input, K]."""
         weights = (
-            tokens.table,
-            *(m.weight for m in (self.gene, self.pair_score, self.pair_value, self.distance_bias)),
+            table,
+            *(
+                m.weight
+                for m in (self.gene, self.pair_score, self.pair_value, self.distance_bias, self.cell_key)
+            ),
         )
         state = tuple((w.data_ptr(), w._version, w.device) for w in weights)
-        if self._all_pairs is None or self._all_pairs[0] != state:
-            self._all_pairs = state, self._all_pair_terms(tokens.table)
-        return self._all_pairs[1], rows_of(pair_W, slot_E)
+        if self._ahead is None or self._ahead[0] != state:
+            self._ahead = state, (self._all_pair_terms(table), self.cell_key(table))
+        return self._ahead[1]
 
     def _all_pair_terms(self, table: Tensor) -> Tensor:
         everything = torch.arange(len(self.pair_weight), device=table.device)
