@@ -49,8 +49,12 @@ def prepare(
     work: Path, mode: str, seed: int, epochs: int, n_cells: int = 2000
 ) -> tuple[SimulatedCells, CellStore, Checkpoint]:
     """Simulate, preprocess and train; return the cells, a store of all of them and the best checkpoint."""
-    folder = work / f"{mode}{seed}_{n_cells}"
     cells = simulate(n_cells, mode=mode, seed=seed)
+    return cells, *trained(cells, work / f"{mode}{seed}_{n_cells}", epochs)
+
+
+def trained(cells: SimulatedCells, folder: Path, epochs: int) -> tuple[CellStore, Checkpoint]:
+    """Preprocess cells and train on some of them; return a store of all and the best checkpoint."""
     options = {"direction": "atac2rna", "reference": "dataset", "force": True}
     preprocess(cells.rna, cells.atac, folder, **options)
     store = preprocess(cells.rna, cells.atac, folder, manually=True, **options)["all"]
@@ -60,7 +64,7 @@ def prepare(
         folder, "links", direction="atac2rna", save=folder / "save", cpu=True,
         config=config.model_copy(update={"training": training}),
     )  # fmt: skip
-    return cells, store, checkpoint
+    return store, checkpoint
 
 
 def judged_pairs(cells: SimulatedCells, rows: np.ndarray | None = None) -> pd.DataFrame:
@@ -96,8 +100,8 @@ def mark_links(table: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     return table.assign(is_link=pd.MultiIndex.from_frame(table[["gene_id", "ccre"]]).isin(planted))
 
 
-def found_links(cells: SimulatedCells, links: Links) -> None:
-    """Print average precisions of pairs over all cells, and of pairs in each type."""
+def judged_methods(cells: SimulatedCells, links: Links) -> tuple[pd.DataFrame, dict[str, pd.Series]]:
+    """Return the pairs that count, with their scores over all cells, and what each method says of them."""
     pairs = judged_pairs(cells)
     columns = ["score", "prior", "association", "coupling", "attention", "activity_contact"]
     best = links.table.groupby(["gene_id", "ccre"])[columns].mean()
@@ -118,6 +122,12 @@ def found_links(cells: SimulatedCells, links: Links) -> None:
         "told the truth": told_the_truth(pairs),
         "score": pairs["score"],
     }
+    return pairs, methods
+
+
+def found_links(cells: SimulatedCells, links: Links) -> None:
+    """Print average precisions of pairs over all cells, and of pairs in each type."""
+    pairs, methods = judged_methods(cells, links)
     print(f"\npairs, all cells: {len(pairs):,}, {pairs['is_link'].mean():.1%} planted\n")
     areas = print_areas(methods, pairs)
     simple = max(areas[name] for name in list(methods)[:4])
@@ -168,6 +178,13 @@ def reliability(pairs: pd.DataFrame) -> str:
 
 def type_specific(cells: SimulatedCells, links: Links) -> None:
     """Print how well types in which a planted link works are told from those in which its cCRE is open, but idle."""
+    for name in ("specificity", "score", "activity_contact", "expression"):
+        area, total = told_apart(cells, links, name)
+        print(f"type in which a link works, told by {name}: AUROC {area:.3f} ({total:,} comparisons)")
+
+
+def told_apart(cells: SimulatedCells, links: Links, name: str) -> tuple[float, int]:
+    """Return the AUROC by which a column tells types in which a link works, and the number of comparisons."""
     table = links.table.merge(
         cells.links[["gene_id", "ccre", "promoter"]].drop_duplicates(), on=["gene_id", "ccre"]
     )
@@ -176,19 +193,12 @@ def type_specific(cells: SimulatedCells, links: Links) -> None:
     table = table[~table["promoter"] & (share >= SEEN_CCRE) & (table["gene_id"].map(seen) >= SEEN_GENE)]
     planted = pd.MultiIndex.from_frame(cells.links[["gene_id", "ccre", "cell_type"]])
     works = pd.MultiIndex.from_frame(table[["gene_id", "ccre", "cell_type"]]).isin(planted)
-    table = table.assign(works=works)
-    for name in ("specificity", "score", "activity_contact", "expression"):
-        right, total = 0.0, 0
-        for _, part in table.groupby(["gene_id", "ccre"]):
-            inside, outside = (
-                part.loc[part["works"], name].to_numpy(),
-                part.loc[~part["works"], name].to_numpy(),
-            )
-            right += (inside[:, None] > outside).sum() + 0.5 * (inside[:, None] == outside).sum()
-            total += len(inside) * len(outside)
-        print(
-            f"type in which a link works, told by {name}: AUROC {right / total:.3f} ({total:,} comparisons)"
-        )
+    right, total = 0.0, 0
+    for _, part in table.assign(works=works).groupby(["gene_id", "ccre"]):
+        inside, outside = part.loc[part["works"], name].to_numpy(), part.loc[~part["works"], name].to_numpy()
+        right += (inside[:, None] > outside).sum() + 0.5 * (inside[:, None] == outside).sum()
+        total += len(inside) * len(outside)
+    return right / total, total
 
 
 def print_areas(methods: dict[str, pd.Series], pairs: pd.DataFrame) -> dict[str, float]:

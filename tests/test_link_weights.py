@@ -32,8 +32,9 @@ def planted(n: int, gain: float, kappa: float, seed: int) -> Evidence:
 
 
 def test_planted_weights_come_back():
-    found = estimate_weights(planted(60_000, 0.02, 0.05, 1))
-    assert found.association_gain == pytest.approx(0.02, abs=0.005)
+    evidence = planted(60_000, 0.02, 0.05, 1)
+    found = estimate_weights(evidence)
+    assert found.association_gain == pytest.approx((0.02 * evidence.exchanged.std()) ** 0.5, rel=0.12)
     assert found.coupling_gain == pytest.approx(0.05, rel=0.15)
     variance = np.interp([2, 14], found.power, found.null_variance)
     assert np.allclose(np.sqrt(variance), [0.02 + 0.2 / 3, 0.02 + 0.2 / 15], rtol=0.15)
@@ -45,6 +46,16 @@ def test_noise_weighs_next_to_nothing(seed):
     found = estimate_weights(evidence)
     added = found.log_odds(evidence.association, evidence.coupling, evidence.power)
     assert np.std(added) < 0.15
+
+
+def test_a_blurred_prior_costs_the_root_of_what_it_hides():
+    """If half of the likely pairs are no links, the slope is half; the weight falls by √2 only."""
+    whole, half = planted(60_000, 0.04, 0.0, 4), planted(60_000, 0.04, 0.0, 4)
+    noise = planted(60_000, 0.0, 0.0, 4).association
+    hidden = np.random.default_rng(5).random(60_000) < 0.5
+    half.association[hidden] = noise[hidden]
+    ratio = estimate_weights(half).association_gain / estimate_weights(whole).association_gain
+    assert ratio == pytest.approx(0.5**0.5, abs=0.06)
 
 
 def test_association_that_falls_where_links_are_is_not_used():

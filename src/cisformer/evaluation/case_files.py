@@ -186,8 +186,9 @@ def _feature_map(var: pd.DataFrame, wanted: pd.DataFrame, modality: str, label: 
     reference = _vocabulary(wanted, modality)
     found = map_genes(var, reference) if modality == "rna" else map_peaks(var, reference)
     if not found.n_found:
+        features = " against ".join(", ".join(map(str, table.index[:3])) for table in (var, wanted))
         raise InputError(
-            f"{label} has none of the {found.features} of the prediction, such as {', '.join(wanted.index[:3])}",
+            f"{label} has none of the {found.features} of the prediction: {features}",
             hint="give cells whose features were predicted",
         )
     if found.share_found < 0.5:
