@@ -99,6 +99,15 @@ def test_few_cells_are_one_group(known):
     assert np.isfinite(distance_of(likeness, *cells_of(rng, profiles, 9))).all()
 
 
+def test_cells_that_are_alike_fill_fewer_groups(known):
+    """Without a warning, and without a group of no cells."""
+    _, profiles, (train, z), rng = known
+    likeness = Likeness(600, 3)
+    likeness.fit(train[:1000], z[np.arange(1000) % 4], (train.getnnz(axis=0) + 0.5) / 3_001, 0)
+    assert len(likeness.centres.unique(dim=0)) == len(likeness.rarity.unique(dim=1).T) == 4
+    assert np.isfinite(distance_of(likeness, *cells_of(rng, profiles, 9))).all()
+
+
 def test_one_line_says_what_differs(known, caplog):
     likeness, *_ = known
     for distance, depth, words in (
@@ -163,7 +172,13 @@ def test_a_checkpoint_without_groups_says_what_it_said(tiny_data, tiny_checkpoin
     store = CellStore.open(find_split(tiny_data["rna2atac"], "test"))
     found = store.rna(np.arange(store.n_cells))[:, checkpoint.layout.input_index] > 0
     wanted = found @ kept["rarity"] / found.getnnz(axis=1) / 0.5
-    np.testing.assert_allclose(predict(checkpoint, store.path).obs[DISTANCE], wanted, rtol=1e-3)
+    np.testing.assert_allclose(predict(checkpoint, store.path).obs[DISTANCE], wanted, rtol=1e-5)
+    everything = torch.arange(200_000) % len(
+        kept["rarity"]
+    )  # sums beyond the largest number of half precision
+    deep = Batch(torch.tensor([0, len(everything)]), everything, torch.ones(len(everything)))
+    wanted = kept["rarity"].mean() / 0.5
+    assert float(checkpoint.model.distance(deep)) == pytest.approx(wanted, rel=0.01)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -10,6 +10,8 @@ out than cells that the components were not fitted to (benchmarks/RESULTS.md).
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -34,7 +36,7 @@ class Likeness(nn.Module):
     centres
         Mean states of each group of training cells; float32 [N_GROUPS, K].
     rarity
-        −log of each input feature's frequency in each group; float16 [n_input, N_GROUPS].
+        −log of each input feature's frequency in each group; float32 [n_input, N_GROUPS].
     limit
         The rarity that `WITHIN` of the training cells do not pass; NaN where nothing is known.
     depth
@@ -49,7 +51,7 @@ class Likeness(nn.Module):
     def __init__(self, n_input: int, rank: int) -> None:
         super().__init__()
         self.register_buffer("centres", torch.zeros(N_GROUPS, rank))
-        self.register_buffer("rarity", torch.full((n_input, N_GROUPS), torch.nan, dtype=torch.float16))
+        self.register_buffer("rarity", torch.full((n_input, N_GROUPS), torch.nan))
         self.register_buffer("limit", torch.tensor(torch.nan))
         self.register_buffer("depth", torch.full((len(DEPTHS),), torch.nan))
 
@@ -74,23 +76,28 @@ class Likeness(nn.Module):
             Of the groups' first centres.
         """
         from sklearn.cluster import KMeans
+        from sklearn.exceptions import ConvergenceWarning
 
         n_found = np.diff(cells.indptr)
         if not n_found.any():
             return
-        size = min(N_GROUPS, max(1, len(z) // GROUP_CELLS))
-        groups = KMeans(size, n_init=1, random_state=seed).fit(z)
+        groups = KMeans(min(N_GROUPS, max(1, len(z) // GROUP_CELLS)), n_init=1, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different cells than groups
+            labels = groups.fit_predict(z)
+        filled, group = np.unique(labels, return_inverse=True)
+        size = len(filled)
         found = sp.csr_matrix((np.ones(cells.nnz, np.float32), cells.indices, cells.indptr), cells.shape)
         rarity, own = np.zeros((cells.shape[1], size), np.float32), np.zeros(len(z))
         for k in range(size):
-            rows = np.flatnonzero(groups.labels_ == k)
+            rows = np.flatnonzero(group == k)
             count = found[rows].getnnz(axis=0)
             rarity[:, k] = -np.log((count + frequency) / (len(rows) + 1))
             own[rows] = found[rows] @ -np.log((np.maximum(count - 1, 0) + frequency) / len(rows))
         of_all = found @ rarity
-        of_all[np.arange(len(z)), groups.labels_] = own
+        of_all[np.arange(len(z)), group] = own
         repeated = np.arange(N_GROUPS) % size
-        self.centres.copy_(torch.from_numpy(groups.cluster_centers_[repeated]))
+        self.centres.copy_(torch.from_numpy(groups.cluster_centers_[filled[repeated]]))
         self.rarity.copy_(torch.from_numpy(rarity[:, repeated]))
         rarity_of_two = ((own + of_all.min(axis=1)) / 2)[n_found > 0] / n_found[n_found > 0]
         self.limit.fill_(float(np.quantile(rarity_of_two, WITHIN)))

@@ -79,7 +79,7 @@ def _of_earlier_versions(
     if rarity is not None and rarity.ndim == 1:
         shape = wanted["likeness.centres"].shape
         earlier["likeness.centres"] = torch.zeros(shape)
-        earlier["likeness.rarity"] = rarity.half()[:, None].repeat(1, shape[0])
+        earlier["likeness.rarity"] = rarity[:, None].repeat(1, shape[0])
     return earlier | ({"link_version": torch.tensor(1)} if "link_version" in missing else {})
 
 
