@@ -278,6 +278,15 @@ def test_cells_say_how_loadings_vary():
     np.testing.assert_allclose(again, learnt, atol=1e-3)
 
 
+def test_few_cells_do_not_say_how_loadings_vary(accessibility):
+    """No cCRE is open in enough of them: what was assumed stays, without a warning."""
+    store, layout, start = accessibility
+    sd = start.projection.sd.double().numpy()
+    sums = Sums.over(CellRows.of(store, np.arange(4)), start.projection, layout)
+    assumed, learnt = (solve(sums, sd, Penalty(5, 0.7, 0.5, steps=steps)) for steps in (0, 3))
+    np.testing.assert_array_equal(learnt, assumed)
+
+
 def test_neighbours_on_the_genome():
     ccres = pd.DataFrame(
         {"chrom": ["chr1", "chr2", "chr1", "chr1"], "start": [20_000, 0, 10_000, 900_000]}

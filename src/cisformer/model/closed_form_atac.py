@@ -218,8 +218,8 @@ class Hat:
         start[:rank] = np.square(sd[:rank] / sd[0]) / unit
         covariance = np.diag(start)
         shared = shared_loadings(sums, sd, penalty.shared)
-        if penalty.steps:
-            learnt = _learnt_from(sums)
+        learnt = _learnt_from(sums)
+        if penalty.steps and len(learnt):
             score = _score(sums, p, learnt) - np.outer(sums.gram @ shared, weight[learnt])
             for _ in range(penalty.steps):
                 covariance = learn_covariance(
