@@ -11,6 +11,7 @@ from cisformer.config import parse_config
 from cisformer.data.batches import TrainingBatches
 from cisformer.data.store import CellStore, find_split
 from cisformer.model.checkpoint import load_checkpoint
+from cisformer.runtime import device
 from cisformer.training.row_gradient import RowGradient
 
 
@@ -63,3 +64,30 @@ def test_freed_blocks_serve_the_next_ones(keep):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (-int(done.stdout) < 1_000) == keep
+
+
+@pytest.mark.parametrize(("accepts", "kept"), [(1 << 26, 1 << 26), (1 << 25, 1 << 25), (0, None)])
+def test_a_glibc_that_refuses_large_blocks_gets_smaller_ones(accepts, kept, monkeypatch):
+    """Where it took none, nothing else may be set: that would end glibc's own choice, at 128 kB."""
+    taken = {}
+
+    class Libc:
+        def mallopt(self, parameter, value):
+            if parameter == device.M_MMAP_THRESHOLD and value > accepts:
+                return 0
+            taken[parameter] = value
+            return 1
+
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: Libc())
+    device.keep_freed_memory()
+    both = {device.M_MMAP_THRESHOLD: kept, device.M_TRIM_THRESHOLD: device.MOST_KEPT_BYTES}
+    assert taken == ({} if kept is None else both)
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_other_mallocs_are_left_alone(platform, monkeypatch):
+    """As musl's, which has no `mallopt`."""
+    monkeypatch.setattr(device.sys, "platform", platform)
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: object())
+    device.keep_freed_memory()

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt`, as in glibc's malloc.h."""
-LARGEST_KEPT_BYTES, MOST_KEPT_BYTES = 1 << 26, 1 << 28
+LARGEST_KEPT_BYTES, MOST_KEPT_BYTES = (1 << 26, 1 << 25), 1 << 28
+"""Of a block, the second where glibc refuses the first, as older ones do; and of the end of the heap."""
 
 
 def best_device() -> str:
@@ -42,8 +43,10 @@ def keep_freed_memory() -> None:
     """Let the memory of freed tensors serve the next ones; changes nothing where malloc is not glibc's.
 
     By itself glibc keeps some 20 to 60 MB and gives the rest back to the system, from which it comes anew page by page,
-    in every step. Blocks of more than 64 MB are still given back, and of the end of the heap all but 256 MB.
+    in every step. Blocks of more than 64 MB (older glibc: 32) are still given back, and of the end of the heap all but
+    256 MB.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT_BYTES)
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    if any(libc.mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_KEPT_BYTES):
+        libc.mallopt(M_TRIM_THRESHOLD, MOST_KEPT_BYTES)  # alone it would fix the other at 128 kB
