@@ -1,6 +1,6 @@
 """The closed-form start against scikit-learn and against matrices written out."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,7 @@ from cisformer.model.closed_form_atac import (
     Hat,
     Penalty,
     Sums,
+    _Case,
     beside,
     learn_covariance,
     shared_loadings,
@@ -223,6 +224,23 @@ def test_what_ccres_share_is_ridge_regression_of_their_number(summed):
     np.testing.assert_allclose(
         solve(sums, sd, Penalty(0, 1.0, 0.0, shared=4.0)), np.tile(found, (len(p), 1)), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"rank": 4}, {"ridge": 2.0}, {"unevenness": 1.0}, {"steps": 3}, {"strength": 0.5}, {"shared": 0.0}],
+    ids=str,
+)
+def test_what_was_learnt_for_one_penalty_serves_no_other_by_mistake(summed, other):
+    z, y, sums, sd = summed
+    case = _Case(sums, *(torch.from_numpy(x) for x in (z, y, sums.prior())))
+    first = Penalty(5, 0.7, 0.5, steps=2, shared=10.0)
+    case.hat(sd, first)
+    for penalty in (first, replace(first, **other)):
+        for found, wanted in zip(
+            astuple(case.hat(sd, penalty)), astuple(Hat.of(sums, sd, penalty)), strict=True
+        ):
+            np.testing.assert_array_equal(found, wanted)
 
 
 def test_depth_raises_all_ccres_alike():

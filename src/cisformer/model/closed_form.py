@@ -26,9 +26,9 @@ from cisformer.model.closed_form_atac import (
     Penalty,
     Sums,
     beside,
+    loadings_of,
     select_penalty,
     smoothed_logit,
-    solve,
 )
 from cisformer.model.projection import Projection, fit_projection
 from cisformer.model.target_states import TargetStates, fit_target_states
@@ -202,11 +202,9 @@ def fit_linear(
     if given is None and len(held_out):
         left_out = [(sums - part, fold) for part, fold in zip(parts, folds, strict=True) if n_folds > 1]
         penalty = select_penalty([(sums, held_out), *left_out], projection, layout, near, rng)
-    sd = projection.sd.double().numpy()
-    return LinearStart(
-        projection, *moments, solve(sums, sd, penalty, near), penalty.rank, penalty.ridge,
-        penalty=penalty, hat=Hat.of(sums, sd, penalty),
-    )  # fmt: skip
+    hat = Hat.of(sums, projection.sd.double().numpy(), penalty)
+    loadings = loadings_of(sums, hat, near if penalty.beside else None)
+    return LinearStart(projection, *moments, loadings, penalty.rank, penalty.ridge, penalty=penalty, hat=hat)
 
 
 def fitting_sample(cells: CellRows, counts: FeatureCounts, rng: np.random.Generator) -> CellRows:

@@ -26,8 +26,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, cached_property
 
 import numpy as np
 import pandas as pd
@@ -209,24 +209,31 @@ class Hat:
     shared: np.ndarray
 
     @classmethod
-    def of(cls, sums: Sums, sd: np.ndarray, penalty: Penalty) -> Hat:
-        """Learn V and decompose it; `sd` is the spread of each principal component, largest first."""
+    def of(cls, sums: Sums, sd: np.ndarray, penalty: Penalty, learnt: np.ndarray | None = None) -> Hat:
+        """Decompose V; `learnt` is what `covariance_of` returns, where it is known.
+
+        `sd` is the spread of each principal component, largest first.
+        """
         p = sums.frequency()
-        weight, rank = p * (1 - p), penalty.rank
-        start = np.zeros(len(sd))
-        unit = sums.n_cells * max(penalty.ridge, 1e-9) * weight.mean() ** penalty.unevenness
-        start[:rank] = np.square(sd[:rank] / sd[0]) / unit
-        covariance = np.diag(start)
-        shared = shared_loadings(sums, sd, penalty.shared)
-        learnt = _learnt_from(sums)
-        if penalty.steps and len(learnt):
-            score = _score(sums, p, learnt) - np.outer(sums.gram @ shared, weight[learnt])
-            for _ in range(penalty.steps):
-                covariance = learn_covariance(
-                    covariance, sums.gram, score, weight[learnt], penalty.unevenness
-                )
-        covariance = covariance * penalty.strength
-        return cls(*simultaneous(covariance, sums.gram, rank), weight**-penalty.unevenness, shared)
+        covariance = covariance_of(sums, sd, penalty) if learnt is None else learnt
+        ridge, shared = (p * (1 - p)) ** -penalty.unevenness, shared_loadings(sums, sd, penalty.shared)
+        return cls(*simultaneous(covariance * penalty.strength, sums.gram, penalty.rank), ridge, shared)
+
+
+def covariance_of(sums: Sums, sd: np.ndarray, penalty: Penalty) -> np.ndarray:
+    """Return V of strength 1, learnt in the penalty's steps; float64 [K, K]."""
+    p = sums.frequency()
+    weight, rank = p * (1 - p), penalty.rank
+    start = np.zeros(len(sd))
+    unit = sums.n_cells * max(penalty.ridge, 1e-9) * weight.mean() ** penalty.unevenness
+    start[:rank] = np.square(sd[:rank] / sd[0]) / unit
+    covariance = np.diag(start)
+    shared, learnt = shared_loadings(sums, sd, penalty.shared), _learnt_from(sums)
+    if penalty.steps and len(learnt):
+        score = _score(sums, p, learnt) - np.outer(sums.gram @ shared, weight[learnt])
+        for _ in range(penalty.steps):
+            covariance = learn_covariance(covariance, sums.gram, score, weight[learnt], penalty.unevenness)
+    return covariance
 
 
 def shared_loadings(sums: Sums, sd: np.ndarray, freedom: float) -> np.ndarray:
@@ -313,12 +320,17 @@ def solve(
     One decomposition serves all cCREs: with V = B Bᵀ and Bᵀ ZᵀZ B = Λ, the inverse of ZᵀZ + V⁻¹ w^-a is
     B (Λ + w^-a)⁻¹ Bᵀ. `near` is what `beside` returns, where the penalty asks for it.
     """
-    hat = Hat.of(sums, sd, penalty)
+    return loadings_of(sums, Hat.of(sums, sd, penalty), near if penalty.beside else None, columns)
+
+
+def loadings_of(
+    sums: Sums, hat: Hat, near: sp.csr_matrix | None, columns: np.ndarray | None = None
+) -> np.ndarray:
+    """Return what `solve` returns, by inverses that are known; no `near`: neighbours do not help."""
     wanted = np.arange(len(sums.open_)) if columns is None else columns
     parts = [wanted[start : start + COLUMNS] for start in range(0, len(wanted), COLUMNS)]
-    near = near if penalty.beside else None
     solved = [_solve(sums, hat, near, part).astype(np.float32) for part in parts]
-    return np.concatenate([np.zeros((0, len(sd)), np.float32), *solved])
+    return np.concatenate([np.zeros((0, len(sums.z)), np.float32), *solved])
 
 
 def _solve(sums: Sums, hat: Hat, near: sp.csr_matrix | None, columns: np.ndarray) -> np.ndarray:
@@ -344,12 +356,13 @@ def _beside(sums: Sums, hat: Hat, near: sp.csr_matrix, columns: np.ndarray) -> n
 
 @dataclass(frozen=True)
 class _Case:
-    """Cells that penalties are judged by: the sums of others, states z, targets y, prior."""
+    """Cells that penalties are judged by: the sums of others, states z, targets y, prior; what was learnt already."""
 
     sums: Sums
     z: Tensor
     y: Tensor
     prior: Tensor
+    learnt: dict[Penalty, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -359,6 +372,13 @@ class _Case:
         z = np.concatenate([states(projection, store, rows, layout) for store, rows in cells.parts])
         prior = torch.from_numpy(sums.prior()[judged])
         return cls(sums, torch.from_numpy(z), torch.from_numpy(known.y.toarray()), prior)
+
+    def hat(self, sd: np.ndarray, choice: Penalty) -> Hat:
+        """Return what `Hat.of` returns; V is learnt once for all strengths, with neighbours and without."""
+        key = replace(choice, strength=1.0, beside=False)
+        if key not in self.learnt:
+            self.learnt[key] = covariance_of(self.sums, sd, key)
+        return Hat.of(self.sums, sd, choice, self.learnt[key])
 
     def loss(self, loadings: np.ndarray) -> float:
         eta = change_of_log_odds(self.z @ torch.from_numpy(loadings).T, self.prior) + self.prior
@@ -387,8 +407,10 @@ def select_penalty(
     cases = [_Case.of(sums, cells, projection, layout, judged) for sums, cells in judges]
     sd = projection.sd.double().numpy()
 
+    @cache  # the best choice so far is judged again beside others
     def loss(choice: Penalty) -> float:
-        return sum(case.loss(solve(case.sums, sd, choice, near, judged)) for case in cases)
+        used = near if choice.beside else None
+        return sum(case.loss(loadings_of(case.sums, case.hat(sd, choice), used, judged)) for case in cases)
 
     ranks = sorted({projection.rank, *(r for r in RANKS if r < projection.rank)})
     usual = Penalty(0, 1.0, UNEVENNESS[1], shared=USUAL_SHARED)
