@@ -29,6 +29,12 @@ def test_genes_that_the_data_lack_lie_between_gene_and_ccre():
     assert between(few_genes("hg38", "1"), "1") > 20
 
 
+def test_genes_with_which_the_prior_was_not_fitted_are_left_out():
+    """A data set with all genes of GENCODE has the neighbours that the built-in reference has."""
+    every = Reference("dataset", "hg38", load_annotation("hg38", every_gene=True), CCRES)
+    assert _genes_of_genome(every)["gene_id"].tolist() == load_annotation("hg38")["gene_id"].tolist()
+
+
 def test_an_unknown_genome_has_its_own_genes_only():
     assert between(few_genes(""), "chr1") == 0
 

@@ -130,13 +130,15 @@ def share_evidence(inputs: LinkInputs, cells: CellSums, tests: PairTests) -> Sha
 def _genes_of_genome(reference: Reference) -> pd.DataFrame:
     """Return the genes of the reference's genome; its own where the genome is not built in, or has fewer.
 
-    A data set may hold few genes. A pair would then seem to have none between gene and cCRE.
+    A data set may hold few genes. A pair would then seem to have none between gene and cCRE. It may also hold genes
+    with which the prior was not fitted, such as all of GENCODE.
     """
     own = reference.genes.assign(gene_name=reference.gene_labels)
     if reference.genome not in GENOMES:
         return own
     known = load_annotation(reference.genome)
-    if (known["end"] > 0).sum() <= (own["end"] > 0).sum():
+    n_known = (load_annotation(reference.genome, every_gene=True)["end"] > 0).sum()
+    if n_known < (own["end"] > 0).sum():
         return own
     return known.assign(chrom=rename_chroms(known["chrom"], own["chrom"]))
 
